@@ -1,0 +1,363 @@
+//! The plan itself: weights, KV cache, workspace and runtime of each rank.
+
+use std::fmt;
+
+use engine_spec::engine_config::MAX_MODEL_LEN_DEFAULT;
+use engine_spec::{Device, Dtype, EngineConfig, ModelConfig, Parallelism};
+use serde::{Deserialize, Serialize};
+
+use crate::misfit::{Misfit, Nearest};
+use crate::weights::{ResidentDtype, resident_dtype, weight_bytes_per_rank};
+use crate::workspace::workspace;
+
+/// Code, tokenizer, HTTP buffers and thread stacks of an engine process on the CPU.
+const RUNTIME_CPU_BYTES: u64 = 96 << 20;
+/// Driver context, module images and graph pools on each GPU; an estimate until measured there.
+const RUNTIME_NVIDIA_BYTES: u64 = 1 << 30;
+/// Communicator buffers when more than one rank works together; an estimate until measured.
+const RUNTIME_COLLECTIVES_BYTES: u64 = 1 << 30;
+
+/// Everything about a deployment that decides its memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryRequest {
+    /// Arithmetic asked for.
+    pub dtype: Dtype,
+    /// Ranks of one replica.
+    pub parallelism: Parallelism,
+    /// Kind of device.
+    pub device: Device,
+    /// Longest prompt plus answer; absent = the model's own, at most 8192.
+    pub max_model_len: Option<u32>,
+    /// Sequences in one batch.
+    pub max_num_seqs: u32,
+    /// Tokens per KV block.
+    pub block_size: u32,
+    /// Tokens per step.
+    pub max_num_batched_tokens: u32,
+    /// Bytes of one device that may be used; absent = as many as are wanted.
+    pub capacity_bytes: Option<u64>,
+}
+
+impl MemoryRequest {
+    /// The request that an engine's configuration stands for.
+    pub fn from_engine_config(config: &EngineConfig, capacity_bytes: Option<u64>) -> Self {
+        Self {
+            dtype: config.dtype,
+            parallelism: config.parallelism,
+            device: config.device,
+            max_model_len: config.max_model_len,
+            max_num_seqs: config.max_num_seqs,
+            block_size: config.block_size,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            capacity_bytes,
+        }
+    }
+}
+
+/// Bytes on the fullest rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RankBytes {
+    /// Weights as served.
+    pub weights_bytes: u64,
+    /// The KV cache, all blocks.
+    pub kv_bytes: u64,
+    /// Activations and logits.
+    pub workspace_bytes: u64,
+    /// The process itself, the driver's context, communicators.
+    pub runtime_bytes: u64,
+}
+
+impl RankBytes {
+    /// Sum of all parts.
+    pub fn total(&self) -> u64 {
+        let Self {
+            weights_bytes,
+            kv_bytes,
+            workspace_bytes,
+            runtime_bytes,
+        } = self;
+        weights_bytes + kv_bytes + workspace_bytes + runtime_bytes
+    }
+}
+
+/// What one replica will hold in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemoryPlan {
+    /// The fullest rank.
+    pub per_rank: RankBytes,
+    /// Devices of one replica.
+    pub ranks: u32,
+    /// Dtype of weights and cache while serving.
+    pub resident: ResidentDtype,
+    /// Longest prompt plus answer, tokens.
+    pub max_model_len: u32,
+    /// Tokens per KV block.
+    pub block_size: u32,
+    /// KV blocks on each rank.
+    pub kv_blocks: u32,
+    /// Tokens the cache holds.
+    pub kv_tokens: u64,
+    /// Bytes of one cached token on one rank, all layers.
+    pub kv_bytes_per_token: u64,
+}
+
+impl MemoryPlan {
+    /// Bytes of the fullest rank.
+    pub fn total_bytes(&self) -> u64 {
+        self.per_rank.total()
+    }
+
+    /// Sequences of the longest context that the cache holds at once.
+    pub fn full_sequences(&self) -> u64 {
+        self.kv_tokens / u64::from(self.max_model_len)
+    }
+}
+
+/// The context that a deployment serves.
+///
+/// # Errors
+/// When more is asked for than the model is declared for.
+pub fn resolve_max_model_len(config: &ModelConfig, asked: Option<u32>) -> Result<u32, Misfit> {
+    match asked {
+        None => Ok(config.max_positions.min(MAX_MODEL_LEN_DEFAULT)),
+        Some(requested) if requested > config.max_positions => Err(Misfit::ContextTooLong {
+            requested,
+            max_positions: config.max_positions,
+        }),
+        Some(requested) => Ok(requested),
+    }
+}
+
+/// Plans the memory of one replica.
+///
+/// The KV cache gets room for `max_num_seqs` sequences of the longest context, or what the capacity
+/// leaves, but never less than one such sequence.
+///
+/// # Errors
+/// [`Misfit`] with the numbers and the nearest settings that fit.
+pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan, Misfit> {
+    let max_model_len = resolve_max_model_len(config, request.max_model_len)?;
+    check_parallelism(config, request.parallelism)?;
+    let fixed = fixed_bytes(config, request);
+    let block_bytes = u64::from(request.block_size) * kv_bytes_per_token(config, request);
+    let blocks_per_sequence = u64::from(max_model_len.div_ceil(request.block_size));
+    let blocks_wanted = blocks_per_sequence * u64::from(request.max_num_seqs);
+    let blocks = match request.capacity_bytes {
+        None => blocks_wanted,
+        Some(capacity) => {
+            let left = capacity.saturating_sub(fixed.total());
+            let blocks = (left / block_bytes).min(blocks_wanted);
+            if blocks < blocks_per_sequence {
+                let kv_bytes = blocks_per_sequence * block_bytes;
+                return Err(does_not_fit(config, request, fixed, kv_bytes, capacity));
+            }
+            blocks
+        }
+    };
+    let kv_blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+    Ok(MemoryPlan {
+        per_rank: RankBytes {
+            kv_bytes: u64::from(kv_blocks) * block_bytes,
+            ..fixed
+        },
+        ranks: request.parallelism.ranks(),
+        resident: resident_dtype(request.dtype, config, request.device),
+        max_model_len,
+        block_size: request.block_size,
+        kv_blocks,
+        kv_tokens: u64::from(kv_blocks) * u64::from(request.block_size),
+        kv_bytes_per_token: block_bytes / u64::from(request.block_size),
+    })
+}
+
+/// All parts but the KV cache.
+fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest) -> RankBytes {
+    let dtype = resident_dtype(request.dtype, config, request.device);
+    let runtime_bytes = match (request.device, request.parallelism.ranks()) {
+        (Device::Cpu, _) => RUNTIME_CPU_BYTES,
+        (Device::Nvidia, 1) => RUNTIME_NVIDIA_BYTES,
+        (Device::Nvidia, _) => RUNTIME_NVIDIA_BYTES + RUNTIME_COLLECTIVES_BYTES,
+    };
+    RankBytes {
+        weights_bytes: weight_bytes_per_rank(config, dtype, request.parallelism),
+        kv_bytes: 0,
+        workspace_bytes: workspace(
+            config,
+            request.parallelism,
+            request.max_num_seqs,
+            request.max_num_batched_tokens,
+        )
+        .bytes(),
+        runtime_bytes,
+    }
+}
+
+/// Bytes of one cached token on the fullest rank: the latent and the rotated key of each layer.
+fn kv_bytes_per_token(config: &ModelConfig, request: &MemoryRequest) -> u64 {
+    let dtype = resident_dtype(request.dtype, config, request.device);
+    let layers = u64::from(config.layers.div_ceil(request.parallelism.pipeline));
+    layers * u64::from(config.attention.cached_width()) * dtype.kv_bytes()
+}
+
+fn check_parallelism(config: &ModelConfig, parallelism: Parallelism) -> Result<(), Misfit> {
+    let Parallelism {
+        tensor,
+        expert,
+        pipeline,
+    } = parallelism;
+    let indivisible = |axis, found, reason: String| {
+        Err(Misfit::Indivisible {
+            axis,
+            found,
+            reason,
+        })
+    };
+    let heads = config.attention.heads;
+    if tensor == 0 || !heads.is_multiple_of(tensor) {
+        return indivisible(
+            "tensor",
+            tensor,
+            format!("must divide the model's {heads} heads"),
+        );
+    }
+    let experts = config.moe.as_ref().map_or(1, |moe| moe.routed_experts);
+    if expert == 0 || !experts.is_multiple_of(expert) {
+        let reason = format!("must divide the model's {experts} routed experts");
+        return indivisible("expert", expert, reason);
+    }
+    if expert > 1 && expert != tensor {
+        let reason = format!("must be 1 or equal to tensor ({tensor}): both use the same ranks");
+        return indivisible("expert", expert, reason);
+    }
+    if pipeline == 0 || pipeline > config.layers {
+        let reason = format!("must be between 1 and the model's {} layers", config.layers);
+        return indivisible("pipeline", pipeline, reason);
+    }
+    Ok(())
+}
+
+fn does_not_fit(
+    config: &ModelConfig,
+    request: &MemoryRequest,
+    fixed: RankBytes,
+    kv_bytes: u64,
+    capacity_bytes: u64,
+) -> Misfit {
+    Misfit::DoesNotFit {
+        needed_bytes: fixed.total() + kv_bytes,
+        capacity_bytes,
+        weights_bytes: fixed.weights_bytes,
+        kv_bytes,
+        workspace_bytes: fixed.workspace_bytes,
+        runtime_bytes: fixed.runtime_bytes,
+        parallelism: request.parallelism,
+        nearest: nearest(config, request, fixed, capacity_bytes),
+    }
+}
+
+fn nearest(
+    config: &ModelConfig,
+    request: &MemoryRequest,
+    fixed: RankBytes,
+    capacity: u64,
+) -> Nearest {
+    let block_bytes = u64::from(request.block_size) * kv_bytes_per_token(config, request);
+    let blocks = capacity.saturating_sub(fixed.total()) / block_bytes;
+    let tokens = u32::try_from(blocks * u64::from(request.block_size)).unwrap_or(u32::MAX);
+    let max_model_len = (tokens >= 2).then(|| tokens.min(config.max_positions));
+    // Each of these asks the plan itself, so that advice and verdict cannot disagree.
+    let fits = |changed: MemoryRequest| memory_plan_fits(config, &changed);
+    let max_num_batched_tokens =
+        std::iter::successors(Some(request.max_num_batched_tokens / 2), |n| {
+            (*n > 1).then_some(n / 2)
+        })
+        .take_while(|n| *n >= request.max_num_seqs)
+        .find(|n| {
+            fits(MemoryRequest {
+                max_num_batched_tokens: *n,
+                ..*request
+            })
+        });
+    let tensor = std::iter::successors(Some(request.parallelism.tensor * 2), |n| Some(n * 2))
+        .take_while(|n| *n <= config.attention.heads.min(64))
+        .find(|n| {
+            let expert = if request.parallelism.expert > 1 {
+                *n
+            } else {
+                1
+            };
+            fits(MemoryRequest {
+                parallelism: Parallelism {
+                    tensor: *n,
+                    expert,
+                    ..request.parallelism
+                },
+                ..*request
+            })
+        });
+    Nearest {
+        max_model_len,
+        max_num_batched_tokens,
+        tensor,
+    }
+}
+
+/// Like [`memory_plan`] but without advice, which would recurse.
+fn memory_plan_fits(config: &ModelConfig, request: &MemoryRequest) -> bool {
+    let Ok(max_model_len) = resolve_max_model_len(config, request.max_model_len) else {
+        return false;
+    };
+    if check_parallelism(config, request.parallelism).is_err() {
+        return false;
+    }
+    let blocks = u64::from(max_model_len.div_ceil(request.block_size));
+    let kv = blocks * u64::from(request.block_size) * kv_bytes_per_token(config, request);
+    let needed = fixed_bytes(config, request).total() + kv;
+    request
+        .capacity_bytes
+        .is_none_or(|capacity| needed <= capacity)
+}
+
+/// Bytes as a person reads them: GiB from one GiB up, else MiB.
+pub(crate) fn gib(bytes: u64) -> String {
+    let gib = bytes as f64 / f64::from(1 << 30);
+    if gib >= 1.0 {
+        format!("{gib:.1} GiB")
+    } else {
+        format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let RankBytes {
+            weights_bytes,
+            kv_bytes,
+            workspace_bytes,
+            runtime_bytes,
+        } = self.per_rank;
+        let rows = [
+            ("weights", weights_bytes),
+            ("KV cache", kv_bytes),
+            ("workspace", workspace_bytes),
+            ("runtime", runtime_bytes),
+            ("total", self.total_bytes()),
+        ];
+        writeln!(f, "per device, {} device(s) per replica", self.ranks)?;
+        for (name, bytes) in rows {
+            writeln!(f, "  {name:<10} {:>12}  {bytes:>16} bytes", gib(bytes))?;
+        }
+        write!(
+            f,
+            "KV cache: {} blocks of {} tokens = {} tokens, {} full contexts of {} tokens, {} bytes per token",
+            self.kv_blocks,
+            self.block_size,
+            self.kv_tokens,
+            self.full_sequences(),
+            self.max_model_len,
+            self.kv_bytes_per_token,
+        )
+    }
+}

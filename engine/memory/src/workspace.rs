@@ -1,0 +1,63 @@
+//! Bytes of activations, in the buffers a backend allocates once and then reuses for every step.
+
+use engine_spec::{ModelConfig, Parallelism};
+use serde::{Deserialize, Serialize};
+
+/// Elements of every buffer, all float32. A backend allocates exactly these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Workspace {
+    /// Residual, normed input, attention output, MLP output: four of tokens x hidden.
+    pub hidden: u64,
+    /// Low-rank query, queries, latent queries, latent outputs, values, new cache rows.
+    pub attention: u64,
+    /// Gate scores, and gate, up and product rows of the widest MLP or of the chosen experts.
+    pub mlp: u64,
+    /// Logits rows: one per sequence.
+    pub logits: u64,
+}
+
+impl Workspace {
+    /// Total size in bytes.
+    pub fn bytes(&self) -> u64 {
+        let Self {
+            hidden,
+            attention,
+            mlp,
+            logits,
+        } = self;
+        (hidden + attention + mlp + logits) * 4
+    }
+}
+
+/// Buffers for steps of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences.
+pub fn workspace(
+    config: &ModelConfig,
+    parallelism: Parallelism,
+    max_num_seqs: u32,
+    max_num_batched_tokens: u32,
+) -> Workspace {
+    let tokens = u64::from(max_num_batched_tokens);
+    let tp = u64::from(parallelism.tensor);
+    let d = u64::from(config.hidden_size);
+    let a = &config.attention;
+    let heads = u64::from(a.heads).div_ceil(tp);
+    let per_token_attention = u64::from(a.q_lora_rank.unwrap_or(0))
+        + heads
+            * (u64::from(a.qk_head_dim())
+                + 2 * u64::from(a.kv_lora_rank)
+                + u64::from(a.v_head_dim))
+        + u64::from(a.cached_width());
+    let dense = 3 * u64::from(config.intermediate_size).div_ceil(tp);
+    let moe = config.moe.as_ref().map_or(0, |moe| {
+        let inner = u64::from(moe.intermediate_size);
+        let rows = u64::from(moe.experts_per_token + moe.shared_experts);
+        u64::from(moe.routed_experts) + rows * (3 * inner.div_ceil(tp) + d)
+    });
+    Workspace {
+        hidden: 4 * tokens * d,
+        attention: tokens * per_token_attention,
+        mlp: tokens * dense.max(moe),
+        logits: u64::from(max_num_seqs) * u64::from(config.vocab_size),
+    }
+}

@@ -1,0 +1,21 @@
+//! The contract between operator and engine: what a model is, how an engine pod is configured,
+//! what it reports, and the exact metric names it exposes.
+//!
+//! Everything here is plain data plus total functions; nothing reads files, clocks or the
+//! environment. Both binaries link this crate, so a field that changes here changes on both sides
+//! at once.
+
+pub mod engine_config;
+pub mod health;
+pub mod inspect;
+pub mod metrics;
+pub mod model_config;
+mod published;
+
+pub use engine_config::{Device, Dtype, EngineConfig, EngineConfigError, ModelSource, Parallelism};
+pub use health::{LoadReport, StartupPhase, StartupReport};
+pub use inspect::{InspectError, InspectReport, ModelFacts, ModelFault};
+pub use model_config::{
+    Architecture, ConfigError, GateScoring, GateSelection, MlaConfig, ModelConfig, MoeConfig,
+    RopeScaling, StoredDtype, WeightBlocks,
+};
