@@ -1,0 +1,36 @@
+//! The `ModelDeployment` custom resource: what a user wishes, what the operator reports.
+//!
+//! Types only: no client, no decisions. Every doc comment becomes the text of `kubectl explain`,
+//! every `x_kube` rule is enforced by the API server and has a twin in
+//! `operator_core::validate`, because a stored object may predate a rule.
+
+pub mod condition;
+mod crd;
+pub mod quantity;
+pub mod spec;
+pub mod status;
+pub mod template;
+
+pub use condition::{ConditionStatus, ConditionType, Reason};
+pub use crd::crd;
+pub use quantity::Quantity;
+pub use spec::{
+    Accelerator, AcceleratorType, Autoscaling, AutoscalingTargets, ConfigMapReference, Context,
+    Model, ModelDeployment, ModelDeploymentSpec, Parallelism, Placement, Precision, Rollout,
+    SecretReference, Stabilization, Topology,
+};
+pub use status::{
+    AutoscalingStatus, LoadProgress, ModelDeploymentStatus, PendingScale, Performance, Phase,
+    PlanSummary, RankBytes,
+};
+pub use template::{
+    ConfigMapVolume, EmptyDirVolume, EnvVar, EnvVarSource, KeyReference, LocalReference,
+    PersistentVolumeClaimVolume, PodTemplate, Resources, SecretVolume, Volume,
+};
+
+/// API group of the custom resource.
+pub const GROUP: &str = "cachalot.dev";
+/// Served and stored version.
+pub const VERSION: &str = "v1alpha1";
+/// Kind of the custom resource.
+pub const KIND: &str = "ModelDeployment";

@@ -1,0 +1,303 @@
+//! A linter for plans: the rules that every plan keeps, whatever the snapshot.
+//!
+//! It shares no code with the planner's choices, so that a mistake there is found here. Every plan
+//! is checked before it leaves the core, and every test and simulation runs it again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::names;
+use crate::plan::{Action, Kind, Object, Plan};
+use crate::replicas::{Replica, State, observe};
+use crate::resources::Resources;
+use crate::snapshot::Snapshot;
+use crate::validate::validate;
+
+/// A rule that a plan breaks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Flaw {
+    /// Two actions write the same object.
+    WrittenTwice(String),
+    /// A delete or patch of a pod that was not observed with that uid.
+    Unobserved(String),
+    /// A replica index would have two pods that may run.
+    IndexTwice(u32),
+    /// More pods than wanted plus surge.
+    TooMany {
+        /// Pods after the plan.
+        pods: u32,
+        /// Pods allowed.
+        allowed: u32,
+    },
+    /// Fewer answering replicas than promised, by our own doing.
+    TooFew {
+        /// Answering replicas after the plan.
+        ready: u32,
+        /// Answering replicas promised.
+        promised: u32,
+    },
+    /// First choices of new pods take more of a node than it has.
+    Overbooked(String),
+    /// A created object without owner, label or valid name.
+    Malformed(String),
+    /// A pod that the restricted pod security standard would refuse.
+    Unrestricted(String),
+    /// A condition twice, or one that is not in the closed set.
+    Condition(String),
+}
+
+impl fmt::Display for Flaw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::WrittenTwice(name) => write!(f, "{name} is written twice"),
+            Self::Unobserved(name) => write!(f, "{name} was not observed"),
+            Self::IndexTwice(index) => write!(f, "replica {index} would have two pods"),
+            Self::TooMany { pods, allowed } => write!(f, "{pods} pods, {allowed} are allowed"),
+            Self::TooFew { ready, promised } => {
+                write!(f, "{ready} replicas would answer, {promised} are promised")
+            }
+            Self::Overbooked(node) => write!(f, "node {node} is overbooked"),
+            Self::Malformed(name) => write!(f, "{name} is malformed"),
+            Self::Unrestricted(name) => write!(f, "pod {name} is not restricted"),
+            Self::Condition(kind) => write!(f, "condition {kind} is wrong"),
+        }
+    }
+}
+
+/// All rules a plan breaks.
+pub fn check(plan: &Plan, snapshot: &Snapshot) -> Vec<Flaw> {
+    let mut flaws = Vec::new();
+    check_writes(plan, snapshot, &mut flaws);
+    check_objects(plan, snapshot, &mut flaws);
+    check_replicas(plan, snapshot, &mut flaws);
+    check_room(plan, snapshot, &mut flaws);
+    let mut kinds = BTreeSet::new();
+    for condition in &plan.status.conditions {
+        let is_known = operator_api::ConditionType::parse(&condition.type_).is_some()
+            && operator_api::Reason::parse(&condition.reason).is_some();
+        if !is_known || !kinds.insert(&condition.type_) {
+            flaws.push(Flaw::Condition(condition.type_.clone()));
+        }
+    }
+    flaws
+}
+
+fn check_writes(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
+    let mut written = BTreeSet::new();
+    for action in &plan.actions {
+        let (kind, name) = match action {
+            Action::Create(object) | Action::Apply(object) => (object.kind(), object.name()),
+            Action::PatchPod { name, .. } => (Kind::Pod, name.as_str()),
+            Action::Delete { kind, name, .. } => (*kind, name.as_str()),
+        };
+        if !written.insert((kind, name)) {
+            flaws.push(Flaw::WrittenTwice(format!("{} {name}", kind.as_str())));
+        }
+        let is_observed = match action {
+            Action::PatchPod { uid, .. } => snapshot
+                .pods
+                .iter()
+                .any(|p| p.name == name && p.uid == *uid),
+            Action::Delete {
+                kind: Kind::Pod,
+                uid,
+                ..
+            } => snapshot
+                .pods
+                .iter()
+                .any(|p| p.name == name && p.uid == *uid),
+            Action::Delete {
+                kind: Kind::ConfigMap,
+                uid,
+                ..
+            } => snapshot
+                .config_maps
+                .iter()
+                .any(|m| m.name == name && m.uid == *uid),
+            Action::Delete { .. } => false,
+            Action::Create(_) | Action::Apply(_) => true,
+        };
+        if !is_observed {
+            flaws.push(Flaw::Unobserved(format!("{} {name}", kind.as_str())));
+        }
+    }
+}
+
+fn check_objects(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
+    let owner = snapshot
+        .deployment
+        .metadata
+        .uid
+        .as_deref()
+        .unwrap_or_default();
+    for action in &plan.actions {
+        let (Action::Create(object) | Action::Apply(object)) = action else {
+            continue;
+        };
+        let metadata = match object {
+            Object::Pod(object) => &object.metadata,
+            Object::ConfigMap(object) => &object.metadata,
+            Object::Service(object) => &object.metadata,
+            Object::PodDisruptionBudget(object) => &object.metadata,
+        };
+        let labels = metadata.labels.clone().unwrap_or_default();
+        let owners = metadata.owner_references.as_deref().unwrap_or_default();
+        let is_formed = owners.len() == 1
+            && owners[0].uid == owner
+            && owners[0].controller == Some(true)
+            && metadata.namespace == snapshot.deployment.metadata.namespace
+            && labels.get(names::MODEL_DEPLOYMENT) == snapshot.deployment.metadata.name.as_ref()
+            && labels.contains_key(names::COMPONENT)
+            && (1..=63).contains(&object.name().len());
+        if !is_formed {
+            flaws.push(Flaw::Malformed(object.name().to_owned()));
+        }
+        if let Object::Pod(pod) = object
+            && !is_restricted(pod)
+        {
+            flaws.push(Flaw::Unrestricted(object.name().to_owned()));
+        }
+    }
+}
+
+/// The restricted pod security standard, as far as our pods could break it.
+fn is_restricted(pod: &Pod) -> bool {
+    let Some(spec) = &pod.spec else { return false };
+    let Some(security) = &spec.security_context else {
+        return false;
+    };
+    let seccomp = security.seccomp_profile.as_ref().map(|p| p.type_.as_str());
+    let pod_is = security.run_as_non_root == Some(true)
+        && seccomp == Some("RuntimeDefault")
+        && spec.host_network != Some(true)
+        && spec.automount_service_account_token == Some(false);
+    let volumes_are = spec
+        .volumes
+        .iter()
+        .flatten()
+        .all(|volume| volume.host_path.is_none());
+    let containers_are = spec.containers.iter().all(|container| {
+        container.security_context.as_ref().is_some_and(|security| {
+            let drops = security.capabilities.as_ref().and_then(|c| c.drop.as_ref());
+            security.allow_privilege_escalation == Some(false)
+                && security.read_only_root_filesystem == Some(true)
+                && drops.is_some_and(|drops| drops.iter().any(|drop| drop == "ALL"))
+        })
+    });
+    pod_is && volumes_are && containers_are
+}
+
+fn check_replicas(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
+    let Ok(valid) = validate(&snapshot.deployment) else {
+        return;
+    };
+    let replicas = observe(snapshot);
+    let mut removed = BTreeSet::new();
+    let mut drained = BTreeSet::new();
+    let mut taken_back = BTreeSet::new();
+    let mut created: Vec<&Pod> = Vec::new();
+    for action in &plan.actions {
+        match action {
+            Action::Create(Object::Pod(pod)) if label(pod, names::COMPONENT) == names::ENGINE => {
+                created.push(pod);
+            }
+            Action::Delete {
+                kind: Kind::Pod,
+                name,
+                ..
+            } => {
+                removed.insert(name.as_str());
+            }
+            Action::PatchPod { name, labels, .. } => {
+                let serving = labels.get(names::SERVING).map(String::as_str);
+                if serving == Some("false") {
+                    &mut drained
+                } else {
+                    &mut taken_back
+                }
+                .insert(name.as_str());
+            }
+            _ => {}
+        }
+    }
+    let stays = |replica: &&Replica<'_>| !removed.contains(replica.pod.name.as_str());
+    let may_run = |replica: &&Replica<'_>| !matches!(replica.state, State::Failed { .. });
+    let mut indices = BTreeSet::new();
+    // A pod that is only being deleted may still run: its index is taken as well.
+    let existing = replicas.iter().filter(may_run).filter_map(Replica::index);
+    let new = created
+        .iter()
+        .filter_map(|pod| label(pod, names::REPLICA).parse().ok());
+    for (index, is_new) in existing.map(|i| (i, false)).chain(new.map(|i| (i, true))) {
+        if !indices.insert(index) && is_new {
+            flaws.push(Flaw::IndexTwice(index));
+        }
+    }
+    let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+    let wanted = plan
+        .status
+        .wanted_replicas
+        .and_then(|n| u32::try_from(n).ok())
+        .unwrap_or(0);
+    let live_before = count(replicas.iter().filter(|r| r.is_live()).count());
+    let live_after = count(
+        replicas
+            .iter()
+            .filter(|r| r.is_live())
+            .filter(stays)
+            .count()
+            + created.len(),
+    );
+    let allowed = wanted.saturating_add(valid.surge_max).max(live_before);
+    if !created.is_empty() && live_after > allowed {
+        flaws.push(Flaw::TooMany {
+            pods: live_after,
+            allowed,
+        });
+    }
+    let ready_before = count(replicas.iter().filter(|r| r.is_ready()).count());
+    let is_taken_away = |r: &&Replica<'_>| {
+        r.is_ready()
+            && (removed.contains(r.pod.name.as_str()) || drained.contains(r.pod.name.as_str()))
+    };
+    let taken_away = count(replicas.iter().filter(is_taken_away).count());
+    let ready = ready_before - taken_away;
+    let promised = wanted.saturating_sub(valid.unavailable_max);
+    if taken_away > 0 && ready < promised {
+        flaws.push(Flaw::TooFew { ready, promised });
+    }
+}
+
+fn check_room(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
+    let mut taken: BTreeMap<String, Resources> = BTreeMap::new();
+    for action in &plan.actions {
+        let Action::Create(Object::Pod(pod)) = action else {
+            continue;
+        };
+        let nodes = crate::objects::preferred_nodes(pod);
+        if let (Some(node), Some(spec)) = (nodes.first(), &pod.spec) {
+            *taken.entry(node.clone()).or_default() += Resources::of_pod(spec);
+        }
+    }
+    for (name, amount) in taken {
+        let fits = snapshot.cluster.nodes.get(&name).is_some_and(|node| {
+            let free = snapshot.cluster.free(node);
+            amount.gpus <= free.gpus
+                && amount.memory_bytes <= free.memory_bytes
+                && amount.cpu_millis <= free.cpu_millis
+                && amount.pods <= free.pods
+        });
+        if !fits {
+            flaws.push(Flaw::Overbooked(name));
+        }
+    }
+}
+
+fn label<'a>(pod: &'a Pod, key: &str) -> &'a str {
+    let labels = pod.metadata.labels.as_ref();
+    labels
+        .and_then(|labels| labels.get(key))
+        .map_or("", String::as_str)
+}

@@ -1,0 +1,420 @@
+//! From snapshot to plan: validate → inspect → lay out → place and roll out → report → check.
+
+use std::time::Duration;
+
+use engine_spec::ModelFacts;
+use operator_api::{ConditionStatus, Reason};
+
+use crate::check::check;
+use crate::fit::{self, Layout, NoLayout};
+use crate::inspect::{self, Facts, source_hash};
+use crate::names::{self, Revision};
+use crate::objects;
+use crate::placement::{self, Room, Wish};
+use crate::plan::{Action, Kind, Object, Plan, Settings};
+use crate::replicas::{self, Given, Moves, Replica, State};
+use crate::resources::human_bytes;
+use crate::scaling;
+use crate::snapshot::Snapshot;
+use crate::status::{Report, Verdict};
+use crate::validate::{Scale, ValidDeployment, validate};
+
+/// Seconds between looks while something moves: replicas load, demand steers.
+const LOOK_SECONDS_BUSY: u64 = 2;
+/// Seconds between looks while demand steers.
+const LOOK_SECONDS_STEERED: u64 = 5;
+/// Seconds between looks at replicas that serve, for the figures in the status.
+const LOOK_SECONDS_SERVING: u64 = 15;
+/// Seconds between looks while a replica has no place; changes of nodes wake earlier.
+const LOOK_SECONDS_UNPLACED: u64 = 30;
+
+/// Decides what to do about one ModelDeployment.
+///
+/// The plan has passed [`check`]; one that has not is reported and does nothing.
+pub fn plan(snapshot: &Snapshot, settings: &Settings) -> Plan {
+    let deployment = &snapshot.deployment;
+    if deployment.metadata.deletion_timestamp.is_some() {
+        // Kubernetes removes the children by their owner; anything created now would be in its way.
+        return Plan {
+            status: deployment.status.clone().unwrap_or_default(),
+            ..Plan::default()
+        };
+    }
+    let mut plan = decide(snapshot, settings);
+    let flaws = check(&plan, snapshot);
+    if let Some(flaw) = flaws.first() {
+        plan = rejected(snapshot, &flaw.to_string());
+    }
+    plan
+}
+
+fn decide(snapshot: &Snapshot, settings: &Settings) -> Plan {
+    let replicas = replicas::observe(snapshot);
+    let valid = match validate(&snapshot.deployment) {
+        Ok(valid) => valid,
+        Err(violations) => {
+            let message = format!("{violations}. Replicas that run are left as they are");
+            return blocked(
+                snapshot,
+                &replicas,
+                Verdict::no(Reason::SpecInvalid, message),
+            );
+        }
+    };
+    let decided = Decided::new(snapshot, &replicas, &valid);
+    decided.plan(settings)
+}
+
+/// The plan when nothing may be decided: status and events only.
+fn blocked(snapshot: &Snapshot, replicas: &[Replica<'_>], verdict: Verdict) -> Plan {
+    let stored = snapshot.deployment.status.as_ref();
+    let wanted = stored
+        .and_then(|status| status.wanted_replicas)
+        .or(snapshot.deployment.spec.replicas);
+    let moves = Moves::default();
+    let report = Report {
+        snapshot,
+        replicas,
+        valid: verdict.clone(),
+        inspected: Verdict::unknown(verdict.reason, "the spec is not valid"),
+        planned: Verdict::no(verdict.reason, verdict.message),
+        scaling: Verdict::no(Reason::SpecInvalid, "the spec is not valid"),
+        wanted: wanted
+            .and_then(|number| u32::try_from(number).ok())
+            .unwrap_or(0),
+        unavailable_max: 0,
+        layout: None,
+        moves: &moves,
+        digest: None,
+        autoscaling: stored.and_then(|status| status.autoscaling.clone()),
+    };
+    let (status, events) = report.finish();
+    Plan {
+        status,
+        events,
+        ..Plan::default()
+    }
+}
+
+/// The plan in place of one that breaks its own rules: a bug, told of instead of acted on.
+fn rejected(snapshot: &Snapshot, flaw: &str) -> Plan {
+    let replicas = replicas::observe(snapshot);
+    let message = format!(
+        "the plan breaks a rule and is not carried out: {flaw}. This is a bug of the operator; please report it with this message"
+    );
+    let mut plan = blocked(
+        snapshot,
+        &replicas,
+        Verdict::unknown(Reason::PlanRejected, message),
+    );
+    plan.wake_after = Some(Duration::from_secs(LOOK_SECONDS_UNPLACED));
+    plan
+}
+
+struct Decided<'a> {
+    snapshot: &'a Snapshot,
+    replicas: &'a [Replica<'a>],
+    valid: &'a ValidDeployment,
+    wanted: u32,
+    scaling: Verdict,
+    autoscaling: Option<operator_api::AutoscalingStatus>,
+}
+
+impl<'a> Decided<'a> {
+    fn new(
+        snapshot: &'a Snapshot,
+        replicas: &'a [Replica<'a>],
+        valid: &'a ValidDeployment,
+    ) -> Self {
+        let (wanted, scaling, autoscaling) = match &valid.scale {
+            Scale::Fixed(number) => {
+                let words = format!("spec.replicas = {number}");
+                (*number, Verdict::no(Reason::FixedReplicas, words), None)
+            }
+            Scale::Range(range) => {
+                let ready = replicas
+                    .iter()
+                    .filter(|replica| replica.is_ready())
+                    .map(|replica| snapshot.samples.get(&replica.pod.name));
+                let load = scaling::collect(ready, snapshot.demand, snapshot.now);
+                let status = snapshot.deployment.status.as_ref();
+                let before = status.and_then(|status| status.autoscaling.as_ref());
+                let live = replicas.iter().filter(|replica| replica.is_live()).count();
+                let live = u32::try_from(live).unwrap_or(u32::MAX);
+                let decision =
+                    scaling::decide(range, before, live, &load, valid.max_num_seqs, snapshot.now);
+                let active = if decision.is_active {
+                    ConditionStatus::True
+                } else {
+                    ConditionStatus::Unknown
+                };
+                let verdict = Verdict::new(active, decision.reason, decision.message.clone());
+                (decision.wanted(), verdict, Some(decision.status))
+            }
+        };
+        Self {
+            snapshot,
+            replicas,
+            valid,
+            wanted,
+            scaling,
+            autoscaling,
+        }
+    }
+
+    fn plan(self, settings: &Settings) -> Plan {
+        let inspection = inspect::inspect(self.valid, self.snapshot, settings);
+        let mut actions = inspection.actions;
+        let front = self.front_door();
+        let (facts, inspected) = match inspection.facts {
+            Facts::Known(facts) => {
+                let words = facts_words(&facts);
+                (Some(facts), Verdict::yes(Reason::FactsKnown, words))
+            }
+            Facts::Inspecting { message } => (None, Verdict::unknown(Reason::Inspecting, message)),
+            Facts::Failed { reason, message } => (None, Verdict::no(reason, message)),
+        };
+        let mut chosen = None;
+        let mut old_configs = Vec::new();
+        // The address exists before anything answers there, so that clients can be pointed at it.
+        actions.extend(front.iter().flatten().cloned());
+        let mut moves =
+            replicas::moves_without_plan(self.valid, self.wanted, self.snapshot, self.replicas);
+        let planned = match (&front, &facts) {
+            (Err(taken), _) => Verdict::no(Reason::NameTaken, taken.clone()),
+            (Ok(_), None) => Verdict::unknown(
+                Reason::WaitingForFacts,
+                "planning waits for the model's facts",
+            ),
+            (Ok(_), Some(facts)) => match self.choose(facts, settings) {
+                Err(NoLayout { reason, message }) => Verdict::no(reason, message),
+                Ok((revision, layout)) => {
+                    actions.extend(self.engine_config(&layout, &revision));
+                    moves = replicas::moves(
+                        Given {
+                            valid: self.valid,
+                            layout: &layout,
+                            revision: &revision,
+                            wanted: self.wanted,
+                            settings,
+                            snapshot: self.snapshot,
+                        },
+                        self.replicas,
+                    );
+                    old_configs = self.old_configs(&revision);
+                    let verdict = self.placed(&layout, &moves);
+                    chosen = Some((revision, layout));
+                    verdict
+                }
+            },
+        };
+        actions.extend(moves.actions.iter().cloned());
+        actions.extend(old_configs);
+        let wake_after = self.wake_after(inspection.wake_after, &moves, chosen.is_some());
+        let report = Report {
+            snapshot: self.snapshot,
+            replicas: self.replicas,
+            valid: Verdict::yes(Reason::SpecValid, "the spec can be served"),
+            inspected,
+            planned,
+            scaling: self.scaling,
+            wanted: self.wanted,
+            unavailable_max: self.valid.unavailable_max,
+            layout: chosen.as_ref().map(|(revision, layout)| (revision, layout)),
+            moves: &moves,
+            digest: facts.map(|facts| facts.digest),
+            autoscaling: self.autoscaling,
+        };
+        let (status, events) = report.finish();
+        Plan {
+            actions,
+            status,
+            events,
+            wake_after,
+        }
+    }
+
+    /// The Service and the budget, where they differ from what is wanted.
+    fn front_door(&self) -> Result<Vec<Action>, String> {
+        let service = objects::service(self.valid);
+        let budget = objects::disruption_budget(self.valid, self.wanted);
+        let owners = [
+            (
+                "Service",
+                self.snapshot.service.as_ref().map(|s| &s.metadata),
+            ),
+            (
+                "PodDisruptionBudget",
+                self.snapshot
+                    .disruption_budget
+                    .as_ref()
+                    .map(|b| &b.metadata),
+            ),
+        ];
+        for (kind, metadata) in owners {
+            let is_foreign = metadata.is_some_and(|metadata| {
+                let mut owners = metadata.owner_references.iter().flatten();
+                !owners.any(|owner| owner.uid == self.valid.uid)
+            });
+            if is_foreign {
+                return Err(format!(
+                    "metadata.name = {}: a {kind} of that name belongs to someone else; delete it or choose another name",
+                    self.valid.name
+                ));
+            }
+        }
+        let mut actions = Vec::new();
+        let is_same = |actual: serde_json::Value, desired: serde_json::Value| {
+            objects::covers(&actual, &desired)
+        };
+        let found = self.snapshot.service.as_deref();
+        if !found.is_some_and(|found| is_same(serde_json::json!(found), serde_json::json!(service)))
+        {
+            actions.push(Action::Apply(Object::Service(Box::new(service))));
+        }
+        let found = self.snapshot.disruption_budget.as_deref();
+        if !found.is_some_and(|found| is_same(serde_json::json!(found), serde_json::json!(budget)))
+        {
+            actions.push(Action::Apply(Object::PodDisruptionBudget(Box::new(budget))));
+        }
+        Ok(actions)
+    }
+
+    /// The layout to use: the one that replicas run already, else the first with room, else the
+    /// best. Nodes that come and go must not change the revision of what runs.
+    fn choose(
+        &self,
+        facts: &ModelFacts,
+        settings: &Settings,
+    ) -> Result<(Revision, Layout), NoLayout> {
+        let layouts = fit::layouts(self.valid, facts, &self.snapshot.cluster)?;
+        let mut candidates: Vec<(Revision, Layout)> = layouts
+            .into_iter()
+            .map(|layout| (objects::revision(self.valid, &layout, settings), layout))
+            .collect();
+        let in_use = candidates.iter().position(|(revision, _)| {
+            self.replicas.iter().any(|replica| {
+                replica.revision() == revision.as_str() && replica.state != State::Leaving
+            })
+        });
+        let has_room = |layout: &Layout| {
+            let wish = Wish {
+                layout,
+                requests: objects::engine_requests(self.valid, layout),
+                placement: &self.valid.placement,
+                own: Default::default(),
+                avoid: Vec::new(),
+            };
+            placement::offer(&wish, &Room::new(&self.snapshot.cluster)).is_ok()
+        };
+        let index = in_use
+            .or_else(|| candidates.iter().position(|(_, layout)| has_room(layout)))
+            .unwrap_or(0);
+        Ok(candidates.swap_remove(index))
+    }
+
+    fn engine_config(&self, layout: &Layout, revision: &Revision) -> Option<Action> {
+        let wanted = objects::engine_config_map(self.valid, layout, revision);
+        let name = names::engine_config_map(&self.valid.name, revision);
+        let is_there = self
+            .snapshot
+            .config_maps
+            .iter()
+            .any(|map| map.name == name && Some(&map.data) == wanted.data.as_ref());
+        (!is_there).then(|| Action::Apply(Object::ConfigMap(Box::new(wanted))))
+    }
+
+    /// Configurations of revisions that no pod uses any more.
+    fn old_configs(&self, current: &Revision) -> Vec<Action> {
+        let prefix = format!("{}-", self.valid.name);
+        let kept = names::facts_config_map(&self.valid.name, &source_hash(self.valid));
+        let is_unused = |revision: &str| {
+            revision.len() == 8
+                && revision != current.as_str()
+                && self
+                    .replicas
+                    .iter()
+                    .all(|replica| replica.revision() != revision)
+        };
+        self.snapshot
+            .config_maps
+            .iter()
+            .filter(|map| map.name != kept)
+            .filter(|map| map.name.strip_prefix(&prefix).is_some_and(is_unused))
+            .map(|map| Action::Delete {
+                kind: Kind::ConfigMap,
+                name: map.name.clone(),
+                uid: map.uid.clone(),
+            })
+            .collect()
+    }
+
+    fn placed(&self, layout: &Layout, moves: &Moves) -> Verdict {
+        let words = fit::layout_words(layout);
+        if moves.unplaced == 0 {
+            return Verdict::yes(Reason::FitFound, words);
+        }
+        let why_not = placement::grouped(moves.why_not.iter().cloned());
+        let is_rolling = self.replicas.iter().any(|replica| {
+            replica.is_live()
+                && self
+                    .replicas
+                    .iter()
+                    .any(|other| other.is_live() && other.revision() != replica.revision())
+        });
+        let hint = if is_rolling {
+            ". A rollout needs room for one more replica, or spec.rollout.maxUnavailable of at least 1"
+        } else {
+            ""
+        };
+        Verdict::no(
+            Reason::NoNodeFits,
+            format!(
+                "{} of {} replicas have no place. {why_not}{hint}. The plan is {words}",
+                moves.unplaced, self.wanted
+            ),
+        )
+    }
+
+    fn wake_after(
+        &self,
+        inspection: Option<Duration>,
+        moves: &Moves,
+        is_planned: bool,
+    ) -> Option<Duration> {
+        let moving = self.replicas.iter().any(|replica| {
+            matches!(
+                replica.state,
+                State::Starting | State::Failing { .. } | State::Draining { .. }
+            )
+        });
+        let serving = self.replicas.iter().any(Replica::is_ready);
+        let steered = self.autoscaling.is_some();
+        let looks = [
+            (moving, LOOK_SECONDS_BUSY),
+            (steered && serving, LOOK_SECONDS_STEERED),
+            (serving, LOOK_SECONDS_SERVING),
+            (moves.unplaced > 0 || !is_planned, LOOK_SECONDS_UNPLACED),
+        ];
+        looks
+            .into_iter()
+            .filter(|(applies, _)| *applies)
+            .map(|(_, seconds)| Duration::from_secs(seconds))
+            .chain(inspection)
+            .chain(moves.wake_after)
+            .min()
+    }
+}
+
+fn facts_words(facts: &ModelFacts) -> String {
+    let (scaled, word) = match facts.parameters {
+        0..1_000_000_000 => (facts.parameters as f64 / 1e6, "million"),
+        _ => (facts.parameters as f64 / 1e9, "billion"),
+    };
+    format!(
+        "{}, {scaled:.1} {word} parameters, {} of weights, {}",
+        facts.config.architecture,
+        human_bytes(facts.weight_bytes),
+        facts.digest
+    )
+}

@@ -1,0 +1,406 @@
+//! How one replica can be laid out: for each kind of device present, the smallest number of
+//! devices on which the engine's own memory plan fits.
+//!
+//! The same [`engine_memory::memory_plan`] runs here and in the engine, so a fit is a proof and
+//! not an estimate. Kinds of device come from what gpu-feature-discovery says about nodes: product
+//! prefix and memory, never exact product names.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use engine_memory::{MemoryPlan, MemoryRequest, memory_plan};
+use engine_spec::{Device, EngineConfig, ModelFacts, Parallelism};
+use operator_api::Reason;
+
+use crate::resources::human_bytes;
+use crate::snapshot::{Cluster, NodeView};
+use crate::validate::{ValidAccelerator, ValidDeployment};
+
+/// Share of a GPU's memory that is planned with, in percent: drivers keep some for themselves, and
+/// the label counts it.
+const GPU_USABLE_PERCENT: u64 = 95;
+/// Numbers of GPUs tried when parallelism is automatic.
+const GPU_COUNTS: &[u32] = &[1, 2, 4, 8, 16];
+/// bfloat16 arithmetic begins with this compute capability.
+const COMPUTE_MAJOR_MIN: u32 = 8;
+
+/// A kind of device.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum DeviceKind {
+    /// A node's processors.
+    Cpu,
+    /// GPUs of one product and memory size.
+    Gpu {
+        /// Value of `nvidia.com/gpu.product`.
+        product: String,
+        /// Memory of one GPU by its label.
+        memory_bytes: u64,
+    },
+}
+
+impl DeviceKind {
+    /// Memory of one device that may be planned with.
+    pub fn usable_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Cpu => None,
+            Self::Gpu { memory_bytes, .. } => Some(memory_bytes / 100 * GPU_USABLE_PERCENT),
+        }
+    }
+
+    /// Product, for status.
+    pub fn product(&self) -> Option<&str> {
+        match self {
+            Self::Cpu => None,
+            Self::Gpu { product, .. } => Some(product),
+        }
+    }
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("CPU"),
+            Self::Gpu { product, .. } => f.write_str(product),
+        }
+    }
+}
+
+/// What the labels of a node say about its GPUs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodeGpus {
+    /// No GPU, or none that is labelled.
+    None,
+    /// GPUs that several pods share, or parts of GPUs.
+    Shared,
+    /// GPUs too old for the engine's arithmetic.
+    Old {
+        /// Compute capability, major part.
+        compute_major: u32,
+    },
+    /// GPUs that can be used.
+    Usable(DeviceKind),
+}
+
+/// Reads the labels of gpu-feature-discovery.
+pub fn node_gpus(node: &NodeView) -> NodeGpus {
+    let product = node.label("nvidia.com/gpu.product");
+    let Ok(memory_mib) = node.label("nvidia.com/gpu.memory").parse::<u64>() else {
+        return NodeGpus::None;
+    };
+    let strategy = node.label("nvidia.com/gpu.sharing-strategy");
+    if product.ends_with("-SHARED") || product.contains("-MIG-") || !matches!(strategy, "" | "none")
+    {
+        return NodeGpus::Shared;
+    }
+    if let Ok(compute_major) = node.label("nvidia.com/gpu.compute.major").parse::<u32>()
+        && compute_major < COMPUTE_MAJOR_MIN
+    {
+        return NodeGpus::Old { compute_major };
+    }
+    NodeGpus::Usable(DeviceKind::Gpu {
+        product: product.to_owned(),
+        memory_bytes: memory_mib.saturating_mul(1 << 20),
+    })
+}
+
+/// A layout of one replica that fits its devices.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Layout {
+    /// Kind of device.
+    pub kind: DeviceKind,
+    /// How it is split.
+    pub parallelism: Parallelism,
+    /// Its memory.
+    pub memory: MemoryPlan,
+    /// What the engine is told, `planned_bytes` included.
+    pub engine: EngineConfig,
+}
+
+impl Layout {
+    /// GPUs of one replica; 0 on processors.
+    pub fn gpus(&self) -> u32 {
+        match self.kind {
+            DeviceKind::Cpu => 0,
+            DeviceKind::Gpu { .. } => self.parallelism.ranks(),
+        }
+    }
+}
+
+/// Why there is no layout.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NoLayout {
+    /// Reason of the condition Planned.
+    pub reason: Reason,
+    /// For people.
+    pub message: String,
+}
+
+/// Every layout that fits, best first: products in the order asked for, then the fewest GPUs,
+/// then the smallest.
+///
+/// # Errors
+/// When none fits, with the numbers for each kind of device present.
+pub fn layouts(
+    valid: &ValidDeployment,
+    facts: &ModelFacts,
+    cluster: &Cluster,
+) -> Result<Vec<Layout>, NoLayout> {
+    let ValidAccelerator::Nvidia {
+        products,
+        memory_bytes_min,
+    } = &valid.accelerator
+    else {
+        let limits = valid.template.resources.as_ref().map(|r| &r.limits);
+        let capacity = limits.and_then(|limits| limits.get("memory")?.value());
+        let parallelism = Parallelism::default();
+        return layout(valid, facts, DeviceKind::Cpu, parallelism, capacity)
+            .map(|layout| vec![layout])
+            .map_err(|misfit| NoLayout {
+                reason: Reason::MemoryDoesNotFit,
+                message: format!("on the CPU: {misfit}"),
+            });
+    };
+    let kinds = gpu_kinds(cluster);
+    if kinds.is_empty() {
+        return Err(NoLayout {
+            reason: Reason::NoNodeFits,
+            message: format!(
+                "no node offers whole NVIDIA GPUs with the labels nvidia.com/gpu.memory and nvidia.com/gpu.product; add GPU nodes with gpu-feature-discovery, or use spec.accelerator.type cpu. {}",
+                without_gpus(cluster).join("; ")
+            ),
+        });
+    }
+    let gpus_per_node_max = kinds.values().map(|present| present.gpus_per_node).max();
+    if let Some(given) = valid.parallelism
+        && gpus_per_node_max.is_some_and(|most| given.ranks() > most)
+    {
+        return Err(NoLayout {
+            reason: Reason::NotServedYet,
+            message: format!(
+                "spec.parallelism asks for {} GPUs in one replica and no node has more than {}; replicas over several nodes are not served yet, so ask for fewer or remove spec.parallelism",
+                given.ranks(),
+                gpus_per_node_max.unwrap_or(0)
+            ),
+        });
+    }
+    let mut fitting = Vec::new();
+    let mut misfits = Vec::new();
+    for (kind, present) in kinds {
+        let nodes = format!(
+            "{} with {} x {kind}",
+            nodes(present.nodes),
+            present.gpus_per_node
+        );
+        let Some(rank) = preference(&kind, products, *memory_bytes_min) else {
+            misfits.push(format!("{nodes}: not asked for by spec.accelerator"));
+            continue;
+        };
+        match smallest_layout(valid, facts, &kind, present.gpus_per_node) {
+            Ok(layout) => fitting.push((rank, layout)),
+            Err(why) => misfits.push(format!("{nodes}: {why}")),
+        }
+    }
+    if fitting.is_empty() {
+        misfits.extend(without_gpus(cluster));
+        return Err(NoLayout {
+            reason: Reason::MemoryDoesNotFit,
+            message: misfits.join("; "),
+        });
+    }
+    fitting.sort_by(|(left_rank, left), (right_rank, right)| {
+        let key =
+            |rank: &usize, layout: &Layout| (*rank, layout.gpus(), layout.kind.usable_bytes());
+        key(left_rank, left)
+            .cmp(&key(right_rank, right))
+            .then_with(|| left.kind.cmp(&right.kind))
+    });
+    Ok(fitting.into_iter().map(|(_, layout)| layout).collect())
+}
+
+/// How much of a kind of GPU there is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Present {
+    nodes: usize,
+    /// The most that one node has.
+    gpus_per_node: u32,
+}
+
+/// Kinds of GPU present.
+fn gpu_kinds(cluster: &Cluster) -> BTreeMap<DeviceKind, Present> {
+    let mut kinds: BTreeMap<DeviceKind, Present> = BTreeMap::new();
+    for node in cluster.nodes.values() {
+        if let NodeGpus::Usable(kind) = node_gpus(node)
+            && node.allocatable.gpus > 0
+        {
+            let gpus = u32::try_from(node.allocatable.gpus).unwrap_or(u32::MAX);
+            let present = kinds.entry(kind).or_default();
+            present.nodes += 1;
+            present.gpus_per_node = gpus.max(present.gpus_per_node);
+        }
+    }
+    kinds
+}
+
+/// Nodes that have no GPU to plan with, by why.
+fn without_gpus(cluster: &Cluster) -> Vec<String> {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for node in cluster.nodes.values() {
+        let why = match node_gpus(node) {
+            NodeGpus::Usable(_) if node.allocatable.gpus > 0 => continue,
+            NodeGpus::Usable(_) => {
+                "GPUs by their labels, but no nvidia.com/gpu to allocate; is the device plugin running?"
+            }
+            NodeGpus::None => "no GPU",
+            NodeGpus::Shared => "GPUs are shared or sliced, which is not served yet",
+            NodeGpus::Old { .. } => "GPUs of a compute capability below 8.0",
+        };
+        *counts.entry(why).or_default() += 1;
+    }
+    counts
+        .into_iter()
+        .map(|(why, count)| format!("{}: {why}", nodes(count)))
+        .collect()
+}
+
+fn nodes(count: usize) -> String {
+    format!("{count} {}", if count == 1 { "node" } else { "nodes" })
+}
+
+/// Rank of a kind in the order asked for; none when it is excluded.
+pub fn preference(
+    kind: &DeviceKind,
+    products: &[String],
+    memory_bytes_min: Option<u64>,
+) -> Option<usize> {
+    let DeviceKind::Gpu {
+        product,
+        memory_bytes,
+    } = kind
+    else {
+        return Some(0);
+    };
+    if memory_bytes_min.is_some_and(|least| *memory_bytes < least) {
+        return None;
+    }
+    if products.is_empty() {
+        return Some(0);
+    }
+    products
+        .iter()
+        .position(|prefix| product.starts_with(prefix))
+}
+
+fn smallest_layout(
+    valid: &ValidDeployment,
+    facts: &ModelFacts,
+    kind: &DeviceKind,
+    gpus_per_node: u32,
+) -> Result<Layout, String> {
+    let capacity = kind.usable_bytes();
+    if let Some(given) = valid.parallelism {
+        if given.ranks() > gpus_per_node {
+            return Err(format!(
+                "too few GPUs: spec.parallelism asks for {}",
+                given.ranks()
+            ));
+        }
+        return layout(valid, facts, kind.clone(), given, capacity).map_err(|m| m.to_string());
+    }
+    let mut last = None;
+    for tensor in GPU_COUNTS
+        .iter()
+        .copied()
+        .filter(|count| *count <= gpus_per_node)
+    {
+        let expert = facts.config.moe.as_ref().map_or(1, |moe| {
+            if moe.routed_experts.is_multiple_of(tensor) {
+                tensor
+            } else {
+                1
+            }
+        });
+        let parallelism = Parallelism {
+            tensor,
+            expert,
+            pipeline: 1,
+        };
+        match layout(valid, facts, kind.clone(), parallelism, capacity) {
+            Ok(layout) => return Ok(layout),
+            Err(misfit) => {
+                last = Some(format!(
+                    "with {tensor} of them it {misfit}; replicas over several nodes are not served yet"
+                ))
+            }
+        }
+    }
+    Err(last.unwrap_or_else(|| "no whole GPU on any node".into()))
+}
+
+fn layout(
+    valid: &ValidDeployment,
+    facts: &ModelFacts,
+    kind: DeviceKind,
+    parallelism: Parallelism,
+    capacity_bytes: Option<u64>,
+) -> Result<Layout, engine_memory::Misfit> {
+    let mut engine = EngineConfig::for_source(valid.source.engine_uri());
+    engine.model.revision.clone_from(&valid.model_revision);
+    engine.served_model_name = Some(valid.served_name.clone());
+    engine.device = match kind {
+        DeviceKind::Cpu => Device::Cpu,
+        DeviceKind::Gpu { .. } => Device::Nvidia,
+    };
+    engine.dtype = valid.dtype;
+    engine.parallelism = parallelism;
+    engine.max_model_len = valid.max_model_len;
+    engine.max_num_seqs = valid.max_num_seqs;
+    // One token per sequence must fit into a step.
+    engine.max_num_batched_tokens = engine.max_num_batched_tokens.max(valid.max_num_seqs);
+    engine.drain_timeout_seconds = valid.drain_timeout_seconds;
+    let request = MemoryRequest::from_engine_config(&engine, capacity_bytes);
+    let memory = memory_plan(&facts.config, &request)?;
+    engine.max_model_len = Some(memory.max_model_len);
+    engine.planned_bytes = Some(memory.total_bytes());
+    Ok(Layout {
+        kind,
+        parallelism,
+        memory,
+        engine,
+    })
+}
+
+/// Parallelism in words.
+pub fn parallelism_words(layout: &Layout) -> String {
+    let Parallelism {
+        tensor,
+        expert,
+        pipeline,
+    } = layout.parallelism;
+    let mut words = format!("TP {tensor}");
+    if expert > 1 {
+        words.push_str(&format!(", EP {expert}"));
+    }
+    if pipeline > 1 {
+        words.push_str(&format!(", PP {pipeline}"));
+    }
+    words
+}
+
+/// One line on a layout, for the condition Planned.
+pub fn layout_words(layout: &Layout) -> String {
+    let per = match layout.kind {
+        DeviceKind::Cpu => "per replica".to_owned(),
+        DeviceKind::Gpu { .. } => {
+            format!("per GPU, {} x {} per replica", layout.gpus(), layout.kind)
+        }
+    };
+    format!(
+        "{} {per}: weights {}, KV cache {} for {} tokens, workspace {}, runtime {}",
+        human_bytes(layout.memory.total_bytes()),
+        human_bytes(layout.memory.per_rank.weights_bytes),
+        human_bytes(layout.memory.per_rank.kv_bytes),
+        layout.memory.kv_tokens,
+        human_bytes(layout.memory.per_rank.workspace_bytes),
+        human_bytes(layout.memory.per_rank.runtime_bytes),
+    )
+}

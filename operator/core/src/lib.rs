@@ -1,0 +1,32 @@
+//! The operator's decisions: observe → validate → plan → check, and nothing else.
+//!
+//! Everything a decision needs is in the [`Snapshot`], the time included; everything that follows
+//! from it is in the [`Plan`]: plain data that can be printed, compared, checked, simulated. No
+//! clock, no environment, no randomness, no client (`clippy.toml` bans them).
+
+pub mod check;
+mod decide;
+pub mod fit;
+pub mod inspect;
+pub mod names;
+pub mod objects;
+pub mod placement;
+pub mod plan;
+pub mod replicas;
+pub mod resources;
+pub mod scaling;
+pub mod sim;
+pub mod snapshot;
+pub mod status;
+pub mod time;
+pub mod validate;
+
+pub use check::{Flaw, check};
+pub use decide::plan;
+pub use plan::{Action, Event, EventKind, Kind, Object, Plan, Settings};
+pub use resources::Resources;
+pub use snapshot::{
+    Claim, Cluster, ConfigMapView, ContainerView, Demand, LoadSample, NodeView, PodPhase,
+    PodSamples, PodView, Scheduled, Snapshot, Taint, TaintEffect, Terminated,
+};
+pub use validate::{ValidDeployment, Violation, Violations, validate};

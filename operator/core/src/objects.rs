@@ -1,0 +1,175 @@
+//! The Kubernetes objects of a deployment, from valid values to complete objects. Infallible.
+//!
+//! What a pod contains, apart from its place and its name, decides the revision: two pods of the
+//! same revision are interchangeable.
+
+mod pod;
+
+use std::collections::BTreeMap;
+
+use engine_spec::ModelFacts;
+use k8s_openapi::api::core::v1::{ConfigMap, Service, ServicePort, ServiceSpec};
+use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+
+use crate::fit::Layout;
+use crate::names::{self, Revision};
+use crate::plan::Settings;
+use crate::validate::ValidDeployment;
+
+pub use pod::{Slot, engine_pod, engine_requests, inspect_inputs, inspect_pod, preferred_nodes};
+
+/// Hash of all that forces new pods: the engine's configuration and the pod without its place.
+pub fn revision(valid: &ValidDeployment, layout: &Layout, settings: &Settings) -> Revision {
+    let slot = Slot::default();
+    let unknown = Revision::of("");
+    let pod = engine_pod(valid, layout, settings, &unknown, &slot);
+    let template = (&valid.template.labels, &valid.template.annotations);
+    let text = serde_json::json!([layout.engine, pod.spec, template]).to_string();
+    Revision::of(&text)
+}
+
+/// Metadata of a child: name, labels, owner.
+fn metadata(valid: &ValidDeployment, name: String, component: &str) -> ObjectMeta {
+    ObjectMeta {
+        name: Some(name),
+        namespace: Some(valid.namespace.clone()),
+        labels: Some(names::labels(&valid.name, component)),
+        owner_references: Some(vec![OwnerReference {
+            api_version: format!("{}/{}", operator_api::GROUP, operator_api::VERSION),
+            kind: operator_api::KIND.to_owned(),
+            name: valid.name.clone(),
+            uid: valid.uid.clone(),
+            controller: Some(true),
+            block_owner_deletion: Some(true),
+        }]),
+        ..ObjectMeta::default()
+    }
+}
+
+/// The config map with a revision's engine configuration.
+pub fn engine_config_map(
+    valid: &ValidDeployment,
+    layout: &Layout,
+    revision: &Revision,
+) -> ConfigMap {
+    let name = names::engine_config_map(&valid.name, revision);
+    let mut metadata = metadata(valid, name, names::ENGINE);
+    if let Some(labels) = &mut metadata.labels {
+        labels.insert(names::REVISION.to_owned(), revision.to_string());
+    }
+    // EngineConfig is plain data with string keys: writing it cannot fail.
+    let text = serde_json::to_string_pretty(&layout.engine).unwrap_or_default();
+    ConfigMap {
+        metadata,
+        data: Some(BTreeMap::from([(names::ENGINE_JSON.to_owned(), text)])),
+        ..ConfigMap::default()
+    }
+}
+
+/// The config map that keeps a model's facts over restarts.
+pub fn facts_config_map(valid: &ValidDeployment, hash: &str, facts: &ModelFacts) -> ConfigMap {
+    let name = names::facts_config_map(&valid.name, hash);
+    let text = serde_json::to_string(facts).unwrap_or_default();
+    ConfigMap {
+        metadata: metadata(valid, name, names::INSPECT),
+        data: Some(BTreeMap::from([(names::FACTS_JSON.to_owned(), text)])),
+        ..ConfigMap::default()
+    }
+}
+
+/// The Service in front of the pods that serve.
+pub fn service(valid: &ValidDeployment) -> Service {
+    let selector = [
+        (names::MODEL_DEPLOYMENT, valid.name.as_str()),
+        (names::COMPONENT, names::ENGINE),
+        (names::SERVING, "true"),
+    ];
+    Service {
+        metadata: metadata(valid, valid.name.clone(), names::ENGINE),
+        spec: Some(ServiceSpec {
+            selector: Some(owned(selector)),
+            ports: Some(vec![ServicePort {
+                name: Some("http".into()),
+                port: names::SERVICE_PORT,
+                target_port: Some(IntOrString::String("http".into())),
+                protocol: Some("TCP".into()),
+                ..ServicePort::default()
+            }]),
+            ..ServiceSpec::default()
+        }),
+        ..Service::default()
+    }
+}
+
+/// The budget for evictions that are not ours.
+pub fn disruption_budget(valid: &ValidDeployment, wanted: u32) -> PodDisruptionBudget {
+    let selector = [
+        (names::MODEL_DEPLOYMENT, valid.name.as_str()),
+        (names::COMPONENT, names::ENGINE),
+    ];
+    // With zero disruptions allowed a node could never be drained; the operator replaces an
+    // evicted replica at once and preStop keeps its requests, so one at a time is always allowed
+    // when there are several.
+    let unavailable = valid.unavailable_max.max(u32::from(wanted > 1));
+    PodDisruptionBudget {
+        metadata: metadata(valid, valid.name.clone(), names::ENGINE),
+        spec: Some(PodDisruptionBudgetSpec {
+            min_available: Some(IntOrString::Int(
+                i32::try_from(wanted.saturating_sub(unavailable)).unwrap_or(i32::MAX),
+            )),
+            selector: Some(LabelSelector {
+                match_labels: Some(owned(selector)),
+                ..LabelSelector::default()
+            }),
+            unhealthy_pod_eviction_policy: Some("AlwaysAllow".into()),
+            ..PodDisruptionBudgetSpec::default()
+        }),
+        ..PodDisruptionBudget::default()
+    }
+}
+
+fn owned<const N: usize>(pairs: [(&str, &str); N]) -> BTreeMap<String, String> {
+    pairs
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect()
+}
+
+/// Whether `actual` has everything that `desired` states; what others added does not matter.
+pub fn covers(actual: &serde_json::Value, desired: &serde_json::Value) -> bool {
+    use serde_json::Value;
+    match (actual, desired) {
+        (Value::Object(actual), Value::Object(desired)) => desired
+            .iter()
+            .all(|(key, value)| actual.get(key).is_some_and(|found| covers(found, value))),
+        (Value::Array(actual), Value::Array(desired)) => {
+            actual.len() >= desired.len()
+                && desired
+                    .iter()
+                    .all(|value| actual.iter().any(|found| covers(found, value)))
+        }
+        _ => actual == desired,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_others_added_is_no_difference() {
+        let desired = json!({"ports": [{"port": 80}], "selector": {"a": "b"}});
+        let defaulted = json!({"ports": [{"port": 80, "protocol": "TCP"}], "selector": {"a": "b"}, "clusterIP": "10.0.0.1"});
+        assert!(covers(&defaulted, &desired));
+        for changed in [
+            json!({"ports": [{"port": 81}], "selector": {"a": "b"}}),
+            json!({"ports": [], "selector": {"a": "b"}}),
+            json!({"ports": [{"port": 80}], "selector": {"a": "c"}}),
+        ] {
+            assert!(!covers(&changed, &desired), "{changed}");
+        }
+    }
+}

@@ -1,0 +1,409 @@
+//! Which nodes can take a replica, in order of preference, and for every other node why not.
+//!
+//! Room is counted as kube-scheduler counts it: allocatable minus the requests of all pods, ours
+//! that are not bound yet included. A replica is offered several nodes, best first, so that a
+//! choice made on slightly old news is not wrong at once.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use k8s_openapi::api::core::v1::Toleration;
+
+use crate::fit::{DeviceKind, Layout, NodeGpus, node_gpus};
+use crate::resources::{Resources, human_bytes};
+use crate::snapshot::{Cluster, NodeView, Taint, TaintEffect};
+use crate::validate::ValidPlacement;
+
+/// Nodes a replica is offered.
+pub const OFFERED_NODES_MAX: usize = 16;
+
+/// Why a node cannot take a replica. Nodes that differ in `has` only are told of together.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum WhyNot {
+    /// Its kubelet does not report Ready.
+    NotReady,
+    /// It is cordoned.
+    Cordoned,
+    /// It lacks a label of the node selector.
+    Selector(String),
+    /// It has a taint that is not tolerated.
+    Tainted(String),
+    /// A health check found its GPUs at fault.
+    Faulty(String),
+    /// It has no GPU.
+    NoGpu,
+    /// Its GPUs are shared or parts of GPUs.
+    SharedGpu,
+    /// Its GPUs are too old.
+    OldGpu(u32),
+    /// Its GPUs are of a kind that was not asked for.
+    OtherProduct(String),
+    /// Its GPUs have too little memory each.
+    GpuMemory {
+        /// Bytes of one GPU needed.
+        needs: u64,
+        /// Bytes of one GPU there.
+        has: u64,
+    },
+    /// It has too few GPUs.
+    FewGpus {
+        /// GPUs needed.
+        needs: u64,
+        /// GPUs there.
+        has: u64,
+    },
+    /// Other pods hold its GPUs.
+    GpusTaken {
+        /// GPUs needed.
+        needs: u64,
+        /// GPUs free.
+        has: u64,
+    },
+    /// Too little memory is free.
+    Memory {
+        /// Bytes needed.
+        needs: u64,
+        /// Bytes free.
+        has: u64,
+    },
+    /// Too little processor time is free.
+    Cpu {
+        /// Millicores needed.
+        needs: u64,
+        /// Millicores free.
+        has: u64,
+    },
+    /// It runs as many pods as it may.
+    Pods,
+}
+
+impl WhyNot {
+    /// The amount that is there, and the same reason with it left out.
+    fn split(&self) -> (u64, Self) {
+        let mut same = self.clone();
+        let amount = match &mut same {
+            Self::GpuMemory { has, .. }
+            | Self::FewGpus { has, .. }
+            | Self::GpusTaken { has, .. }
+            | Self::Memory { has, .. }
+            | Self::Cpu { has, .. } => std::mem::take(has),
+            _ => 0,
+        };
+        (amount, same)
+    }
+
+    fn with(mut self, amount: u64) -> Self {
+        if let Self::GpuMemory { has, .. }
+        | Self::FewGpus { has, .. }
+        | Self::GpusTaken { has, .. }
+        | Self::Memory { has, .. }
+        | Self::Cpu { has, .. } = &mut self
+        {
+            *has = amount;
+        }
+        self
+    }
+}
+
+impl fmt::Display for WhyNot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotReady => f.write_str("not ready"),
+            Self::Cordoned => f.write_str("cordoned"),
+            Self::Selector(label) => {
+                write!(f, "without label {label} of spec.placement.nodeSelector")
+            }
+            Self::Tainted(taint) => write!(
+                f,
+                "taint {taint} is not tolerated; add it to spec.placement.tolerations"
+            ),
+            Self::Faulty(condition) => write!(f, "GPU fault {condition}"),
+            Self::NoGpu => f.write_str("no GPU"),
+            Self::SharedGpu => f.write_str("GPUs are shared or sliced, which is not served yet"),
+            Self::OldGpu(major) => write!(
+                f,
+                "GPUs of compute capability {major}.x, needs 8.0 or newer"
+            ),
+            Self::OtherProduct(product) => write!(f, "{product} is not what the plan is for"),
+            Self::GpuMemory { needs, has } => write!(
+                f,
+                "too little GPU memory: needs {} per GPU, has {}",
+                human_bytes(*needs),
+                human_bytes(*has)
+            ),
+            Self::FewGpus { needs, has } => write!(f, "too few GPUs: needs {needs}, has {has}"),
+            Self::GpusTaken { needs, has } => {
+                write!(f, "GPUs are taken: needs {needs}, {has} free")
+            }
+            Self::Memory { needs, has } => write!(
+                f,
+                "too little memory: needs {}, {} free",
+                human_bytes(*needs),
+                human_bytes(*has)
+            ),
+            Self::Cpu { needs, has } => write!(f, "too little CPU: needs {needs}m, {has}m free"),
+            Self::Pods => f.write_str("runs as many pods as it may"),
+        }
+    }
+}
+
+/// Reasons of all nodes, grouped: "3 nodes: …; 1 node: …", most nodes first.
+pub fn grouped(reasons: impl IntoIterator<Item = WhyNot>) -> String {
+    let mut groups: BTreeMap<WhyNot, (u64, usize)> = BTreeMap::new();
+    for reason in reasons {
+        let (amount, same) = reason.split();
+        let (most, count) = groups.entry(same).or_default();
+        *most = amount.max(*most);
+        *count += 1;
+    }
+    let mut lines: Vec<(usize, String)> = groups
+        .into_iter()
+        .map(|(reason, (most, count))| {
+            let nodes = if count == 1 { "node" } else { "nodes" };
+            (count, format!("{count} {nodes}: {}", reason.with(most)))
+        })
+        .collect();
+    if lines.is_empty() {
+        return "the cluster has no nodes".into();
+    }
+    lines.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
+    let lines: Vec<String> = lines.into_iter().map(|(_, line)| line).collect();
+    lines.join("; ")
+}
+
+/// What is free on each node while a plan takes it up.
+#[derive(Clone, Debug)]
+pub struct Room<'a> {
+    cluster: &'a Cluster,
+    taken: BTreeMap<String, Resources>,
+    returned: BTreeMap<String, Resources>,
+}
+
+impl<'a> Room<'a> {
+    /// The room a snapshot shows.
+    pub fn new(cluster: &'a Cluster) -> Self {
+        Self {
+            cluster,
+            taken: BTreeMap::new(),
+            returned: BTreeMap::new(),
+        }
+    }
+
+    /// Takes room on a node.
+    pub fn take(&mut self, node: &str, amount: Resources) {
+        *self.taken.entry(node.to_owned()).or_default() += amount;
+    }
+
+    /// The same room without what a pod that is not bound yet is counted for.
+    pub fn without(&self, node: &str, amount: Resources) -> Self {
+        let mut room = self.clone();
+        *room.returned.entry(node.to_owned()).or_default() += amount;
+        room
+    }
+
+    /// What is free on a node.
+    pub fn free(&self, node: &NodeView) -> Resources {
+        let amount =
+            |map: &BTreeMap<String, Resources>| map.get(&node.name).copied().unwrap_or_default();
+        let used = amount(&self.cluster.used).minus(amount(&self.returned));
+        node.allocatable.minus(used).minus(amount(&self.taken))
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> impl Iterator<Item = &'a NodeView> {
+        self.cluster.nodes.values().map(AsRef::as_ref)
+    }
+}
+
+/// What one replica needs of a node, and the preferences among nodes.
+#[derive(Clone, Debug)]
+pub struct Wish<'a> {
+    /// How it is laid out.
+    pub layout: &'a Layout,
+    /// What it asks for.
+    pub requests: Resources,
+    /// Which nodes the user allows.
+    pub placement: &'a ValidPlacement,
+    /// Replicas of this deployment by node.
+    pub own: BTreeMap<String, usize>,
+    /// Nodes where a replica of this deployment failed not long ago.
+    pub avoid: Vec<String>,
+}
+
+/// Why a node cannot take a replica; none when it can.
+pub fn why_not(node: &NodeView, wish: &Wish<'_>, room: &Room<'_>) -> Option<WhyNot> {
+    standing(node, wish).or_else(|| shortage(wish, node, room.free(node)))
+}
+
+/// Reasons that do not change when pods come and go.
+fn standing(node: &NodeView, wish: &Wish<'_>) -> Option<WhyNot> {
+    if !node.ready {
+        return Some(WhyNot::NotReady);
+    }
+    if node.unschedulable {
+        return Some(WhyNot::Cordoned);
+    }
+    for (key, value) in &wish.placement.node_selector {
+        if node.labels.get(key) != Some(value) {
+            return Some(WhyNot::Selector(format!("{key}={value}")));
+        }
+    }
+    let on_gpus = wish.layout.gpus() > 0;
+    if let Some(taint) = node.taints.iter().find(|taint| {
+        taint.effect != TaintEffect::PreferNoSchedule
+            && !(on_gpus && taint.key == crate::resources::NVIDIA_GPU)
+            && !wish
+                .placement
+                .tolerations
+                .iter()
+                .any(|t| tolerates(t, taint))
+    }) {
+        let value = if taint.value.is_empty() {
+            String::new()
+        } else {
+            format!("={}", taint.value)
+        };
+        return Some(WhyNot::Tainted(format!(
+            "{}{value}:{:?}",
+            taint.key, taint.effect
+        )));
+    }
+    if !on_gpus {
+        return None;
+    }
+    if let Some(fault) = node.faults.first() {
+        return Some(WhyNot::Faulty(fault.clone()));
+    }
+    match node_gpus(node) {
+        NodeGpus::None => Some(WhyNot::NoGpu),
+        NodeGpus::Shared => Some(WhyNot::SharedGpu),
+        NodeGpus::Old { compute_major } => Some(WhyNot::OldGpu(compute_major)),
+        NodeGpus::Usable(kind) => other_kind(&kind, wish.layout),
+    }
+}
+
+fn other_kind(kind: &DeviceKind, layout: &Layout) -> Option<WhyNot> {
+    if *kind == layout.kind {
+        return None;
+    }
+    let needs = layout.memory.total_bytes();
+    match kind.usable_bytes() {
+        Some(has) if has < needs => Some(WhyNot::GpuMemory { needs, has }),
+        _ => Some(WhyNot::OtherProduct(kind.to_string())),
+    }
+}
+
+fn shortage(wish: &Wish<'_>, node: &NodeView, free: Resources) -> Option<WhyNot> {
+    let needs = wish.requests;
+    if node.allocatable.gpus < needs.gpus {
+        return Some(WhyNot::FewGpus {
+            needs: needs.gpus,
+            has: node.allocatable.gpus,
+        });
+    }
+    if free.gpus < needs.gpus {
+        return Some(WhyNot::GpusTaken {
+            needs: needs.gpus,
+            has: free.gpus,
+        });
+    }
+    if free.memory_bytes < needs.memory_bytes {
+        return Some(WhyNot::Memory {
+            needs: needs.memory_bytes,
+            has: free.memory_bytes,
+        });
+    }
+    if free.cpu_millis < needs.cpu_millis {
+        return Some(WhyNot::Cpu {
+            needs: needs.cpu_millis,
+            has: free.cpu_millis,
+        });
+    }
+    (free.pods < 1).then_some(WhyNot::Pods)
+}
+
+/// Whether a toleration accepts a taint, as Kubernetes defines it.
+pub fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
+    let effect = match toleration.effect.as_deref().unwrap_or("") {
+        "" => true,
+        "NoSchedule" => taint.effect == TaintEffect::NoSchedule,
+        "PreferNoSchedule" => taint.effect == TaintEffect::PreferNoSchedule,
+        "NoExecute" => taint.effect == TaintEffect::NoExecute,
+        _ => false,
+    };
+    let key = toleration.key.as_deref().unwrap_or("");
+    let exists = toleration.operator.as_deref() == Some("Exists");
+    effect
+        && (key == taint.key || key.is_empty() && exists)
+        && (exists || toleration.value.as_deref().unwrap_or("") == taint.value)
+}
+
+/// Nodes that can take a replica, best first, at most [`OFFERED_NODES_MAX`].
+///
+/// # Errors
+/// When none can: why not, for each node.
+pub fn offer(wish: &Wish<'_>, room: &Room<'_>) -> Result<Vec<String>, Vec<WhyNot>> {
+    let mut fitting = Vec::new();
+    let mut reasons = Vec::new();
+    for node in room.nodes() {
+        match why_not(node, wish, room) {
+            None => fitting.push(node),
+            Some(reason) => reasons.push(reason),
+        }
+    }
+    if fitting.is_empty() {
+        return Err(reasons);
+    }
+    let domains = wish
+        .placement
+        .spread_by
+        .as_deref()
+        .map(|key| domains(key, wish, room));
+    fitting.sort_by_cached_key(|node| order(node, wish, room, domains.as_ref()));
+    fitting.truncate(OFFERED_NODES_MAX);
+    Ok(fitting.into_iter().map(|node| node.name.clone()).collect())
+}
+
+/// Replicas of this deployment by value of the label that replicas are spread over.
+fn domains(key: &str, wish: &Wish<'_>, room: &Room<'_>) -> (String, BTreeMap<String, usize>) {
+    let mut counts = BTreeMap::new();
+    for node in room.nodes() {
+        if let Some(own) = wish.own.get(&node.name) {
+            *counts.entry(node.label(key).to_owned()).or_default() += own;
+        }
+    }
+    (key.to_owned(), counts)
+}
+
+/// Sort key: even spread first, then nodes without recent failures and without taints to avoid;
+/// GPU replicas are packed so that whole nodes stay free, CPU replicas go where most is free and
+/// away from GPUs.
+fn order(
+    node: &NodeView,
+    wish: &Wish<'_>,
+    room: &Room<'_>,
+    domains: Option<&(String, BTreeMap<String, usize>)>,
+) -> (usize, bool, bool, usize, u64, u64, String) {
+    let in_domain = domains.map_or(0, |(key, counts)| {
+        counts.get(node.label(key)).copied().unwrap_or(0)
+    });
+    let failed_here = wish.avoid.contains(&node.name);
+    let tainted = !node.taints.is_empty();
+    let free = room.free(node);
+    let (own, first) = if wish.layout.gpus() > 0 {
+        (0, free.gpus)
+    } else {
+        let own = wish.own.get(&node.name).copied().unwrap_or(0);
+        (own, node.allocatable.gpus)
+    };
+    let second = u64::MAX - free.memory_bytes;
+    (
+        in_domain,
+        failed_here,
+        tainted,
+        own,
+        first,
+        second,
+        node.name.clone(),
+    )
+}

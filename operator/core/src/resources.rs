@@ -1,0 +1,122 @@
+//! What pods ask for and nodes have.
+
+use std::collections::BTreeMap;
+use std::ops::{Add, AddAssign};
+
+use k8s_openapi::api::core::v1::PodSpec;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use operator_api::quantity::parse_millis;
+
+/// The extended resource of NVIDIA GPUs.
+pub const NVIDIA_GPU: &str = "nvidia.com/gpu";
+
+/// Amounts the planner counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    /// Processor time in thousandths of a core.
+    pub cpu_millis: u64,
+    /// Memory.
+    pub memory_bytes: u64,
+    /// Whole GPUs.
+    pub gpus: u64,
+    /// Pods.
+    pub pods: u64,
+}
+
+impl Resources {
+    /// Reads a resource list of Kubernetes; what it does not name counts as zero.
+    pub fn of(list: &BTreeMap<String, Quantity>) -> Self {
+        let millis = |key: &str| {
+            list.get(key)
+                .and_then(|quantity| parse_millis(&quantity.0))
+                .unwrap_or(0)
+        };
+        let units = |key: &str| u64::try_from(millis(key) / 1000).unwrap_or(u64::MAX);
+        Self {
+            cpu_millis: u64::try_from(millis("cpu")).unwrap_or(u64::MAX),
+            memory_bytes: units("memory"),
+            gpus: units(NVIDIA_GPU),
+            pods: units("pods"),
+        }
+    }
+
+    /// What a scheduler reserves for a pod: the sum over containers and sidecars, or the largest
+    /// init container where that is more, plus overhead.
+    pub fn of_pod(spec: &PodSpec) -> Self {
+        let requests = |container: &k8s_openapi::api::core::v1::Container| {
+            let resources = container.resources.as_ref();
+            // An extended resource may be given as a limit alone.
+            let mut list = resources.and_then(|r| r.limits.clone()).unwrap_or_default();
+            list.retain(|key, _| key == NVIDIA_GPU);
+            list.extend(
+                resources
+                    .and_then(|r| r.requests.clone())
+                    .unwrap_or_default(),
+            );
+            Self::of(&list)
+        };
+        let mut sum = spec
+            .containers
+            .iter()
+            .map(requests)
+            .fold(Self::default(), Add::add);
+        for container in spec.init_containers.iter().flatten() {
+            if container.restart_policy.as_deref() == Some("Always") {
+                sum += requests(container);
+            } else {
+                sum = sum.max(requests(container));
+            }
+        }
+        if let Some(overhead) = &spec.overhead {
+            sum += Self::of(overhead);
+        }
+        Self { pods: 1, ..sum }
+    }
+
+    /// What is left of `self` when `used` is gone; never below zero.
+    pub fn minus(self, used: Self) -> Self {
+        Self {
+            cpu_millis: self.cpu_millis.saturating_sub(used.cpu_millis),
+            memory_bytes: self.memory_bytes.saturating_sub(used.memory_bytes),
+            gpus: self.gpus.saturating_sub(used.gpus),
+            pods: self.pods.saturating_sub(used.pods),
+        }
+    }
+
+    fn max(self, other: Self) -> Self {
+        Self {
+            cpu_millis: self.cpu_millis.max(other.cpu_millis),
+            memory_bytes: self.memory_bytes.max(other.memory_bytes),
+            gpus: self.gpus.max(other.gpus),
+            pods: self.pods.max(other.pods),
+        }
+    }
+}
+
+impl Add for Resources {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self {
+            cpu_millis: self.cpu_millis.saturating_add(other.cpu_millis),
+            memory_bytes: self.memory_bytes.saturating_add(other.memory_bytes),
+            gpus: self.gpus.saturating_add(other.gpus),
+            pods: self.pods.saturating_add(other.pods),
+        }
+    }
+}
+
+impl AddAssign for Resources {
+    fn add_assign(&mut self, other: Self) {
+        *self = *self + other;
+    }
+}
+
+/// Bytes as a person reads them: GiB from one GiB up, else MiB.
+pub fn human_bytes(bytes: u64) -> String {
+    let gib = bytes as f64 / f64::from(1 << 30);
+    if gib >= 1.0 {
+        format!("{gib:.1} GiB")
+    } else {
+        format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+    }
+}

@@ -1,0 +1,520 @@
+//! What was observed, trimmed to what decisions need, as plain values.
+//!
+//! A view is a projection of a Kubernetes object of some hundred bytes, so that a mirror of ten
+//! thousand pods stays small. The projections are pure and live here, because what matters about
+//! a pod is a decision of the core.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use engine_spec::{LoadReport, StartupReport};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{
+    ConfigMap, ContainerStatus, Node, Pod, PodStatus, Service, Taint as NodeTaint,
+};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use operator_api::ModelDeployment;
+
+use crate::names;
+use crate::resources::Resources;
+
+/// Everything one decision about one ModelDeployment may depend on.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// The time the decision is made at.
+    pub now: Timestamp,
+    /// The wish, with the status as last read.
+    pub deployment: Arc<ModelDeployment>,
+    /// Pods in its namespace that carry its label, of every component.
+    pub pods: Vec<Arc<PodView>>,
+    /// Config maps in its namespace that carry its label.
+    pub config_maps: Vec<Arc<ConfigMapView>>,
+    /// The config map named by `spec.model.configMapRef`, when there is one.
+    pub model_config: Option<Arc<ConfigMapView>>,
+    /// The Service of its name, whoever made it.
+    pub service: Option<Arc<Service>>,
+    /// The PodDisruptionBudget of its name, whoever made it.
+    pub disruption_budget: Option<Arc<PodDisruptionBudget>>,
+    /// Nodes and what is taken on them.
+    pub cluster: Arc<Cluster>,
+    /// What engine pods said about themselves, by pod name.
+    pub samples: BTreeMap<String, PodSamples>,
+    /// Demand as a Prometheus server sees it, when one is configured and answered.
+    pub demand: Option<Demand>,
+}
+
+/// Phase of a pod.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PodPhase {
+    /// Not all containers have started.
+    #[default]
+    Pending,
+    /// Bound, and a container runs or restarts.
+    Running,
+    /// All containers ended well.
+    Succeeded,
+    /// It ended and will not be started again.
+    Failed,
+    /// The node cannot be asked.
+    Unknown,
+}
+
+/// What the scheduler said.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Scheduled {
+    /// Nothing yet.
+    #[default]
+    NotYet,
+    /// It has a node.
+    Bound,
+    /// No node takes it.
+    Refused {
+        /// Since when.
+        since: Option<Timestamp>,
+        /// Why.
+        message: String,
+    },
+}
+
+/// How a container ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Terminated {
+    /// Exit code.
+    pub exit_code: i32,
+    /// `OOMKilled`, `Error`, `Completed`, …
+    pub reason: String,
+    /// Termination message.
+    pub message: String,
+    /// When.
+    pub finished: Option<Timestamp>,
+}
+
+/// The pod's only container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ContainerView {
+    /// Times it was started again in place.
+    pub restarts: u32,
+    /// Why it waits: `CrashLoopBackOff`, `ImagePullBackOff`, … with the message.
+    pub waiting: Option<(String, String)>,
+    /// How it ended: now, or the last time when it runs again.
+    pub terminated: Option<Terminated>,
+}
+
+/// A pod of a ModelDeployment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PodView {
+    /// Name.
+    pub name: String,
+    /// Uid, a precondition of deletes and patches.
+    pub uid: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Annotations under `cachalot.dev/`.
+    pub annotations: BTreeMap<String, String>,
+    /// Creation time.
+    pub created: Option<Timestamp>,
+    /// Whether it is being deleted.
+    pub deleting: bool,
+    /// Phase.
+    pub phase: PodPhase,
+    /// Reason of the pod as a whole: `Evicted`, `OutOfmemory`, …
+    pub reason: String,
+    /// Message of the pod as a whole.
+    pub message: String,
+    /// Node it is bound to.
+    pub node: Option<String>,
+    /// Its address, once it has one.
+    pub address: Option<String>,
+    /// Whether it is ready, and since when.
+    pub ready: bool,
+    /// When readiness last changed.
+    pub ready_changed: Option<Timestamp>,
+    /// What the scheduler said.
+    pub scheduled: Scheduled,
+    /// Its container.
+    pub container: ContainerView,
+    /// What it asks for.
+    pub requests: Resources,
+}
+
+/// What a pod, whoever's it is, takes from a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claim {
+    /// Node it is bound to, or the one it is planned for.
+    pub node: String,
+    /// What it takes.
+    pub requests: Resources,
+}
+
+/// How strict a taint is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaintEffect {
+    /// New pods stay away.
+    NoSchedule,
+    /// New pods stay away if they can.
+    PreferNoSchedule,
+    /// Running pods leave too.
+    NoExecute,
+}
+
+/// A taint of a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Taint {
+    /// Key.
+    pub key: String,
+    /// Value; empty when absent.
+    pub value: String,
+    /// Effect.
+    pub effect: TaintEffect,
+}
+
+/// A node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeView {
+    /// Name.
+    pub name: String,
+    /// Labels.
+    pub labels: BTreeMap<String, String>,
+    /// Taints.
+    pub taints: Vec<Taint>,
+    /// Whether it is cordoned.
+    pub unschedulable: bool,
+    /// Whether its kubelet reports Ready.
+    pub ready: bool,
+    /// When that last changed.
+    pub ready_changed: Option<Timestamp>,
+    /// GPU fault conditions that are True.
+    pub faults: Vec<String>,
+    /// What pods may take in total.
+    pub allocatable: Resources,
+}
+
+/// All nodes, and what is taken on each.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Cluster {
+    /// Nodes by name.
+    pub nodes: BTreeMap<String, Arc<NodeView>>,
+    /// Sum of claims by node name.
+    pub used: BTreeMap<String, Resources>,
+}
+
+/// A config map.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ConfigMapView {
+    /// Name.
+    pub name: String,
+    /// Uid.
+    pub uid: String,
+    /// Data.
+    pub data: BTreeMap<String, String>,
+}
+
+/// One scrape of `/load`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoadSample {
+    /// When.
+    pub at: Timestamp,
+    /// What it said.
+    pub report: LoadReport,
+}
+
+/// What one engine pod said about itself.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PodSamples {
+    /// The last answer of `/startupz`.
+    pub startup: Option<StartupReport>,
+    /// The last answer of `/load`.
+    pub latest: Option<LoadSample>,
+    /// The answer before it, for rates.
+    pub previous: Option<LoadSample>,
+}
+
+/// Demand on a whole deployment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Demand {
+    /// When it was measured.
+    pub at: Timestamp,
+    /// Requests waiting, summed over replicas.
+    pub queued_requests: f64,
+    /// Share of the KV cache in use, mean over replicas, 0 to 1.
+    pub kv_utilization: f64,
+}
+
+/// Fault conditions that NVSentinel sets on nodes.
+const FAULT_CONDITIONS: &[&str] = &[
+    "GpuMemWatch",
+    "GpuNvlinkWatch",
+    "GpuThermalWatch",
+    "GpuPcieWatch",
+    "GpuPowerWatch",
+    "GpuInforomWatch",
+    "GpuSmWatch",
+    "GpuMcuWatch",
+    "GpuPmuWatch",
+    "GpuDriverWatch",
+    "SysLogsXIDError",
+    "SysLogsGPUFallenOff",
+    "NVSwitchFatalError",
+    "NVSwitchDown",
+];
+
+impl PodView {
+    /// The view of a pod that belongs to a ModelDeployment.
+    pub fn of(pod: &Pod) -> Self {
+        let metadata = &pod.metadata;
+        let status = pod.status.as_ref();
+        let ready = condition(status, "Ready");
+        Self {
+            name: metadata.name.clone().unwrap_or_default(),
+            uid: metadata.uid.clone().unwrap_or_default(),
+            labels: metadata.labels.clone().unwrap_or_default(),
+            annotations: own_annotations(pod),
+            created: metadata.creation_timestamp.as_ref().map(|time| time.0),
+            deleting: metadata.deletion_timestamp.is_some(),
+            phase: status.map_or(PodPhase::Pending, phase),
+            reason: status.and_then(|s| s.reason.clone()).unwrap_or_default(),
+            message: status.and_then(|s| s.message.clone()).unwrap_or_default(),
+            node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
+            address: status.and_then(|s| s.pod_ip.clone()),
+            ready: ready.is_some_and(|c| c.status == "True"),
+            ready_changed: ready.and_then(|c| c.last_transition_time.as_ref().map(|t| t.0)),
+            scheduled: scheduled(status),
+            container: status
+                .and_then(|s| s.container_statuses.as_ref()?.first())
+                .map(ContainerView::of)
+                .unwrap_or_default(),
+            requests: pod.spec.as_ref().map(Resources::of_pod).unwrap_or_default(),
+        }
+    }
+
+    /// A label's value, empty when absent.
+    pub fn label(&self, key: &str) -> &str {
+        self.labels.get(key).map_or("", String::as_str)
+    }
+
+    /// An annotation read as a number, 0 when absent or malformed.
+    pub fn number(&self, key: &str) -> u32 {
+        self.annotations
+            .get(key)
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(0)
+    }
+
+    /// Nodes the pod was planned for, in order of preference.
+    pub fn planned_nodes(&self) -> Vec<&str> {
+        self.annotations
+            .get(names::PLANNED_NODES)
+            .map(|text| text.split(',').filter(|name| !name.is_empty()).collect())
+            .unwrap_or_default()
+    }
+
+    /// Whether it has ended for good.
+    pub fn is_finished(&self) -> bool {
+        matches!(self.phase, PodPhase::Succeeded | PodPhase::Failed)
+    }
+}
+
+fn own_annotations(pod: &Pod) -> BTreeMap<String, String> {
+    pod.metadata
+        .annotations
+        .iter()
+        .flatten()
+        .filter(|(key, _)| key.starts_with("cachalot.dev/"))
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect()
+}
+
+fn condition<'a>(
+    status: Option<&'a PodStatus>,
+    kind: &str,
+) -> Option<&'a k8s_openapi::api::core::v1::PodCondition> {
+    status?
+        .conditions
+        .as_ref()?
+        .iter()
+        .find(|c| c.type_ == kind)
+}
+
+fn phase(status: &PodStatus) -> PodPhase {
+    match status.phase.as_deref() {
+        Some("Running") => PodPhase::Running,
+        Some("Succeeded") => PodPhase::Succeeded,
+        Some("Failed") => PodPhase::Failed,
+        Some("Unknown") => PodPhase::Unknown,
+        _ => PodPhase::Pending,
+    }
+}
+
+fn scheduled(status: Option<&PodStatus>) -> Scheduled {
+    match condition(status, "PodScheduled") {
+        None => Scheduled::NotYet,
+        Some(c) if c.status == "True" => Scheduled::Bound,
+        Some(c) => Scheduled::Refused {
+            since: c.last_transition_time.as_ref().map(|time| time.0),
+            message: c.message.clone().unwrap_or_default(),
+        },
+    }
+}
+
+impl ContainerView {
+    fn of(status: &ContainerStatus) -> Self {
+        let state = status.state.as_ref();
+        let ended = |state: Option<&k8s_openapi::api::core::v1::ContainerState>| {
+            state
+                .and_then(|s| s.terminated.as_ref())
+                .map(|t| Terminated {
+                    exit_code: t.exit_code,
+                    reason: t.reason.clone().unwrap_or_default(),
+                    message: t.message.clone().unwrap_or_default(),
+                    finished: t.finished_at.as_ref().map(|time| time.0),
+                })
+        };
+        Self {
+            restarts: u32::try_from(status.restart_count).unwrap_or(0),
+            waiting: state.and_then(|s| s.waiting.as_ref()).map(|waiting| {
+                (
+                    waiting.reason.clone().unwrap_or_default(),
+                    waiting.message.clone().unwrap_or_default(),
+                )
+            }),
+            terminated: ended(state).or_else(|| ended(status.last_state.as_ref())),
+        }
+    }
+}
+
+impl Claim {
+    /// What a pod takes; none when it has ended or no node is known for it.
+    pub fn of(pod: &Pod) -> Option<Self> {
+        let ended = pod
+            .status
+            .as_ref()
+            .is_some_and(|s| matches!(s.phase.as_deref(), Some("Succeeded" | "Failed")));
+        if ended {
+            return None;
+        }
+        let spec = pod.spec.as_ref()?;
+        let planned = || {
+            let nodes = pod
+                .metadata
+                .annotations
+                .as_ref()?
+                .get(names::PLANNED_NODES)?;
+            Some(nodes.split(',').next()?.to_owned())
+        };
+        Some(Self {
+            node: spec.node_name.clone().or_else(planned)?,
+            requests: Resources::of_pod(spec),
+        })
+    }
+}
+
+impl NodeView {
+    /// The view of a node.
+    pub fn of(node: &Node) -> Self {
+        let spec = node.spec.as_ref();
+        let status = node.status.as_ref();
+        let conditions = || status.iter().flat_map(|s| s.conditions.iter().flatten());
+        let ready = conditions().find(|c| c.type_ == "Ready");
+        Self {
+            name: node.metadata.name.clone().unwrap_or_default(),
+            labels: node.metadata.labels.clone().unwrap_or_default(),
+            taints: spec
+                .iter()
+                .flat_map(|s| s.taints.iter().flatten())
+                .filter_map(Taint::of)
+                .collect(),
+            unschedulable: spec.is_some_and(|s| s.unschedulable == Some(true)),
+            ready: ready.is_some_and(|c| c.status == "True"),
+            ready_changed: ready.and_then(|c| c.last_transition_time.as_ref().map(|t| t.0)),
+            faults: conditions()
+                .filter(|c| c.status == "True" && FAULT_CONDITIONS.contains(&c.type_.as_str()))
+                .map(|c| c.type_.clone())
+                .collect(),
+            allocatable: status
+                .and_then(|s| s.allocatable.as_ref())
+                .map(Resources::of)
+                .unwrap_or_default(),
+        }
+    }
+
+    /// A label's value, empty when absent.
+    pub fn label(&self, key: &str) -> &str {
+        self.labels.get(key).map_or("", String::as_str)
+    }
+}
+
+impl Taint {
+    fn of(taint: &NodeTaint) -> Option<Self> {
+        let effect = match taint.effect.as_str() {
+            "NoSchedule" => TaintEffect::NoSchedule,
+            "PreferNoSchedule" => TaintEffect::PreferNoSchedule,
+            "NoExecute" => TaintEffect::NoExecute,
+            _ => return None,
+        };
+        Some(Self {
+            key: taint.key.clone(),
+            value: taint.value.clone().unwrap_or_default(),
+            effect,
+        })
+    }
+}
+
+impl Cluster {
+    /// Nodes and the claims of all pods on them.
+    pub fn new<'a>(
+        nodes: impl IntoIterator<Item = Arc<NodeView>>,
+        claims: impl IntoIterator<Item = &'a Claim>,
+    ) -> Self {
+        let nodes: BTreeMap<_, _> = nodes
+            .into_iter()
+            .map(|node| (node.name.clone(), node))
+            .collect();
+        let mut used: BTreeMap<String, Resources> = BTreeMap::new();
+        for claim in claims {
+            if let Some(sum) = used.get_mut(&claim.node) {
+                *sum += claim.requests;
+            } else {
+                used.insert(claim.node.clone(), claim.requests);
+            }
+        }
+        Self { nodes, used }
+    }
+
+    /// What is free on a node.
+    pub fn free(&self, node: &NodeView) -> Resources {
+        let used = self.used.get(&node.name).copied().unwrap_or_default();
+        node.allocatable.minus(used)
+    }
+}
+
+impl ConfigMapView {
+    /// The view of a config map.
+    pub fn of(config_map: &ConfigMap) -> Self {
+        Self {
+            name: config_map.metadata.name.clone().unwrap_or_default(),
+            uid: config_map.metadata.uid.clone().unwrap_or_default(),
+            data: config_map.data.clone().unwrap_or_default(),
+        }
+    }
+}
+
+impl PodSamples {
+    /// Takes in the text of `/startupz`.
+    ///
+    /// # Errors
+    /// When it is not a report.
+    pub fn record_startup(&mut self, text: &str) -> Result<(), serde_json::Error> {
+        self.startup = Some(serde_json::from_str(text)?);
+        Ok(())
+    }
+
+    /// Takes in the text of `/load` as answered at `at`.
+    ///
+    /// # Errors
+    /// When it is not a report.
+    pub fn record_load(&mut self, at: Timestamp, text: &str) -> Result<(), serde_json::Error> {
+        let report = serde_json::from_str(text)?;
+        self.previous = self.latest.replace(LoadSample { at, report });
+        Ok(())
+    }
+}

@@ -1,0 +1,600 @@
+//! From what a user wrote to what can be planned: `ModelDeployment` → [`ValidDeployment`].
+//!
+//! Every rule of the CRD is here again, because a stored object may be older than a rule, and the
+//! rules that no schema can state. A [`ValidDeployment`] cannot hold a value that a later stage
+//! would have to refuse. All violations are reported at once.
+
+mod model;
+mod template;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use engine_spec::{Dtype, Parallelism};
+use k8s_openapi::api::core::v1::Toleration;
+use operator_api::{
+    AcceleratorType, Autoscaling, ModelDeployment, ModelDeploymentSpec, Placement, PodTemplate,
+    Precision, Rollout,
+};
+
+pub use model::{CLAIM_MOUNT, Source};
+
+/// Sequences per replica when the user names no number.
+pub const MAX_NUM_SEQS_DEFAULT: u32 = 16;
+/// Seconds a replica may take to finish its requests when the user names no number.
+pub const DRAIN_TIMEOUT_SECONDS_DEFAULT: u32 = 120;
+
+/// A rule that a spec breaks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Path of the field, for example `spec.replicas`.
+    pub field: String,
+    /// The value found, as the user wrote it; empty when it is missing.
+    pub value: String,
+    /// What would be right.
+    pub way_out: String,
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            field,
+            value,
+            way_out,
+        } = self;
+        if value.is_empty() {
+            write!(f, "{field}: {way_out}")
+        } else {
+            write!(f, "{field} = {value}: {way_out}")
+        }
+    }
+}
+
+/// All rules a spec breaks; never empty.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct Violations(pub Vec<Violation>);
+
+impl fmt::Display for Violations {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, violation) in self.0.iter().enumerate() {
+            if index > 0 {
+                f.write_str("; ")?;
+            }
+            write!(f, "{violation}")?;
+        }
+        Ok(())
+    }
+}
+
+/// A wish that contradicts neither itself nor what is served.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ValidDeployment {
+    /// Name.
+    pub name: String,
+    /// Namespace.
+    pub namespace: String,
+    /// Uid, for owner references.
+    pub uid: String,
+    /// Generation of the spec.
+    pub generation: Option<i64>,
+    /// Where the model is.
+    pub source: Source,
+    /// Branch, tag or commit.
+    pub model_revision: Option<String>,
+    /// Digest the inspection must find.
+    pub digest: Option<String>,
+    /// Name clients ask for.
+    pub served_name: String,
+    /// Secret with credentials.
+    pub secret: Option<String>,
+    /// Config map with the published config, which replaces inspection.
+    pub config_map: Option<String>,
+    /// What to compute on.
+    pub accelerator: ValidAccelerator,
+    /// Given parallelism; none for automatic.
+    pub parallelism: Option<Parallelism>,
+    /// Number format.
+    pub dtype: Dtype,
+    /// Longest sequence, when given.
+    pub max_model_len: Option<u32>,
+    /// Sequences per replica.
+    pub max_num_seqs: u32,
+    /// How many replicas.
+    pub scale: Scale,
+    /// Replicas beyond the wanted number while exchanging.
+    pub surge_max: u32,
+    /// Wanted replicas that may be missing.
+    pub unavailable_max: u32,
+    /// Seconds a replica may take to finish its requests.
+    pub drain_timeout_seconds: u32,
+    /// Which nodes.
+    pub placement: ValidPlacement,
+    /// Overrides.
+    pub template: PodTemplate,
+}
+
+/// What to compute on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ValidAccelerator {
+    /// The node's processors.
+    Cpu,
+    /// NVIDIA GPUs.
+    Nvidia {
+        /// Product prefixes in order of preference; empty for any.
+        products: Vec<String>,
+        /// Least memory of one GPU.
+        memory_bytes_min: Option<u64>,
+    },
+}
+
+/// How many replicas.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scale {
+    /// A fixed number.
+    Fixed(u32),
+    /// A range that follows demand.
+    Range(ScaleRange),
+}
+
+/// A range of replicas that follows demand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScaleRange {
+    /// Fewest.
+    pub min: u32,
+    /// Most.
+    pub max: u32,
+    /// Requests waiting per replica to steer by, unless only the other target is given.
+    pub queued_per_replica: Option<u32>,
+    /// KV use in percent to steer by, unless only the other target is given.
+    pub kv_percent: Option<u32>,
+    /// Seconds demand must be above.
+    pub up_seconds: u32,
+    /// Seconds demand must be below.
+    pub down_seconds: u32,
+}
+
+/// Which nodes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ValidPlacement {
+    /// Labels a node must carry.
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints accepted.
+    pub tolerations: Vec<Toleration>,
+    /// Label to spread over.
+    pub spread_by: Option<String>,
+    /// Priority class.
+    pub priority_class: Option<String>,
+}
+
+/// Collects violations.
+#[derive(Debug, Default)]
+pub(crate) struct Rules {
+    broken: Vec<Violation>,
+}
+
+impl Rules {
+    pub(crate) fn refuse(&mut self, field: &str, value: impl fmt::Display, way_out: &str) {
+        self.broken.push(Violation {
+            field: field.to_owned(),
+            value: value.to_string(),
+            way_out: way_out.to_owned(),
+        });
+    }
+
+    pub(crate) fn require(
+        &mut self,
+        holds: bool,
+        field: &str,
+        value: impl fmt::Display,
+        way_out: &str,
+    ) {
+        if !holds {
+            self.refuse(field, value, way_out);
+        }
+    }
+
+    /// A number within its range, or the default when absent.
+    fn number(&mut self, field: &str, value: Option<i32>, range: (u32, u32), default: u32) -> u32 {
+        let Some(value) = value else { return default };
+        match u32::try_from(value) {
+            Ok(number) if (range.0..=range.1).contains(&number) => number,
+            _ => {
+                let way_out = format!("must be between {} and {}", range.0, range.1);
+                self.refuse(field, value, &way_out);
+                default
+            }
+        }
+    }
+
+    fn name(&mut self, field: &str, value: Option<&str>) -> Option<String> {
+        let value = value?;
+        self.require(
+            is_object_name(value),
+            field,
+            format_args!("\"{value}\""),
+            "must be a Kubernetes object name: lower case letters, digits, '-' and '.', at most 253",
+        );
+        Some(value.to_owned())
+    }
+}
+
+/// Checks a wish.
+///
+/// # Errors
+/// All rules that it breaks, each with field, value and way out.
+pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violations> {
+    let mut rules = Rules::default();
+    let ModelDeploymentSpec {
+        model,
+        accelerator,
+        parallelism,
+        precision,
+        context,
+        replicas,
+        autoscaling,
+        rollout,
+        placement,
+        pod_template,
+    } = &deployment.spec;
+    let name = deployment.metadata.name.clone().unwrap_or_default();
+    rules.require(
+        name.len() <= 40 && is_service_name(&name),
+        "metadata.name",
+        &name,
+        "must be at most 40 lower case letters, digits and '-', starting with a letter: it names a Service and, with a suffix, pods; create the ModelDeployment again under another name",
+    );
+    let source = model::source(&mut rules, model);
+    let accelerator = valid_accelerator(&mut rules, accelerator);
+    let parallelism = valid_parallelism(&mut rules, parallelism.as_ref(), &accelerator);
+    let max_model_len = context
+        .max_tokens
+        .map(|tokens| rules.number("spec.context.maxTokens", Some(tokens), (16, 1 << 24), 16));
+    let max_num_seqs = rules.number(
+        "spec.context.maxConcurrentSequences",
+        context.max_concurrent_sequences,
+        (1, 4096),
+        MAX_NUM_SEQS_DEFAULT,
+    );
+    let scale = valid_scale(&mut rules, *replicas, autoscaling.as_ref());
+    let (surge_max, unavailable_max, drain_timeout_seconds) = valid_rollout(&mut rules, rollout);
+    let placement = valid_placement(&mut rules, placement);
+    template::check(&mut rules, pod_template);
+    let secret = rules.name(
+        "spec.model.secretRef.name",
+        model.secret_ref.as_ref().map(|r| r.name.as_str()),
+    );
+    let config_map = rules.name(
+        "spec.model.configMapRef.name",
+        model.config_map_ref.as_ref().map(|r| r.name.as_str()),
+    );
+    let Some(source) = source.filter(|_| rules.broken.is_empty()) else {
+        return Err(Violations(rules.broken));
+    };
+    Ok(ValidDeployment {
+        served_name: model.served_name.clone().unwrap_or_else(|| name.clone()),
+        name,
+        namespace: deployment.metadata.namespace.clone().unwrap_or_default(),
+        uid: deployment.metadata.uid.clone().unwrap_or_default(),
+        generation: deployment.metadata.generation,
+        source,
+        model_revision: model.revision.clone(),
+        digest: model.digest.clone(),
+        secret,
+        config_map,
+        accelerator,
+        parallelism,
+        dtype: match precision {
+            Precision::Auto => Dtype::Auto,
+            Precision::Float32 => Dtype::Float32,
+            Precision::Bfloat16 => Dtype::Bfloat16,
+        },
+        max_model_len,
+        max_num_seqs,
+        scale,
+        surge_max,
+        unavailable_max,
+        drain_timeout_seconds,
+        placement,
+        template: pod_template.clone(),
+    })
+}
+
+fn valid_accelerator(rules: &mut Rules, given: &operator_api::Accelerator) -> ValidAccelerator {
+    let memory_bytes_min = given.min_memory.as_ref().and_then(|quantity| {
+        let value = quantity.value();
+        rules.require(
+            value.is_some(),
+            "spec.accelerator.minMemory",
+            quantity,
+            "must be a quantity such as 80Gi",
+        );
+        value
+    });
+    rules.require(
+        given.products.len() <= 16,
+        "spec.accelerator.products",
+        format_args!("{} entries", given.products.len()),
+        "at most 16 entries",
+    );
+    for product in &given.products {
+        rules.require(
+            is_word(product, 63, "._-"),
+            "spec.accelerator.products",
+            format_args!("\"{product}\""),
+            "must be the beginning of a value of the node label nvidia.com/gpu.product, such as NVIDIA-H200",
+        );
+    }
+    match given.kind {
+        AcceleratorType::Nvidia => ValidAccelerator::Nvidia {
+            products: given.products.clone(),
+            memory_bytes_min,
+        },
+        AcceleratorType::Cpu => {
+            rules.require(
+                given.products.is_empty(),
+                "spec.accelerator.products",
+                given.products.join(", "),
+                "names GPUs; remove it or choose accelerator type nvidia",
+            );
+            rules.require(
+                given.min_memory.is_none(),
+                "spec.accelerator.minMemory",
+                given.min_memory.as_ref().map_or("", |q| q.0.as_str()),
+                "is the memory of one GPU; remove it or choose accelerator type nvidia",
+            );
+            ValidAccelerator::Cpu
+        }
+    }
+}
+
+fn valid_parallelism(
+    rules: &mut Rules,
+    given: Option<&operator_api::Parallelism>,
+    accelerator: &ValidAccelerator,
+) -> Option<Parallelism> {
+    let given = given?;
+    let operator_api::Parallelism {
+        tensor,
+        expert,
+        pipeline,
+    } = *given;
+    if tensor.is_none() && expert.is_none() && pipeline.is_none() {
+        return None;
+    }
+    let expert_default = 1;
+    let valid = Parallelism {
+        tensor: rules.number("spec.parallelism.tensor", tensor, (1, 64), 1),
+        expert: rules.number("spec.parallelism.expert", expert, (1, 1024), expert_default),
+        pipeline: rules.number("spec.parallelism.pipeline", pipeline, (1, 64), 1),
+    };
+    rules.require(
+        valid.pipeline == 1,
+        "spec.parallelism.pipeline",
+        valid.pipeline,
+        "above 1 needs replicas of several pods, which are not served yet; use spec.parallelism.tensor",
+    );
+    rules.require(
+        valid.expert == 1 || valid.expert == valid.tensor,
+        "spec.parallelism.expert",
+        valid.expert,
+        "must be 1 or equal to spec.parallelism.tensor: both use the same GPUs",
+    );
+    if *accelerator == ValidAccelerator::Cpu {
+        rules.require(
+            valid.ranks() == 1,
+            "spec.parallelism",
+            format_args!("tensor {}, expert {}", valid.tensor, valid.expert),
+            "the cpu accelerator runs one rank per replica; remove spec.parallelism or choose accelerator type nvidia",
+        );
+    }
+    Some(valid)
+}
+
+fn valid_scale(rules: &mut Rules, replicas: Option<i32>, range: Option<&Autoscaling>) -> Scale {
+    match (replicas, range) {
+        (Some(_), None) => Scale::Fixed(rules.number("spec.replicas", replicas, (0, 10_000), 1)),
+        (None, Some(range)) => Scale::Range(valid_range(rules, range)),
+        (Some(number), Some(_)) => {
+            rules.refuse(
+                "spec.replicas",
+                number,
+                "set exactly one of spec.replicas (a fixed number) and spec.autoscaling (a range)",
+            );
+            Scale::Fixed(1)
+        }
+        (None, None) => {
+            rules.refuse(
+                "spec.replicas",
+                "",
+                "set exactly one of spec.replicas (a fixed number) and spec.autoscaling (a range)",
+            );
+            Scale::Fixed(1)
+        }
+    }
+}
+
+fn valid_range(rules: &mut Rules, given: &Autoscaling) -> ScaleRange {
+    let Autoscaling {
+        min_replicas,
+        max_replicas,
+        targets,
+        stabilization,
+    } = given;
+    let field = "spec.autoscaling.minReplicas";
+    if *min_replicas == 0 {
+        rules.refuse(field, 0, "scaling to zero is not served yet; use at least 1, or spec.replicas: 0 to stop the model");
+    } else {
+        rules.number(field, Some(*min_replicas), (1, 10_000), 1);
+    }
+    let max = rules.number(
+        "spec.autoscaling.maxReplicas",
+        Some(*max_replicas),
+        (1, 10_000),
+        1,
+    );
+    let min = u32::try_from(*min_replicas).unwrap_or(1);
+    rules.require(
+        min_replicas <= max_replicas,
+        field,
+        min_replicas,
+        "must not be above spec.autoscaling.maxReplicas",
+    );
+    let queued = targets.queued_requests_per_replica.map(|n| {
+        rules.number(
+            "spec.autoscaling.targets.queuedRequestsPerReplica",
+            Some(n),
+            (1, 10_000),
+            2,
+        )
+    });
+    let kv = targets.kv_cache_utilization_percent.map(|n| {
+        rules.number(
+            "spec.autoscaling.targets.kvCacheUtilizationPercent",
+            Some(n),
+            (1, 100),
+            75,
+        )
+    });
+    let neither = queued.is_none() && kv.is_none();
+    ScaleRange {
+        min,
+        max,
+        queued_per_replica: if neither { Some(2) } else { queued },
+        kv_percent: if neither { Some(75) } else { kv },
+        up_seconds: rules.number(
+            "spec.autoscaling.stabilization.scaleUpSeconds",
+            stabilization.scale_up_seconds,
+            (0, 3600),
+            0,
+        ),
+        down_seconds: rules.number(
+            "spec.autoscaling.stabilization.scaleDownSeconds",
+            stabilization.scale_down_seconds,
+            (0, 86_400),
+            300,
+        ),
+    }
+}
+
+fn valid_rollout(rules: &mut Rules, given: &Rollout) -> (u32, u32, u32) {
+    let Rollout {
+        max_surge,
+        max_unavailable,
+        drain_timeout_seconds,
+    } = given;
+    let surge = rules.number("spec.rollout.maxSurge", *max_surge, (0, 10_000), 1);
+    let unavailable = rules.number(
+        "spec.rollout.maxUnavailable",
+        *max_unavailable,
+        (0, 10_000),
+        0,
+    );
+    rules.require(
+        surge > 0 || unavailable > 0,
+        "spec.rollout.maxSurge",
+        surge,
+        "needs spec.rollout.maxUnavailable of at least 1, or no replica could ever be exchanged",
+    );
+    let drain = rules.number(
+        "spec.rollout.drainTimeoutSeconds",
+        *drain_timeout_seconds,
+        (1, 86_400),
+        DRAIN_TIMEOUT_SECONDS_DEFAULT,
+    );
+    (surge, unavailable, drain)
+}
+
+fn valid_placement(rules: &mut Rules, given: &Placement) -> ValidPlacement {
+    let Placement {
+        node_selector,
+        tolerations,
+        topology,
+        priority_class_name,
+    } = given;
+    template::check_labels(rules, "spec.placement.nodeSelector", node_selector);
+    for toleration in tolerations {
+        let operator = toleration.operator.as_deref().unwrap_or("Equal");
+        let field = "spec.placement.tolerations";
+        rules.require(
+            matches!(operator, "Equal" | "Exists"),
+            &format!("{field}[].operator"),
+            operator,
+            "must be Equal or Exists",
+        );
+        let effect = toleration.effect.as_deref().unwrap_or("");
+        rules.require(
+            matches!(effect, "" | "NoSchedule" | "PreferNoSchedule" | "NoExecute"),
+            &format!("{field}[].effect"),
+            effect,
+            "must be NoSchedule, PreferNoSchedule or NoExecute, or absent for all",
+        );
+        rules.require(
+            toleration.key.as_deref().is_some_and(|key| !key.is_empty()) || operator == "Exists",
+            &format!("{field}[].key"),
+            "",
+            "an empty key needs operator Exists",
+        );
+        rules.require(
+            operator != "Exists" || toleration.value.as_deref().unwrap_or("").is_empty(),
+            &format!("{field}[].value"),
+            toleration.value.as_deref().unwrap_or(""),
+            "must be absent with operator Exists",
+        );
+        rules.require(
+            toleration.toleration_seconds.is_none() || effect == "NoExecute",
+            &format!("{field}[].tolerationSeconds"),
+            toleration.toleration_seconds.unwrap_or(0),
+            "needs effect NoExecute",
+        );
+    }
+    let spread_by = topology.as_ref().map(|topology| topology.spread_by.clone());
+    if let Some(key) = &spread_by {
+        rules.require(
+            template::is_label_key(key),
+            "spec.placement.topology.spreadBy",
+            key,
+            "must be the key of a node label, such as topology.kubernetes.io/zone",
+        );
+    }
+    ValidPlacement {
+        node_selector: node_selector.clone(),
+        tolerations: tolerations.clone(),
+        spread_by,
+        priority_class: rules.name(
+            "spec.placement.priorityClassName",
+            priority_class_name.as_deref(),
+        ),
+    }
+}
+
+/// A letter or digit first, then letters, digits and `more`.
+pub(crate) fn is_word(text: &str, length_max: usize, more: &str) -> bool {
+    text.len() <= length_max
+        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || more.contains(c))
+}
+
+/// RFC 1035: a letter first, no '-' at the end.
+fn is_service_name(text: &str) -> bool {
+    text.starts_with(|c: char| c.is_ascii_lowercase())
+        && !text.ends_with('-')
+        && text
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+}
+
+/// RFC 1123 subdomain.
+pub(crate) fn is_object_name(text: &str) -> bool {
+    !text.is_empty()
+        && text.len() <= 253
+        && text.split('.').all(|part| {
+            !part.is_empty()
+                && !part.starts_with('-')
+                && !part.ends_with('-')
+                && part
+                    .chars()
+                    .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+        })
+}

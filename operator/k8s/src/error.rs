@@ -1,0 +1,287 @@
+//! What can go wrong between us and the cluster, in categories that metrics and events share.
+//!
+//! A user's mistake is not an error here: that is a `Violation` in the status. An error is a call that did not do what
+//! was asked; [`Category`] says whether asking again can help.
+
+use std::fmt;
+use std::time::Duration;
+
+use thiserror::Error;
+
+/// The call that failed: verb, kind and name, as one would say it aloud.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// `create`, `apply`, `delete`, `get`, `list`, `watch`.
+    pub verb: &'static str,
+    /// The Kubernetes kind, or `Prometheus` or `engine`.
+    pub kind: &'static str,
+    /// `namespace/name`, or a URL.
+    pub name: String,
+}
+
+impl Call {
+    /// A call on an object of a namespace.
+    pub fn on(verb: &'static str, kind: &'static str, namespace: &str, name: &str) -> Self {
+        let name = if namespace.is_empty() {
+            name.to_string()
+        } else {
+            format!("{namespace}/{name}")
+        };
+        Call { verb, kind, name }
+    }
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} {} {}", self.verb, self.kind, self.name)
+    }
+}
+
+/// A call that failed.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// The API server answered with an error, or could not be reached.
+    #[error("{call}: {}", describe(source))]
+    Api {
+        /// What was asked.
+        call: Call,
+        /// What came back.
+        #[source]
+        source: Box<kube::Error>,
+    },
+    /// No answer in time.
+    #[error("{call}: no answer within {} s", limit.as_secs_f32())]
+    Timeout {
+        /// What was asked.
+        call: Call,
+        /// How long was waited.
+        limit: Duration,
+    },
+    /// An HTTP server that is not the API server answered badly.
+    #[error("{call}: {message}")]
+    Http {
+        /// What was asked.
+        call: Call,
+        /// What came back.
+        message: String,
+    },
+    /// The lease was lost while there was still something to write.
+    #[error("{call}: not written, because this operator no longer holds the lease")]
+    NotLeader {
+        /// What was not asked.
+        call: Call,
+    },
+}
+
+/// Groups of errors; the label value of `cachalot_operator_reconcile_errors_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Category {
+    /// Somebody else wrote first (409), or owns a field.
+    Conflict,
+    /// A create met an object of that name.
+    AlreadyExists,
+    /// The object is gone (404), or its namespace is ending.
+    NotFound,
+    /// A right is missing (401, 403).
+    Forbidden,
+    /// The API server refused what was sent (400, 422).
+    Invalid,
+    /// Asked to slow down (429).
+    Throttled,
+    /// The API server failed (5xx).
+    Server,
+    /// The list or watch is too old (410).
+    Gone,
+    /// No answer in time.
+    Timeout,
+    /// No connection.
+    Transport,
+    /// An answer that is not understood.
+    Malformed,
+    /// The lease was lost.
+    NotLeader,
+}
+
+impl Category {
+    /// Every category, so that each metric series exists from the start.
+    pub const ALL: [Category; 12] = [
+        Category::Conflict,
+        Category::AlreadyExists,
+        Category::NotFound,
+        Category::Forbidden,
+        Category::Invalid,
+        Category::Throttled,
+        Category::Server,
+        Category::Gone,
+        Category::Timeout,
+        Category::Transport,
+        Category::Malformed,
+        Category::NotLeader,
+    ];
+
+    /// The metric label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Category::Conflict => "conflict",
+            Category::AlreadyExists => "already_exists",
+            Category::NotFound => "not_found",
+            Category::Forbidden => "forbidden",
+            Category::Invalid => "invalid",
+            Category::Throttled => "throttled",
+            Category::Server => "server",
+            Category::Gone => "gone",
+            Category::Timeout => "timeout",
+            Category::Transport => "transport",
+            Category::Malformed => "malformed",
+            Category::NotLeader => "not_leader",
+        }
+    }
+
+    /// The reason of the Warning event on the object concerned.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Category::Conflict => "WriteConflict",
+            Category::AlreadyExists => "NameTaken",
+            Category::NotFound => "ObjectGone",
+            Category::Forbidden => "AccessDenied",
+            Category::Invalid => "ObjectRefused",
+            Category::Throttled
+            | Category::Server
+            | Category::Timeout
+            | Category::Transport
+            | Category::Gone => "ApiServerTrouble",
+            Category::Malformed => "AnswerNotUnderstood",
+            Category::NotLeader => "LeaseLost",
+        }
+    }
+
+    /// Whether the same call may succeed a moment later.
+    pub fn is_transient(self) -> bool {
+        matches!(
+            self,
+            Category::Throttled | Category::Server | Category::Timeout | Category::Transport
+        )
+    }
+}
+
+impl Error {
+    /// The group this error belongs to.
+    pub fn category(&self) -> Category {
+        match self {
+            Error::Api { source, .. } => categorise(source),
+            Error::Timeout { .. } => Category::Timeout,
+            Error::Http { .. } => Category::Malformed,
+            Error::NotLeader { .. } => Category::NotLeader,
+        }
+    }
+
+    /// How long the API server asked us to wait.
+    pub fn retry_after(&self) -> Option<Duration> {
+        let Error::Api { source, .. } = self else {
+            return None;
+        };
+        let kube::Error::Api(status) = source.as_ref() else {
+            return None;
+        };
+        let seconds = status.details.as_ref()?.retry_after_seconds;
+        (seconds > 0).then(|| Duration::from_secs(u64::from(seconds)))
+    }
+}
+
+/// The category of an error of the client.
+pub fn categorise(error: &kube::Error) -> Category {
+    match error {
+        kube::Error::Api(status) if status.is_already_exists() => Category::AlreadyExists,
+        kube::Error::Api(status) => match status.code {
+            409 => Category::Conflict,
+            404 => Category::NotFound,
+            401 | 403 => Category::Forbidden,
+            410 => Category::Gone,
+            429 => Category::Throttled,
+            408 | 504 => Category::Timeout,
+            500..=599 => Category::Server,
+            400..=499 => Category::Invalid,
+            _ => Category::Malformed,
+        },
+        kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => Category::Malformed,
+        _ => Category::Transport,
+    }
+}
+
+/// The error as one line; kube's own text repeats the whole status.
+fn describe(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => {
+            format!("{} ({} {})", status.message, status.code, status.reason)
+        }
+        other => {
+            let mut text = other.to_string();
+            let mut source = std::error::Error::source(other);
+            while let Some(inner) = source {
+                let inner_text = inner.to_string();
+                if !text.contains(&inner_text) {
+                    text = format!("{text}: {inner_text}");
+                }
+                source = inner.source();
+            }
+            text
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kube::core::Status;
+
+    fn refused(code: u16, reason: &str) -> Error {
+        let status = Status::failure("because", reason).with_code(code);
+        Error::Api {
+            call: Call::on("apply", "Service", "default", "m"),
+            source: Box::new(kube::Error::Api(status.boxed())),
+        }
+    }
+
+    #[test]
+    fn every_answer_of_the_api_server_has_a_category() {
+        let table = [
+            (409, "Conflict", Category::Conflict, false),
+            (409, "AlreadyExists", Category::AlreadyExists, false),
+            (404, "NotFound", Category::NotFound, false),
+            (403, "Forbidden", Category::Forbidden, false),
+            (401, "Unauthorized", Category::Forbidden, false),
+            (422, "Invalid", Category::Invalid, false),
+            (429, "TooManyRequests", Category::Throttled, true),
+            (500, "InternalError", Category::Server, true),
+            (503, "ServiceUnavailable", Category::Server, true),
+            (504, "Timeout", Category::Timeout, true),
+            (410, "Expired", Category::Gone, false),
+        ];
+        for (code, reason, category, transient) in table {
+            let error = refused(code, reason);
+            assert_eq!(error.category(), category, "{code} {reason}");
+            assert_eq!(
+                error.category().is_transient(),
+                transient,
+                "{code} {reason}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_text_names_the_call_and_the_answer_once() {
+        assert_eq!(
+            refused(422, "Invalid").to_string(),
+            "apply Service default/m: because (422 Invalid)"
+        );
+    }
+
+    #[test]
+    fn labels_are_distinct() {
+        let labels: std::collections::BTreeSet<_> = Category::ALL
+            .iter()
+            .map(|category| category.as_str())
+            .collect();
+        assert_eq!(labels.len(), Category::ALL.len());
+    }
+}

@@ -1,0 +1,112 @@
+//! From Kubernetes objects to the small values that the mirrors keep.
+
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use operator_api::ModelDeployment;
+use operator_core::{Claim, ConfigMapView, PodView, names};
+
+use crate::watch::Key;
+
+/// A pod of ours: its view, whose it is, and what it takes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChildPod {
+    /// Name of its ModelDeployment.
+    pub deployment: String,
+    /// What matters about it.
+    pub view: Arc<PodView>,
+    /// What it takes from a node.
+    pub claim: Option<Claim>,
+}
+
+/// A config map of ours.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ChildConfigMap {
+    /// Name of its ModelDeployment.
+    pub deployment: String,
+    /// Its content.
+    pub view: Arc<ConfigMapView>,
+}
+
+pub(crate) fn key_of(metadata: &ObjectMeta) -> Key {
+    Key::new(
+        metadata.namespace.clone().unwrap_or_default(),
+        metadata.name.clone().unwrap_or_default(),
+    )
+}
+
+pub(crate) fn deployment_label(metadata: &ObjectMeta) -> Option<String> {
+    metadata
+        .labels
+        .as_ref()?
+        .get(names::MODEL_DEPLOYMENT)
+        .cloned()
+}
+
+pub(crate) fn child_pod(pod: Pod) -> Result<Option<ChildPod>, String> {
+    Ok(deployment_label(&pod.metadata).map(|deployment| ChildPod {
+        deployment,
+        view: Arc::new(PodView::of(&pod)),
+        claim: Claim::of(&pod),
+    }))
+}
+
+pub(crate) fn child_config_map(map: ConfigMap) -> Result<Option<ChildConfigMap>, String> {
+    let view = Arc::new(ConfigMapView::of(&map));
+    Ok(deployment_label(&map.metadata).map(|deployment| ChildConfigMap { deployment, view }))
+}
+
+/// The claim of a pod that the watch of our own pods does not see.
+pub(crate) fn other_claim(pod: &Pod, served: Option<&str>) -> Option<Claim> {
+    let labels = pod.metadata.labels.as_ref();
+    let ours = labels.is_some_and(|labels| {
+        labels
+            .get(names::MANAGED_BY)
+            .is_some_and(|by| by == "cachalot")
+            && labels.contains_key(names::MODEL_DEPLOYMENT)
+    });
+    if ours && (served.is_none() || pod.metadata.namespace.as_deref() == served) {
+        return None;
+    }
+    Claim::of(pod)
+}
+
+/// What is left of an object's metadata: nothing that changes with every write, nothing that is only bulk.
+pub(crate) fn trim_metadata(metadata: &mut ObjectMeta) {
+    metadata.managed_fields = None;
+    metadata.resource_version = None;
+    if let Some(annotations) = metadata.annotations.as_mut() {
+        annotations.remove("kubectl.kubernetes.io/last-applied-configuration");
+    }
+}
+
+pub(crate) fn trim_deployment(
+    mut deployment: ModelDeployment,
+) -> Result<Option<ModelDeployment>, String> {
+    trim_metadata(&mut deployment.metadata);
+    Ok(Some(deployment))
+}
+
+pub(crate) fn trim_service(mut service: Service) -> Result<Option<Service>, String> {
+    trim_metadata(&mut service.metadata);
+    service.status = None;
+    if deployment_label(&service.metadata).is_none() {
+        service.spec = None;
+        service.metadata.annotations = None;
+    }
+    Ok(Some(service))
+}
+
+pub(crate) fn trim_budget(
+    mut budget: PodDisruptionBudget,
+) -> Result<Option<PodDisruptionBudget>, String> {
+    trim_metadata(&mut budget.metadata);
+    budget.status = None;
+    if deployment_label(&budget.metadata).is_none() {
+        budget.spec = None;
+        budget.metadata.annotations = None;
+    }
+    Ok(Some(budget))
+}

@@ -1,0 +1,511 @@
+//! The cluster as we see it: one mirror per kind, the ledger of what is taken on each node, and who has to be woken.
+//!
+//! [`World::snapshot`] turns this into the plain values that `operator-core` decides on. Children are found by the
+//! prefix of their names, so the work for one ModelDeployment does not grow with the fleet.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
+use std::sync::{Arc, Mutex};
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Service};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::api::Api;
+use kube::runtime::watcher;
+use kube::{Client, Resource};
+use operator_api::ModelDeployment;
+use operator_core::{Claim, ConfigMapView, Demand, NodeView, PodSamples, Snapshot, names};
+use tokio::task::JoinSet;
+
+use crate::ledger::Ledger;
+pub use crate::trim::{ChildConfigMap, ChildPod};
+use crate::trim::{
+    child_config_map, child_pod, key_of, other_claim, trim_budget, trim_deployment, trim_service,
+};
+use crate::wakes::{Wakes, lock};
+use crate::watch::{self, Change, Entry, Key, Mirror};
+
+/// Everything that is watched.
+#[derive(Debug)]
+pub struct World {
+    /// The wishes.
+    pub deployments: Arc<Mirror<ModelDeployment>>,
+    /// Our pods.
+    pub pods: Arc<Mirror<ChildPod>>,
+    /// What all other pods take.
+    pub others: Arc<Mirror<Claim>>,
+    /// Nodes.
+    pub nodes: Arc<Mirror<NodeView>>,
+    /// Our config maps.
+    pub config_maps: Arc<Mirror<ChildConfigMap>>,
+    /// Services, of everyone: a name may be taken.
+    pub services: Arc<Mirror<Service>>,
+    /// Disruption budgets, of everyone.
+    pub budgets: Arc<Mirror<PodDisruptionBudget>>,
+    ledger: Mutex<Ledger>,
+    wakes: Wakes,
+}
+
+/// What a snapshot needs beside the mirrors.
+#[derive(Clone, Debug, Default)]
+pub struct Observations {
+    /// The config map that the spec names.
+    pub model_config: Option<Arc<ConfigMapView>>,
+    /// What engine pods said, by pod name.
+    pub samples: BTreeMap<String, PodSamples>,
+    /// What Prometheus said.
+    pub demand: Option<Demand>,
+}
+
+impl World {
+    /// A world in which nothing is known yet.
+    pub fn new() -> Arc<Self> {
+        Arc::new(World {
+            deployments: Mirror::new("ModelDeployment"),
+            pods: Mirror::new("Pod"),
+            others: Mirror::new("PodClaim"),
+            nodes: Mirror::new("Node"),
+            config_maps: Mirror::new("ConfigMap"),
+            services: Mirror::new("Service"),
+            budgets: Mirror::new("PodDisruptionBudget"),
+            ledger: Mutex::default(),
+            wakes: Wakes::default(),
+        })
+    }
+
+    /// The kinds whose first list is not complete; nobody plans before this is empty.
+    pub fn waiting_for(&self) -> Vec<&'static str> {
+        self.each()
+            .into_iter()
+            .filter(|(_, ready, ..)| !ready)
+            .map(|(kind, ..)| kind)
+            .collect()
+    }
+
+    /// Kind, readiness, watch errors and size of every mirror.
+    pub fn each(&self) -> [(&'static str, bool, u64, usize); 7] {
+        fn of<V>(mirror: &Mirror<V>) -> (&'static str, bool, u64, usize) {
+            (
+                mirror.kind,
+                mirror.is_ready(),
+                mirror.errors(),
+                mirror.read().len(),
+            )
+        }
+        [
+            of(&self.deployments),
+            of(&self.pods),
+            of(&self.others),
+            of(&self.nodes),
+            of(&self.config_maps),
+            of(&self.services),
+            of(&self.budgets),
+        ]
+    }
+
+    /// ModelDeployments that something happened to since the last call.
+    pub fn take_woken(&self) -> BTreeSet<Key> {
+        self.wakes.take()
+    }
+
+    /// Returns when [`World::take_woken`] has something to give.
+    pub async fn woken(&self) {
+        self.wakes.notify.notified().await;
+    }
+
+    /// Asks for a pass.
+    pub fn wake(&self, key: &Key) {
+        self.wakes.add([key.clone()]);
+    }
+
+    /// Remembers whether a ModelDeployment waits for room, so that it is woken when some appears.
+    pub fn waits_for_room(&self, key: &Key, waits: bool) {
+        let mut hungry = lock(&self.wakes.hungry);
+        if waits {
+            hungry.insert(key.clone());
+        } else {
+            hungry.remove(key);
+        }
+    }
+
+    /// The plain values for a decision about `deployment`, taken at `now`.
+    pub fn snapshot(
+        &self,
+        key: &Key,
+        deployment: Arc<ModelDeployment>,
+        seen: Observations,
+        now: Timestamp,
+    ) -> Snapshot {
+        let Observations {
+            model_config,
+            samples,
+            demand,
+        } = seen;
+        let pods = children(&self.pods, key, |pod| {
+            (pod.deployment == key.name).then(|| Arc::clone(&pod.view))
+        });
+        let config_maps = children(&self.config_maps, key, |map| {
+            (map.deployment == key.name).then(|| Arc::clone(&map.view))
+        });
+        Snapshot {
+            now,
+            deployment,
+            pods,
+            config_maps,
+            model_config,
+            service: self.services.get(key).and_then(Result::ok),
+            disruption_budget: self.budgets.get(key).and_then(Result::ok),
+            cluster: Arc::clone(&lock(&self.ledger).cluster),
+            samples,
+            demand,
+        }
+    }
+
+    /// Counts what a pod will take before it exists, so that two decisions do not give away the same GPU.
+    pub fn assume(&self, namespace: &str, pod: &Pod) {
+        let name = pod.metadata.name.clone().unwrap_or_default();
+        lock(&self.ledger).set(&Key::new(namespace, name), Claim::of(pod));
+    }
+
+    /// Takes back what [`World::assume`] counted, unless the pod is there.
+    pub fn unassume(&self, namespace: &str, name: &str) {
+        let key = Key::new(namespace, name);
+        let actual = self
+            .pods
+            .get(&key)
+            .and_then(Result::ok)
+            .and_then(|pod| pod.claim.clone());
+        lock(&self.ledger).set(&key, actual);
+    }
+
+    /// Takes in the API server's answer to a write of ours.
+    pub fn wrote_pod(&self, pod: Pod) {
+        let key = key_of(&pod.metadata);
+        watch::write_through(&self.pods, pod, child_pod);
+        let claim = self
+            .pods
+            .get(&key)
+            .and_then(Result::ok)
+            .and_then(|pod| pod.claim.clone());
+        lock(&self.ledger).set(&key, claim);
+    }
+
+    /// Takes in the API server's answer to a write of ours.
+    pub fn wrote_config_map(&self, config_map: ConfigMap) {
+        watch::write_through(&self.config_maps, config_map, child_config_map);
+    }
+
+    /// Takes in the API server's answer to a write of ours.
+    pub fn wrote_service(&self, service: Service) {
+        watch::write_through(&self.services, service, trim_service);
+    }
+
+    /// Takes in the API server's answer to a write of ours.
+    pub fn wrote_budget(&self, budget: PodDisruptionBudget) {
+        watch::write_through(&self.budgets, budget, trim_budget);
+    }
+
+    /// Takes in the API server's answer to a write of ours.
+    pub fn wrote_deployment(&self, deployment: ModelDeployment) {
+        watch::write_through(&self.deployments, deployment, trim_deployment);
+    }
+
+    /// Starts every watch; they run until `tasks` is dropped. `namespace`: the only one whose models are served.
+    pub fn follow(
+        self: &Arc<Self>,
+        tasks: &mut JoinSet<()>,
+        client: &Client,
+        namespace: Option<&str>,
+    ) {
+        let ours = || {
+            watcher::Config::default().labels(&format!(
+                "{}=cachalot,{}",
+                names::MANAGED_BY,
+                names::MODEL_DEPLOYMENT
+            ))
+        };
+        let all = watcher::Config::default;
+
+        let world = Arc::clone(self);
+        let changed =
+            move |change: Change<'_, ModelDeployment>| world.wakes.add([change.key.clone()]);
+        tasks.spawn(watch::follow(
+            Arc::clone(&self.deployments),
+            api(client, namespace),
+            all(),
+            trim_deployment,
+            changed,
+        ));
+
+        let world = Arc::clone(self);
+        let changed = move |change: Change<'_, ChildPod>| world.pod_changed(change);
+        tasks.spawn(watch::follow(
+            Arc::clone(&self.pods),
+            api(client, namespace),
+            ours(),
+            child_pod,
+            changed,
+        ));
+
+        let world = Arc::clone(self);
+        let changed = move |change: Change<'_, Claim>| world.claim_changed(change);
+        // A pod without a node, or one that ended, takes nothing.
+        let mut config =
+            all().fields("spec.nodeName!=,status.phase!=Succeeded,status.phase!=Failed");
+        if namespace.is_none() {
+            config = config.labels(&format!("{}!=cachalot", names::MANAGED_BY));
+        }
+        let served = namespace.map(str::to_string);
+        let trim = move |pod: Pod| Ok(other_claim(&pod, served.as_deref()));
+        tasks.spawn(watch::follow(
+            Arc::clone(&self.others),
+            Api::all(client.clone()),
+            config,
+            trim,
+            changed,
+        ));
+
+        let world = Arc::clone(self);
+        let changed = move |change: Change<'_, NodeView>| world.node_changed(change);
+        let trim = |node: Node| Ok(Some(NodeView::of(&node)));
+        tasks.spawn(watch::follow(
+            Arc::clone(&self.nodes),
+            Api::all(client.clone()),
+            all(),
+            trim,
+            changed,
+        ));
+
+        let world = Arc::clone(self);
+        let changed = move |change: Change<'_, ChildConfigMap>| {
+            world.wake_owner(
+                change.key,
+                owner(change.before, |map| &map.deployment),
+                owner(change.after, |map| &map.deployment),
+            );
+        };
+        tasks.spawn(watch::follow(
+            Arc::clone(&self.config_maps),
+            api(client, namespace),
+            ours(),
+            child_config_map,
+            changed,
+        ));
+
+        let world = Arc::clone(self);
+        let changed = move |change: Change<'_, Service>| world.wake_if_deployment(change.key);
+        tasks.spawn(watch::follow(
+            Arc::clone(&self.services),
+            api(client, namespace),
+            all(),
+            trim_service,
+            changed,
+        ));
+
+        let world = Arc::clone(self);
+        let changed =
+            move |change: Change<'_, PodDisruptionBudget>| world.wake_if_deployment(change.key);
+        tasks.spawn(watch::follow(
+            Arc::clone(&self.budgets),
+            api(client, namespace),
+            all(),
+            trim_budget,
+            changed,
+        ));
+    }
+
+    fn pod_changed(&self, change: Change<'_, ChildPod>) {
+        let Change { key, before, after } = change;
+        let claim = |entry: Option<&Entry<ChildPod>>| {
+            entry.and_then(|entry| entry.as_ref().ok()?.claim.clone())
+        };
+        let freed = claim(before).is_some() && claim(after).is_none();
+        lock(&self.ledger).set(key, claim(after));
+        self.wake_owner(
+            key,
+            owner(before, |pod| &pod.deployment),
+            owner(after, |pod| &pod.deployment),
+        );
+        if freed {
+            self.wakes.room_appeared();
+        }
+    }
+
+    fn claim_changed(&self, change: Change<'_, Claim>) {
+        let Change { key, before, after } = change;
+        lock(&self.ledger).set(
+            key,
+            after
+                .and_then(|entry| entry.as_ref().ok())
+                .map(|claim| Claim::clone(claim)),
+        );
+        if before.is_some() {
+            self.wakes.room_appeared();
+        }
+    }
+
+    fn node_changed(&self, change: Change<'_, NodeView>) {
+        let Change { key, before, after } = change;
+        lock(&self.ledger).set_node(
+            &key.name,
+            after.and_then(|entry| entry.as_ref().ok()).cloned(),
+        );
+        self.wakes.room_appeared();
+        if before.is_some() {
+            let on_it = self
+                .pods
+                .read()
+                .iter()
+                .filter_map(|(pod, entry)| {
+                    let child = entry.as_ref().ok()?;
+                    (child.view.node.as_deref() == Some(&key.name))
+                        .then(|| Key::new(&pod.namespace, &child.deployment))
+                })
+                .collect::<BTreeSet<_>>();
+            self.wakes.add(on_it);
+        }
+    }
+
+    fn wake_owner(&self, key: &Key, before: Option<String>, after: Option<String>) {
+        self.wakes.add(
+            [before, after]
+                .into_iter()
+                .flatten()
+                .map(|name| Key::new(&key.namespace, name)),
+        );
+    }
+
+    fn wake_if_deployment(&self, key: &Key) {
+        if self.deployments.read().contains_key(key) {
+            self.wakes.add([key.clone()]);
+        }
+    }
+}
+
+/// Children of a ModelDeployment: all are named `<its name>-…`, so they lie together in the mirror.
+fn children<V, T>(mirror: &Mirror<V>, owner: &Key, pick: impl Fn(&V) -> Option<T>) -> Vec<T> {
+    let prefix = Key::new(&owner.namespace, format!("{}-", owner.name));
+    mirror
+        .read()
+        .range::<Key, _>((Bound::Included(&prefix), Bound::Unbounded))
+        .take_while(|(key, _)| {
+            key.namespace == prefix.namespace && key.name.starts_with(&prefix.name)
+        })
+        .filter_map(|(_, entry)| pick(entry.as_ref().ok()?))
+        .collect()
+}
+
+fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+where
+    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>,
+{
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
+}
+
+fn owner<V>(entry: Option<&Entry<V>>, name: impl Fn(&V) -> &String) -> Option<String> {
+    entry
+        .and_then(|entry| entry.as_ref().ok())
+        .map(|value| name(value).clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(name: &str, deployment: &str, node: &str, gpus: &str) -> Pod {
+        serde_json::from_value(serde_json::json!({
+            "metadata": {"name": name, "namespace": "d", "labels": {
+                "app.kubernetes.io/managed-by": "cachalot", "cachalot.dev/model-deployment": deployment}},
+            "spec": {"nodeName": node, "containers": [{"name": "engine", "resources": {"requests": {"nvidia.com/gpu": gpus}}}]},
+        }))
+        .expect("a pod")
+    }
+
+    fn used_gpus(world: &World, node: &str) -> u64 {
+        lock(&world.ledger)
+            .cluster
+            .used
+            .get(node)
+            .map_or(0, |used| used.gpus)
+    }
+
+    #[test]
+    fn the_ledger_counts_each_pod_once_however_it_hears_of_it() {
+        let world = World::new();
+        let key = Key::new("d", "m-0");
+        world.assume("d", &pod("m-0", "m", "n1", "8"));
+        assert_eq!(used_gpus(&world, "n1"), 8);
+        world.wrote_pod(pod("m-0", "m", "n1", "8"));
+        let child = child_pod(pod("m-0", "m", "n1", "8"))
+            .expect("a pod")
+            .map(|child| Ok(Arc::new(child)));
+        world.pod_changed(Change {
+            key: &key,
+            before: None,
+            after: child.as_ref(),
+        });
+        assert_eq!(used_gpus(&world, "n1"), 8);
+        world.pod_changed(Change {
+            key: &key,
+            before: child.as_ref(),
+            after: None,
+        });
+        assert_eq!(used_gpus(&world, "n1"), 0);
+    }
+
+    #[test]
+    fn what_was_assumed_for_a_pod_that_was_not_made_is_given_back() {
+        let world = World::new();
+        world.assume("d", &pod("m-0", "m", "n1", "8"));
+        world.unassume("d", "m-0");
+        assert_eq!(used_gpus(&world, "n1"), 0);
+    }
+
+    #[test]
+    fn children_are_those_of_the_name_and_not_of_a_longer_name() {
+        let world = World::new();
+        for (name, deployment) in [
+            ("m-0-abc-0", "m"),
+            ("m-big-0-abc-0", "m-big"),
+            ("other-0", "other"),
+            ("m", "m"),
+        ] {
+            world.wrote_pod(pod(name, deployment, "n1", "1"));
+        }
+        let found = children(&world.pods, &Key::new("d", "m"), |pod| {
+            (pod.deployment == "m").then(|| pod.view.name.clone())
+        });
+        assert_eq!(found, ["m-0-abc-0"]);
+    }
+
+    #[test]
+    fn room_wakes_those_who_wait_for_it_and_no_others() {
+        let world = World::new();
+        let (waiting, content) = (Key::new("d", "waiting"), Key::new("d", "content"));
+        world.waits_for_room(&waiting, true);
+        world.waits_for_room(&content, false);
+        world.node_changed(Change {
+            key: &Key::new("", "n1"),
+            before: None,
+            after: None,
+        });
+        assert_eq!(world.take_woken(), BTreeSet::from([waiting]));
+        assert!(world.take_woken().is_empty());
+    }
+
+    #[test]
+    fn pods_of_others_count_and_ours_are_left_to_their_own_watch() {
+        let foreign: Pod = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "x", "namespace": "d"}, "spec": {"nodeName": "n1", "containers": []}}))
+        .expect("a pod");
+        assert!(other_claim(&foreign, None).is_some());
+        let ours = pod("m-0", "m", "n1", "1");
+        assert!(other_claim(&ours, None).is_none());
+        assert!(other_claim(&ours, Some("d")).is_none());
+        // Another operator's, in a namespace that is not ours.
+        assert!(other_claim(&ours, Some("e")).is_some());
+    }
+}

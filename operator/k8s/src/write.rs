@@ -1,0 +1,307 @@
+//! Writes to the cluster: each safe to repeat, guarded by the lease, told apart by what they met.
+//!
+//! - **create** (pods): POST with a deterministic name. A 409 means that an earlier pass, or an earlier life of this
+//!   operator, already did it. Server-side apply would silently change a pod that is there.
+//! - **apply** (config maps, services, disruption budgets, the status): server-side apply with force, as the only manager
+//!   of the fields we name; nothing else is touched.
+//! - **delete**: with the uid as a precondition, so that a successor of the same name is never hit. 404 and a uid that
+//!   does not match mean it is already gone.
+
+use std::fmt::Debug;
+
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Client, Resource};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::FIELD_MANAGER;
+use crate::error::{Call, Category, Error};
+use crate::lease::Leadership;
+use crate::retry::RetryPolicy;
+
+/// What a write met.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Written<T> {
+    /// It was carried out; the API server's answer.
+    Done(T),
+    /// It had been carried out before.
+    Already,
+}
+
+/// Carries out writes while the lease is held.
+#[derive(Clone)]
+pub struct Writer {
+    client: Client,
+    leadership: Leadership,
+}
+
+impl Writer {
+    /// A writer that stops when `leadership` ends.
+    pub fn new(client: Client, leadership: Leadership) -> Self {
+        Writer { client, leadership }
+    }
+
+    /// Whether writes are allowed now.
+    pub fn may_write(&self) -> bool {
+        self.leadership.is_held()
+    }
+
+    fn guard(&self, call: &Call) -> Result<(), Error> {
+        if self.leadership.is_held() {
+            Ok(())
+        } else {
+            Err(Error::NotLeader { call: call.clone() })
+        }
+    }
+
+    /// Creates an object of a deterministic name.
+    ///
+    /// # Errors
+    /// The lease is lost, or the API server refuses or does not answer.
+    pub async fn create<K>(
+        &self,
+        kind: &'static str,
+        namespace: &str,
+        object: &K,
+    ) -> Result<Written<K>, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + Serialize
+            + DeserializeOwned,
+    {
+        let name = object.meta().name.clone().unwrap_or_default();
+        let call = Call::on("create", kind, namespace, &name);
+        self.guard(&call)?;
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
+        let parameters = PostParams {
+            field_manager: Some(FIELD_MANAGER.into()),
+            ..PostParams::default()
+        };
+        match RetryPolicy::CALL
+            .run(&call, || api.create(&parameters, object))
+            .await
+        {
+            Ok(created) => Ok(Written::Done(created)),
+            Err(error) if error.category() == Category::AlreadyExists => Ok(Written::Already),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the object's fields what is given, creating it when it is not there.
+    ///
+    /// # Errors
+    /// The lease is lost, or the API server refuses or does not answer.
+    pub async fn apply<K>(
+        &self,
+        kind: &'static str,
+        namespace: &str,
+        object: &K,
+    ) -> Result<K, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + Serialize
+            + DeserializeOwned,
+    {
+        let name = object.meta().name.clone().unwrap_or_default();
+        let patch = typed::<K, _>(object);
+        self.patch(
+            Call::on("apply", kind, namespace, &name),
+            namespace,
+            &name,
+            None,
+            &patch,
+        )
+        .await
+    }
+
+    /// Merges metadata into a pod that exists, and nothing else of it.
+    ///
+    /// `metadata` carries the uid: the API server refuses a uid that is not the pod's, so a successor of the same name is
+    /// never touched. (Server-side apply would create what is not there, and a label must not bring a pod back.)
+    ///
+    /// # Errors
+    /// The lease is lost, or the API server refuses or does not answer.
+    pub async fn patch_pod(
+        &self,
+        namespace: &str,
+        name: &str,
+        metadata: Value,
+    ) -> Result<Written<Pod>, Error> {
+        let call = Call::on("patch", "Pod", namespace, name);
+        self.guard(&call)?;
+        let patch = Patch::Merge(serde_json::json!({ "metadata": metadata }));
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        let parameters = PatchParams {
+            field_manager: Some(FIELD_MANAGER.into()),
+            ..PatchParams::default()
+        };
+        match RetryPolicy::CALL
+            .run(&call, || api.patch(name, &parameters, &patch))
+            .await
+        {
+            Ok(pod) => Ok(Written::Done(pod)),
+            // Gone, or a successor with another uid.
+            Err(error) if matches!(error.category(), Category::NotFound | Category::Conflict) => {
+                Ok(Written::Already)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes the status of an object what is given.
+    ///
+    /// # Errors
+    /// The lease is lost, the object is gone, or the API server refuses or does not answer.
+    pub async fn apply_status<K>(
+        &self,
+        kind: &'static str,
+        namespace: &str,
+        name: &str,
+        status: &Value,
+    ) -> Result<K, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned,
+    {
+        let patch =
+            typed::<K, _>(&serde_json::json!({ "metadata": { "name": name }, "status": status }));
+        self.patch(
+            Call::on("report", kind, namespace, name),
+            namespace,
+            name,
+            Some("status"),
+            &patch,
+        )
+        .await
+    }
+
+    async fn patch<K>(
+        &self,
+        call: Call,
+        namespace: &str,
+        name: &str,
+        subresource: Option<&str>,
+        patch: &Value,
+    ) -> Result<K, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned,
+    {
+        self.guard(&call)?;
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
+        let patch = Patch::Apply(patch);
+        // Force: we are the only writer of these fields by design, and a conflict would stop the pass for ever.
+        let parameters = PatchParams {
+            field_manager: Some(FIELD_MANAGER.into()),
+            force: true,
+            ..PatchParams::default()
+        };
+        RetryPolicy::CALL
+            .run(&call, || async {
+                match subresource {
+                    None => api.patch(name, &parameters, &patch).await,
+                    Some(subresource) => {
+                        api.patch_subresource(subresource, name, &parameters, &patch)
+                            .await
+                    }
+                }
+            })
+            .await
+    }
+
+    /// Removes exactly the object of this uid.
+    ///
+    /// # Errors
+    /// The lease is lost, or the API server refuses or does not answer.
+    pub async fn delete<K>(
+        &self,
+        kind: &'static str,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+    ) -> Result<Written<()>, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned,
+    {
+        let call = Call::on("delete", kind, namespace, name);
+        self.guard(&call)?;
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
+        let preconditions = (!uid.is_empty()).then(|| Preconditions {
+            uid: Some(uid.to_string()),
+            resource_version: None,
+        });
+        let parameters = DeleteParams {
+            preconditions,
+            ..DeleteParams::background()
+        };
+        match RetryPolicy::CALL
+            .run(&call, || api.delete(name, &parameters))
+            .await
+        {
+            Ok(_) => Ok(Written::Done(())),
+            Err(error) if matches!(error.category(), Category::NotFound | Category::Conflict) => {
+                Ok(Written::Already)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The object as JSON with apiVersion and kind, which server-side apply asks for, and without what only the API server
+/// may say.
+fn typed<K: Resource<DynamicType = ()>, T: Serialize>(object: &T) -> Value {
+    let mut value = serde_json::to_value(object).unwrap_or_default();
+    if let Value::Object(fields) = &mut value {
+        fields.insert("apiVersion".into(), K::api_version(&()).into());
+        fields.insert("kind".into(), K::kind(&()).into());
+        if let Some(Value::Object(metadata)) = fields.get_mut("metadata") {
+            for field in [
+                "managedFields",
+                "resourceVersion",
+                "uid",
+                "creationTimestamp",
+                "generation",
+            ] {
+                metadata.remove(field);
+            }
+        }
+    }
+    value
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::core::v1::ConfigMap;
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+    #[test]
+    fn what_is_applied_names_its_kind_and_nothing_of_the_api_server() {
+        let object = ConfigMap {
+            metadata: ObjectMeta {
+                name: Some("m".into()),
+                resource_version: Some("7".into()),
+                uid: Some("u".into()),
+                ..ObjectMeta::default()
+            },
+            ..ConfigMap::default()
+        };
+        let expected =
+            serde_json::json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "m"}});
+        assert_eq!(typed::<ConfigMap, _>(&object), expected);
+    }
+}

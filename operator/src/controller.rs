@@ -1,0 +1,354 @@
+//! The controller loop: observe → decide → apply → report, one pass per ModelDeployment that something happened to.
+//!
+//! Every decision is `operator_core::plan`'s; this file only says when it is asked and carries out what it answers.
+//! Observing and deciding happen under one lock and take microseconds; what a decision will take from a node is counted
+//! before the lock is let go, so that two decisions never give away the same GPU. Applying runs concurrently.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use operator_api::ModelDeployment;
+use operator_core::{EventKind, Plan, Settings};
+use operator_k8s::apply::{Applied, Applier, action_label};
+use operator_k8s::error::{Category, Error};
+use operator_k8s::events::{Message, Recorder, Severity};
+use operator_k8s::lease::Leadership;
+use operator_k8s::read::Reader;
+use operator_k8s::sampling::Sampler;
+use operator_k8s::watch::{Key, Malformed};
+use operator_k8s::world::{Observations, World};
+use tokio::sync::Mutex;
+use tokio::task::{Id, JoinError, JoinSet};
+use tokio::time::Instant;
+
+use crate::admin::Health;
+use crate::metrics::{Metrics, Outcome};
+use crate::queue::Queue;
+
+/// Changes that come together are looked at together.
+const DEBOUNCE: Duration = Duration::from_millis(20);
+/// A look at everything now and then, in case a change was never told.
+const RESYNC: Duration = Duration::from_secs(600);
+/// How often the loop turns when nothing happens.
+const TURN: Duration = Duration::from_secs(1);
+/// How often it turns while the first lists are being read.
+const WARM_UP_TURN: Duration = Duration::from_millis(20);
+
+/// Everything a pass needs.
+pub struct Controller {
+    /// What is observed.
+    pub world: Arc<World>,
+    /// Who writes.
+    pub applier: Applier,
+    /// Who reads what is not watched.
+    pub reader: Reader,
+    /// What engine pods say.
+    pub sampler: Arc<Sampler>,
+    /// Who tells people.
+    pub recorder: Recorder,
+    /// Whether we may write.
+    pub leadership: Leadership,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Whether the loop turns.
+    pub health: Health,
+    /// Passes at once.
+    pub workers: usize,
+    /// The operator's own configuration.
+    pub settings: Settings,
+}
+
+/// A pass that did not fail.
+enum Done {
+    /// The next look, when one is wanted.
+    Settled(Option<Duration>),
+    /// The object is gone.
+    Gone,
+}
+
+/// What passes share.
+struct Shared {
+    controller: Controller,
+    deciding: Mutex<()>,
+}
+
+impl Controller {
+    /// Works until `stop`, then waits at most `patience` for the passes under way.
+    pub async fn run(self, stop: impl Future<Output = ()>, patience: Duration) {
+        let started = Instant::now();
+        let workers = self.workers;
+        let shared = Arc::new(Shared {
+            controller: self,
+            deciding: Mutex::new(()),
+        });
+        let this = &shared.controller;
+        let mut queue: Queue<Key> = Queue::default();
+        let mut passes: JoinSet<Result<Done, Error>> = JoinSet::new();
+        let mut keys: HashMap<Id, Key> = HashMap::new();
+        let mut leading = false;
+        let mut leadership = this.leadership.clone();
+        tokio::pin!(stop);
+        loop {
+            this.health.turned();
+            let now = started.elapsed();
+            let may_work = this.leadership.is_held() && this.world.waiting_for().is_empty();
+            if may_work && !leading {
+                // What happened while another operator led is not known one by one: look at everything.
+                tracing::info!(
+                    model_deployments = this.world.deployments.read().len(),
+                    "leading"
+                );
+                for key in this.world.deployments.read().keys() {
+                    queue.ask(key, now);
+                }
+            }
+            leading = may_work;
+            for key in this.world.take_woken() {
+                queue.ask(&key, now + DEBOUNCE);
+            }
+            while may_work && passes.len() < workers {
+                let Some(key) = queue.take(started.elapsed()) else {
+                    break;
+                };
+                let shared = Arc::clone(&shared);
+                let task = passes.spawn({
+                    let key = key.clone();
+                    async move { shared.pass(key).await }
+                });
+                keys.insert(task.id(), key);
+            }
+            this.metrics.queue(queue.depth(now));
+            let full = passes.len() >= workers;
+            let pause = match queue.next_due() {
+                Some(due) if may_work && !full => due.saturating_sub(started.elapsed()).min(TURN),
+                // The first lists are about to be complete.
+                _ if this.leadership.is_held() && !may_work => WARM_UP_TURN,
+                _ => TURN,
+            };
+            tokio::select! {
+                () = &mut stop => break,
+                Some(ended) = passes.join_next_with_id(), if !passes.is_empty() => {
+                    settle(&mut queue, &mut keys, ended, started.elapsed());
+                }
+                () = this.world.woken() => {}
+                () = leadership.changed() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+        let rest = async { while passes.join_next().await.is_some() {} };
+        if tokio::time::timeout(patience, rest).await.is_err() {
+            tracing::warn!("passes were still under way; the next operator repeats them");
+        }
+    }
+}
+
+/// Books the end of a pass. A pass that panicked counts as failed: a bug met by one object must not stop the others,
+/// and must not be met again and again without a pause.
+fn settle(
+    queue: &mut Queue<Key>,
+    keys: &mut HashMap<Id, Key>,
+    ended: Result<(Id, Result<Done, Error>), JoinError>,
+    now: Duration,
+) {
+    let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
+    let Some(key) = keys.remove(&id) else { return };
+    let failure = match ended {
+        Ok((_, Ok(Done::Settled(again)))) => {
+            return queue.done(&key, Some(now + again.unwrap_or(RESYNC).min(RESYNC)));
+        }
+        Ok((_, Ok(Done::Gone))) => return queue.forget(&key),
+        Ok((_, Err(error))) => format!("{}: {error}", error.category().as_str()),
+        Err(error) => format!("bug: {error}"),
+    };
+    let pause = queue.failed(&key, now, operator_k8s::retry::jitter());
+    tracing::warn!(deployment = %key, failure, pause_ms = pause.as_millis(), "pass failed");
+}
+
+impl Shared {
+    async fn pass(&self, key: Key) -> Result<Done, Error> {
+        let this = &self.controller;
+        let timer = this.metrics.pass();
+        let deployment = match this.world.deployments.get(&key) {
+            None => {
+                this.metrics.forget(&key.namespace, &key.name);
+                this.world.waits_for_room(&key, false);
+                timer.ended(Outcome::Gone);
+                return Ok(Done::Gone);
+            }
+            Some(Err(malformed)) => {
+                self.tell_malformed(&key, &malformed);
+                timer.ended(Outcome::Malformed);
+                return Ok(Done::Settled(None));
+            }
+            Some(Ok(deployment)) => deployment,
+        };
+        // Kubernetes' garbage collector removes the children; making new ones would race with it.
+        if deployment.metadata.deletion_timestamp.is_some() {
+            timer.ended(Outcome::Unchanged);
+            return Ok(Done::Settled(None));
+        }
+        let uid = deployment.metadata.uid.clone().unwrap_or_default();
+        let result = self.reconcile(&key, deployment).await;
+        match &result {
+            Ok((wrote, _)) => {
+                let took = timer.ended(if *wrote {
+                    Outcome::Applied
+                } else {
+                    Outcome::Unchanged
+                });
+                tracing::debug!(deployment = %key, wrote, micros = took.as_micros(), "pass ended");
+            }
+            Err(error) => {
+                timer.ended(Outcome::Failed);
+                this.metrics.error(error.category());
+                // A lost lease is the operator's own affair.
+                if error.category() != Category::NotLeader {
+                    this.recorder.say(Message {
+                        regarding: reference(&key, &uid),
+                        severity: Severity::Warning,
+                        reason: error.category().reason().to_string(),
+                        action: "Reconcile".into(),
+                        note: error.to_string(),
+                    });
+                }
+            }
+        }
+        result.map(|(_, again)| Done::Settled(again))
+    }
+
+    /// One pass; returns whether anything was written and when to look again.
+    async fn reconcile(
+        &self,
+        key: &Key,
+        deployment: Arc<ModelDeployment>,
+    ) -> Result<(bool, Option<Duration>), Error> {
+        let this = &self.controller;
+        let model_config = match &deployment.spec.model.config_map_ref {
+            None => None,
+            Some(reference) => {
+                this.reader
+                    .config_map(&key.namespace, &reference.name)
+                    .await?
+            }
+        };
+        let plan = {
+            let _deciding = self.deciding.lock().await;
+            let seen = Observations {
+                model_config,
+                samples: this.sampler.of(key),
+                demand: this.sampler.demand(key),
+            };
+            let now = operator_k8s::now();
+            let snapshot = this.world.snapshot(key, Arc::clone(&deployment), seen, now);
+            let plan = operator_core::plan(&snapshot, &this.settings);
+            this.applier.assume(&key.namespace, &plan.actions);
+            plan
+        };
+        tracing::trace!(deployment = %key, %plan, "decided");
+        let Plan {
+            actions,
+            status,
+            events,
+            wake_after,
+        } = plan;
+        let uid = deployment.metadata.uid.clone().unwrap_or_default();
+        let applied = this
+            .applier
+            .apply(&key.namespace, &actions, &|applied: &Applied<'_>| {
+                self.count(key, applied)
+            })
+            .await;
+        if applied.is_err() {
+            this.applier.give_up(&key.namespace, &actions);
+        }
+        // The status and the events say what was decided also when a write failed: the reason why is in them.
+        let stored = deployment.status.clone().unwrap_or_default();
+        let report = !same(&stored, &status);
+        let reported = if report {
+            this.applier.report(key, &status).await
+        } else {
+            Ok(())
+        };
+        this.world.waits_for_room(key, waits_for_room(&status));
+        this.metrics.replicas(
+            &key.namespace,
+            &key.name,
+            i64::from(status.wanted_replicas.unwrap_or(0)),
+            i64::from(status.ready_replicas.unwrap_or(0)),
+        );
+        let written = applied?;
+        match reported {
+            // Deleted meanwhile.
+            Err(error) if error.category() == Category::NotFound => {}
+            other => other?,
+        }
+        for event in events {
+            this.recorder.say(Message {
+                regarding: reference(key, &uid),
+                severity: match event.kind {
+                    EventKind::Normal => Severity::Normal,
+                    EventKind::Warning => Severity::Warning,
+                },
+                reason: event.reason.to_string(),
+                action: "Reconcile".into(),
+                note: event.note,
+            });
+        }
+        Ok((written > 0 || report, wake_after))
+    }
+
+    fn count(&self, key: &Key, applied: &Applied<'_>) {
+        let result = match &applied.result {
+            Ok(true) => "done",
+            Ok(false) => "already",
+            Err(_) => "failed",
+        };
+        self.controller
+            .metrics
+            .action(action_label(applied.action), result);
+        tracing::info!(deployment = %key, action = %applied.action, result, "applied");
+    }
+
+    fn tell_malformed(&self, key: &Key, malformed: &Malformed) {
+        tracing::warn!(deployment = %key, why = %malformed.message, "ModelDeployment is not understood");
+        self.controller.recorder.say(Message {
+            regarding: reference(key, &malformed.uid),
+            severity: Severity::Warning,
+            reason: "SpecNotUnderstood".into(),
+            action: "Reconcile".into(),
+            note: format!(
+                "{}; correct the field, or remove it and apply again. The other ModelDeployments go on.",
+                malformed.message
+            ),
+        });
+    }
+}
+
+/// Whether two statuses are the same once stored; the API server keeps whole seconds.
+fn same(
+    stored: &operator_api::ModelDeploymentStatus,
+    wanted: &operator_api::ModelDeploymentStatus,
+) -> bool {
+    stored == wanted || serde_json::to_value(stored).ok() == serde_json::to_value(wanted).ok()
+}
+
+fn waits_for_room(status: &operator_api::ModelDeploymentStatus) -> bool {
+    let waiting: BTreeSet<&str> = ["NoNodeFits", "MemoryDoesNotFit"].into();
+    status
+        .conditions
+        .iter()
+        .any(|c| c.type_ == "Planned" && c.status == "False" && waiting.contains(c.reason.as_str()))
+}
+
+fn reference(key: &Key, uid: &str) -> ObjectReference {
+    ObjectReference {
+        api_version: Some(format!("{}/{}", operator_api::GROUP, operator_api::VERSION)),
+        kind: Some(operator_api::KIND.into()),
+        namespace: Some(key.namespace.clone()),
+        name: Some(key.name.clone()),
+        uid: Some(uid.to_string()),
+        ..ObjectReference::default()
+    }
+}
