@@ -1,0 +1,167 @@
+//! The plain data that one step of the engine hands to a backend, and the trait a backend implements.
+//!
+//! Invariant: a [`Batch`] says everything the backend needs; the backend keeps no idea of requests, sampling or
+//! scheduling. A sequence may appear at most once in a batch. Its `blocks` cover at least `start + tokens.len()`
+//! positions, and the key/value entries of positions `0..start` were written by earlier steps (possibly for another
+//! sequence that shares the same prefix blocks).
+//!
+//! Surprise: a decode step and a prefill chunk are the same thing here, an entry with one or with many tokens. What a
+//! backend computes for a token must not depend on which of the two it was in, nor on the other entries.
+
+use std::fmt;
+
+use thiserror::Error;
+
+/// A token of the model's vocabulary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TokenId(pub u32);
+
+impl TokenId {
+    /// The token as an index into a logits row or an embedding table.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl fmt::Display for TokenId {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(formatter)
+    }
+}
+
+/// A block of the key/value cache: `block_size` consecutive positions of one or more sequences.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockId(pub u32);
+
+impl BlockId {
+    /// The block as an index into the cache; a backend allocates blocks `0..block_count`.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// One token stream of one choice of one request. Never reused within a process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId(pub u64);
+
+/// The sequences of one forward pass.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// One entry per sequence, in the order in which logits rows are returned.
+    pub entries: Vec<BatchEntry>,
+}
+
+impl Batch {
+    /// Tokens computed by this pass.
+    pub fn token_count(&self) -> usize {
+        self.entries.iter().map(|entry| entry.tokens.len()).sum()
+    }
+
+    /// Logits rows that this pass must produce.
+    pub fn logits_rows(&self) -> usize {
+        self.entries
+            .iter()
+            .filter(|entry| entry.wants_logits)
+            .count()
+    }
+
+    /// Whether there is nothing to compute.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+/// The part of one sequence that one forward pass computes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BatchEntry {
+    /// Whose tokens these are.
+    pub sequence: SequenceId,
+    /// At least one token.
+    pub tokens: Vec<TokenId>,
+    /// Position of `tokens[0]`; positions before it are already in the cache.
+    pub start: usize,
+    /// The whole block table of the sequence: position `p` lives in `blocks[p / block_size]`.
+    pub blocks: Vec<BlockId>,
+    /// Whether the logits after the last of `tokens` are needed.
+    pub wants_logits: bool,
+}
+
+impl BatchEntry {
+    /// Positions in the cache after this entry was computed.
+    pub fn end(&self) -> usize {
+        self.start + self.tokens.len()
+    }
+}
+
+/// Logits rows, one for each entry that wants them, in batch order. The buffer is reused from step to step.
+#[derive(Clone, Debug, Default)]
+pub struct Logits {
+    vocabulary: usize,
+    values: Vec<f32>,
+}
+
+impl Logits {
+    /// An empty buffer that never reallocates up to `rows` rows.
+    pub fn with_capacity(vocabulary: usize, rows: usize) -> Self {
+        Self {
+            vocabulary,
+            values: Vec::with_capacity(vocabulary * rows),
+        }
+    }
+
+    /// Makes room for `rows` rows of `vocabulary` values, all zero. A backend calls this first.
+    pub fn reset(&mut self, vocabulary: usize, rows: usize) {
+        self.vocabulary = vocabulary;
+        self.values.clear();
+        self.values.resize(vocabulary * rows, 0.0);
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.values.len().checked_div(self.vocabulary).unwrap_or(0)
+    }
+
+    /// Values in a row.
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+
+    /// One row. Panics when `row` is out of range, which is a bug of the caller.
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.vocabulary..(row + 1) * self.vocabulary]
+    }
+
+    /// One row to write to.
+    pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        &mut self.values[row * self.vocabulary..(row + 1) * self.vocabulary]
+    }
+
+    /// All rows, contiguous.
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+}
+
+/// Why a forward pass did not happen. After an error the backend must still accept the next batch, unless it says
+/// that it is [`ExecuteError::Fatal`].
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ExecuteError {
+    /// The batch breaks the contract above (a bug of the scheduler): names what.
+    #[error("the backend refused a batch: {0}")]
+    InvalidBatch(String),
+    /// The device, a worker or memory is gone; the engine must not be used any more.
+    #[error("the backend failed: {0}")]
+    Fatal(String),
+}
+
+/// A backend: runs batches against weights and a block cache that it owns.
+pub trait Executor: Send {
+    /// Values in a logits row.
+    fn vocabulary(&self) -> usize;
+
+    /// Computes `batch`, writes keys and values of its tokens into its blocks and the wanted rows into `logits`.
+    ///
+    /// # Errors
+    /// See [`ExecuteError`]. After an error the contents of the blocks of the batch are unspecified.
+    fn execute(&mut self, batch: &Batch, logits: &mut Logits) -> Result<(), ExecuteError>;
+}

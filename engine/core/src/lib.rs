@@ -1,0 +1,31 @@
+//! Requests, sequences, blocks, scheduling, sampling, admission, drain. Pure.
+//!
+//! admit → schedule → execute → complete: the [`Scheduler`] admits a [`Request`] and turns what runs into a plain
+//! [`Batch`]; an [`Executor`] computes it; the [`Engine`] samples each sequence's next token from the logits and
+//! reports [`Event`]s. Nothing in here knows threads, clocks, files or HTTP, so the same schedule can be replayed,
+//! simulated and fuzzed.
+
+mod batch;
+mod blocks;
+mod canary;
+mod engine;
+mod limits;
+mod random;
+mod request;
+mod sampling;
+mod scheduler;
+mod sequence;
+
+pub use batch::{Batch, BatchEntry, BlockId, ExecuteError, Executor, Logits, SequenceId, TokenId};
+pub use blocks::{BlockManager, PrefixHash};
+pub use canary::{CanaryError, CanaryReport, run_canary};
+pub use engine::{Engine, Load, StepReport};
+pub use limits::{Limits, LimitsError};
+pub use random::uniform;
+pub use request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};
+pub use sampling::{
+    Logprobs, NonFiniteLogit, ParameterError, SampleContext, Sampled, Sampler, SamplingParameters,
+    TOP_LOGPROBS_MAX, argmax,
+};
+pub use scheduler::{Counters, Scheduler};
+pub use sequence::Sequence;

@@ -1,0 +1,140 @@
+//! What a client asks of the engine, what it may be refused for, and what the engine tells about it.
+
+use thiserror::Error;
+
+use crate::batch::TokenId;
+use crate::sampling::{ParameterError, Sampled, SamplingParameters};
+
+/// Names a request within one engine process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+/// One prompt and how to continue it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// Given by the caller, never reused.
+    pub id: RequestId,
+    /// At least one token.
+    pub prompt: Vec<TokenId>,
+    /// Independent continuations; OpenAI's `n`.
+    pub choices: u32,
+    /// Tokens to generate at most, at least 1.
+    pub max_tokens: usize,
+    /// How tokens are chosen.
+    pub parameters: SamplingParameters,
+    /// Tokens that end the answer, such as the model's end of sequence; not applied under `ignore_eos`.
+    pub stop_tokens: Vec<TokenId>,
+    /// Requests share cached prefixes only under the same salt (one salt per tenant).
+    pub cache_salt: String,
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token or, decided by the caller, a stop string.
+    Stop,
+    /// `max_tokens` or the longest context.
+    Length,
+    /// The client went away or the drain ran out of time.
+    Abort,
+    /// The backend failed.
+    Error,
+}
+
+impl FinishReason {
+    /// The value of vLLM's metric label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Abort => "abort",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// What happened to one choice of a request in a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// Whose.
+    pub request: RequestId,
+    /// Which of its choices.
+    pub choice: u32,
+    /// What.
+    pub kind: EventKind,
+}
+
+/// The kinds of [`Event`], in the order in which they come.
+#[derive(Clone, Debug, PartialEq)]
+pub enum EventKind {
+    /// The sequence entered the running batch for the first time; so many prompt tokens came from the cache.
+    Started {
+        /// Prompt tokens that need not be computed.
+        cached_tokens: usize,
+    },
+    /// The next token. A stop token is reported too, before [`EventKind::Finished`].
+    Token(Sampled),
+    /// Nothing follows.
+    Finished(FinishReason),
+}
+
+/// Why a request was not admitted.
+#[derive(Clone, Debug, PartialEq, Error)]
+pub enum Rejection {
+    /// The engine finishes what it has and takes nothing new.
+    #[error("this replica is draining and takes no new requests")]
+    Draining,
+    /// The queue is full.
+    #[error("{waiting} requests are waiting already and at most {limit} may")]
+    QueueFull {
+        /// Sequences in the queue.
+        waiting: usize,
+        /// How many it holds.
+        limit: usize,
+    },
+    /// Nothing to continue.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// Not even one token could be generated, or not as many as asked.
+    #[error(
+        "the prompt has {prompt} tokens and max_tokens is {max_tokens}, together {}, \
+         but the longest context is {limit} tokens",
+        prompt + max_tokens
+    )]
+    TooLong {
+        /// Prompt tokens.
+        prompt: usize,
+        /// Tokens asked for.
+        max_tokens: usize,
+        /// `max_model_len`.
+        limit: usize,
+    },
+    /// A prompt token is outside the vocabulary.
+    #[error("token id {token} is outside the vocabulary of {vocabulary} tokens")]
+    UnknownToken {
+        /// The token.
+        token: TokenId,
+        /// Ids `0..vocabulary` exist.
+        vocabulary: usize,
+    },
+    /// `n` or `max_tokens` out of range.
+    #[error("{field} is {value}, but must be between 1 and {limit}")]
+    OutOfRange {
+        /// As the request spells it.
+        field: &'static str,
+        /// What was given.
+        value: usize,
+        /// The largest value.
+        limit: usize,
+    },
+    /// A sampling parameter out of range.
+    #[error(transparent)]
+    Parameter(#[from] ParameterError),
+}
+
+impl Rejection {
+    /// Whether the same request may be admitted later or elsewhere.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, Self::Draining | Self::QueueFull { .. })
+    }
+}

@@ -1,0 +1,397 @@
+//! Which sequences compute which tokens in the next step.
+//!
+//! Invariants: the running batch never holds more than `max_num_seqs` sequences, a step never more than
+//! `max_num_batched_tokens` tokens; a sequence keeps every token it was given until it finishes, preempted or not; a
+//! waiting or finished sequence holds no block.
+//!
+//! Rules: every decoding sequence gets its token first, then unfinished prefills get chunks in order of arrival, then
+//! waiting sequences enter in order of arrival. A sequence enters with the blocks of all its known tokens, so only
+//! decoding ever runs out of blocks; then the youngest running sequence gives all of its blocks back and returns to
+//! the head of the queue, to compute its tokens again (most of them found in the prefix cache).
+//!
+//! Surprise: nothing here decides what a token is. Sampling by (seed, position) in [`crate::engine`] makes the answer
+//! independent of all the choices made here.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::batch::{Batch, BatchEntry, BlockId, SequenceId, TokenId};
+use crate::blocks::{BlockManager, PrefixHash};
+use crate::limits::Limits;
+use crate::request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};
+use crate::sequence::Sequence;
+
+/// Numbers that only grow, for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Sequences that gave their blocks back.
+    pub preemptions: u64,
+    /// Prompt tokens looked up in the prefix cache.
+    pub prefix_queries: u64,
+    /// Prompt tokens found there.
+    pub prefix_hits: u64,
+    /// Prompt tokens of sequences that started, cached or computed.
+    pub prompt_tokens: u64,
+    /// Tokens computed again after a preemption.
+    pub recomputed_tokens: u64,
+    /// Tokens sampled.
+    pub generation_tokens: u64,
+    /// Sequences that ended because a logit was not finite.
+    pub corrupted: u64,
+}
+
+/// The queue, the running batch and the blocks.
+#[derive(Debug)]
+pub struct Scheduler {
+    pub(crate) limits: Limits,
+    pub(crate) blocks: BlockManager,
+    pub(crate) sequences: BTreeMap<SequenceId, Sequence>,
+    /// Head first; preempted sequences stand before those that never ran.
+    waiting: VecDeque<SequenceId>,
+    /// In order of arrival.
+    running: Vec<SequenceId>,
+    next_sequence: u64,
+    draining: bool,
+    pub(crate) counters: Counters,
+}
+
+impl Scheduler {
+    /// An empty queue and free blocks.
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            blocks: BlockManager::new(limits.block_count),
+            limits,
+            sequences: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            next_sequence: 0,
+            draining: false,
+            counters: Counters::default(),
+        }
+    }
+
+    /// Puts the choices of a request into the queue.
+    ///
+    /// # Errors
+    /// The request can never run, or not now: see [`Rejection`].
+    pub fn submit(&mut self, request: Request) -> Result<(), Rejection> {
+        self.admit(&request)?;
+        let root = PrefixHash::root(&request.cache_salt);
+        let request = std::sync::Arc::new(request);
+        for choice in 0..request.choices {
+            let id = SequenceId(self.next_sequence);
+            self.next_sequence += 1;
+            self.sequences
+                .insert(id, Sequence::new(id, request.clone(), choice, root));
+            self.waiting.push_back(id);
+        }
+        Ok(())
+    }
+
+    fn admit(&self, request: &Request) -> Result<(), Rejection> {
+        if self.draining {
+            return Err(Rejection::Draining);
+        }
+        self.limits.check(request)?;
+        let slots = self.limits.max_num_seqs - self.running.len();
+        let limit = self.limits.max_queued_requests + slots;
+        if self.waiting.len() + request.choices as usize > limit {
+            return Err(Rejection::QueueFull {
+                waiting: self.waiting.len(),
+                limit: self.limits.max_queued_requests,
+            });
+        }
+        Ok(())
+    }
+
+    /// Ends all unfinished choices of a request and frees their blocks at once.
+    pub fn finish_request(
+        &mut self,
+        request: RequestId,
+        reason: FinishReason,
+        events: &mut Vec<Event>,
+    ) {
+        self.finish_where(reason, events, |sequence| sequence.request.id == request);
+    }
+
+    /// Ends one choice, because the caller found a stop string in its text.
+    pub fn finish_choice(
+        &mut self,
+        request: RequestId,
+        choice: u32,
+        reason: FinishReason,
+        events: &mut Vec<Event>,
+    ) {
+        self.finish_where(reason, events, |sequence| {
+            sequence.request.id == request && sequence.choice == choice
+        });
+    }
+
+    /// Ends everything.
+    pub fn finish_all(&mut self, reason: FinishReason, events: &mut Vec<Event>) {
+        self.finish_where(reason, events, |_| true);
+    }
+
+    fn finish_where(
+        &mut self,
+        reason: FinishReason,
+        events: &mut Vec<Event>,
+        chosen: impl Fn(&Sequence) -> bool,
+    ) {
+        let ids: Vec<SequenceId> = self
+            .sequences
+            .values()
+            .filter(|sequence| chosen(sequence))
+            .map(|sequence| sequence.id)
+            .collect();
+        for id in ids {
+            self.finish(id, reason, events);
+        }
+    }
+
+    pub(crate) fn finish(&mut self, id: SequenceId, reason: FinishReason, events: &mut Vec<Event>) {
+        let Some(mut sequence) = self.sequences.remove(&id) else {
+            return;
+        };
+        sequence.release(&mut self.blocks);
+        self.running.retain(|other| *other != id);
+        self.waiting.retain(|other| *other != id);
+        events.push(sequence.event(EventKind::Finished(reason)));
+    }
+
+    /// Takes no new request from now on.
+    pub fn drain(&mut self) {
+        self.draining = true;
+    }
+
+    /// Whether [`Self::drain`] was called.
+    pub fn is_draining(&self) -> bool {
+        self.draining
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Sequences in the running batch.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences in the queue.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// All unfinished sequences, in order of arrival.
+    pub fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        self.sequences.values()
+    }
+
+    /// How many sequences hold a block.
+    pub fn references(&self, block: BlockId) -> u32 {
+        self.blocks.references(block)
+    }
+
+    /// Sequences in the queue that wait for another choice of their own request, not for room.
+    pub fn deferred(&self) -> usize {
+        self.waiting
+            .iter()
+            .filter(|id| self.is_deferred(**id))
+            .count()
+    }
+
+    /// Fills `batch` with the next step and reports sequences that start with it.
+    pub fn schedule(&mut self, batch: &mut Batch, events: &mut Vec<Event>) {
+        batch.entries.clear();
+        let mut budget = self.limits.max_num_batched_tokens;
+        let preempted = self.schedule_decodes(batch, &mut budget);
+        self.schedule_prefills(batch, &mut budget);
+        // Whoever was preempted must not come straight back and push out the next one.
+        if !preempted {
+            self.schedule_waiting(batch, &mut budget, events);
+        }
+    }
+
+    /// One token for each sequence that has only its last token left to compute.
+    fn schedule_decodes(&mut self, batch: &mut Batch, budget: &mut usize) -> bool {
+        let mut preempted = false;
+        let mut index = 0;
+        while index < self.running.len() && *budget > 0 {
+            let id = self.running[index];
+            if self.sequences[&id].remaining() != 1 {
+                index += 1;
+                continue;
+            }
+            if self.grow(id) {
+                self.push_entry(batch, id, 1);
+                *budget -= 1;
+                index += 1;
+            } else {
+                // The youngest gives way; that may be the very sequence that needs the block.
+                preempted = true;
+                if let Some(victim) = self.running.pop() {
+                    self.preempt(victim);
+                }
+            }
+        }
+        preempted
+    }
+
+    /// Makes sure that the sequence's next token has a place.
+    fn grow(&mut self, id: SequenceId) -> bool {
+        let block_size = self.limits.block_size;
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return false;
+        };
+        if sequence.computed / block_size < sequence.blocks.len() {
+            return true;
+        }
+        match self.blocks.allocate() {
+            Some(block) => {
+                sequence.blocks.push(block);
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn preempt(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.release(&mut self.blocks);
+            self.counters.preemptions += 1;
+            self.waiting.push_front(id);
+        }
+    }
+
+    /// Chunks of prefills that began in an earlier step; their blocks are there.
+    fn schedule_prefills(&mut self, batch: &mut Batch, budget: &mut usize) {
+        for index in 0..self.running.len() {
+            let id = self.running[index];
+            let remaining = self.sequences[&id].remaining();
+            let count = remaining.min(*budget);
+            if remaining > 1 && count > 0 {
+                self.push_entry(batch, id, count);
+                *budget -= count;
+            }
+        }
+    }
+
+    fn schedule_waiting(&mut self, batch: &mut Batch, budget: &mut usize, events: &mut Vec<Event>) {
+        let mut index = 0;
+        while index < self.waiting.len()
+            && *budget > 0
+            && self.running.len() < self.limits.max_num_seqs
+        {
+            let id = self.waiting[index];
+            if self.is_deferred(id) {
+                index += 1;
+                continue;
+            }
+            if !self.enter(id, events) {
+                break;
+            }
+            self.waiting.remove(index);
+            let position = self.running.partition_point(|other| *other < id);
+            self.running.insert(position, id);
+            let count = self.sequences[&id].remaining().min(*budget);
+            self.push_entry(batch, id, count);
+            *budget -= count;
+        }
+    }
+
+    /// A further choice waits until the first one has computed the prompt that they share.
+    fn is_deferred(&self, id: SequenceId) -> bool {
+        let sequence = &self.sequences[&id];
+        let first = SequenceId(id.0 - u64::from(sequence.choice));
+        sequence.choice > 0
+            && self
+                .sequences
+                .get(&first)
+                .is_some_and(|first| first.computed < first.request.prompt.len())
+    }
+
+    /// Takes the blocks of all known tokens, cached ones as far as they reach.
+    fn enter(&mut self, id: SequenceId, events: &mut Vec<Event>) -> bool {
+        let block_size = self.limits.block_size;
+        let Some(sequence) = self.sequences.get_mut(&id) else {
+            return false;
+        };
+        sequence.extend_chain(block_size);
+        // The last token is always computed, since its logits are needed.
+        let reusable = (sequence.tokens.len() - 1) / block_size;
+        let hits = self.blocks.lookup(&sequence.chain[..reusable]);
+        let needed = sequence.tokens.len().div_ceil(block_size);
+        let taken = needed - hits.len() + self.blocks.count_free(&hits);
+        if taken > self.blocks.free() {
+            return false;
+        }
+        for &block in &hits {
+            self.blocks.share(block);
+        }
+        let cached = hits.len() * block_size;
+        sequence.computed = cached;
+        sequence.published = hits.len();
+        sequence.blocks = hits;
+        while sequence.blocks.len() < needed {
+            let Some(block) = self.blocks.allocate() else {
+                break; // Counted above.
+            };
+            sequence.blocks.push(block);
+        }
+        self.counters.prefix_queries += sequence.tokens.len() as u64;
+        self.counters.prefix_hits += cached as u64;
+        if sequence.started {
+            self.counters.recomputed_tokens += (sequence.tokens.len() - cached) as u64;
+        } else {
+            sequence.started = true;
+            self.counters.prompt_tokens += sequence.request.prompt.len() as u64;
+            events.push(sequence.event(EventKind::Started {
+                cached_tokens: cached,
+            }));
+        }
+        true
+    }
+
+    fn push_entry(&self, batch: &mut Batch, id: SequenceId, count: usize) {
+        let sequence = &self.sequences[&id];
+        batch.entries.push(BatchEntry {
+            sequence: id,
+            tokens: sequence.tokens[sequence.computed..sequence.computed + count].to_vec(),
+            start: sequence.computed,
+            blocks: sequence.blocks.clone(),
+            wants_logits: count == sequence.remaining(),
+        });
+    }
+
+    /// Says that `count` more tokens of a sequence are in its blocks; full blocks may be shared from now on.
+    pub(crate) fn advance(&mut self, id: SequenceId, count: usize) {
+        let block_size = self.limits.block_size;
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.computed += count;
+            sequence.extend_chain(block_size);
+            for index in sequence.published..sequence.computed / block_size {
+                self.blocks
+                    .publish(sequence.blocks[index], sequence.chain[index]);
+                sequence.published = index + 1;
+            }
+        }
+    }
+
+    /// Appends a sampled token and ends the sequence where it must end.
+    pub(crate) fn append(&mut self, id: SequenceId, token: TokenId) -> Option<FinishReason> {
+        let sequence = self.sequences.get_mut(&id)?;
+        sequence.tokens.push(token);
+        self.counters.generation_tokens += 1;
+        let request = &sequence.request;
+        if !request.parameters.ignore_eos && request.stop_tokens.contains(&token) {
+            Some(FinishReason::Stop)
+        } else if sequence.generated() >= request.max_tokens
+            || sequence.tokens.len() >= self.limits.max_model_len
+        {
+            Some(FinishReason::Length)
+        } else {
+            None
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! One token stream: what is known of it, what of that is computed, and where.
+//!
+//! Invariant: `tokens` is prompt plus output and only grows; `computed` of them are in `blocks`; `chain[i]` names the
+//! prefix that ends with block `i`.
+
+use std::sync::Arc;
+
+use crate::batch::{BlockId, SequenceId, TokenId};
+use crate::blocks::{BlockManager, PrefixHash};
+use crate::request::{Event, EventKind, Request};
+
+/// One choice of a request.
+#[derive(Debug)]
+pub struct Sequence {
+    /// In order of arrival.
+    pub id: SequenceId,
+    /// What was asked; shared by the choices.
+    pub request: Arc<Request>,
+    /// Which choice this is.
+    pub choice: u32,
+    /// Prompt and output.
+    pub tokens: Vec<TokenId>,
+    /// Tokens in the cache.
+    pub computed: usize,
+    /// The block table.
+    pub blocks: Vec<BlockId>,
+    /// Names of the full blocks of `tokens`.
+    pub chain: Vec<PrefixHash>,
+    /// How many of `blocks` may be shared already.
+    pub published: usize,
+    /// Whether it ever ran.
+    pub started: bool,
+    root: PrefixHash,
+}
+
+impl Sequence {
+    /// A sequence that holds its prompt and no block.
+    pub fn new(id: SequenceId, request: Arc<Request>, choice: u32, root: PrefixHash) -> Self {
+        Self {
+            id,
+            tokens: request.prompt.clone(),
+            request,
+            choice,
+            computed: 0,
+            blocks: Vec::new(),
+            chain: Vec::new(),
+            published: 0,
+            started: false,
+            root,
+        }
+    }
+
+    /// Known tokens that are not computed yet; 1 while decoding.
+    pub fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Tokens of output.
+    pub fn generated(&self) -> usize {
+        self.tokens.len() - self.request.prompt.len()
+    }
+
+    /// Names the full blocks that have no name yet.
+    pub fn extend_chain(&mut self, block_size: usize) {
+        let full = self.tokens.len() / block_size;
+        while self.chain.len() < full {
+            let index = self.chain.len();
+            let previous = self.chain.last().copied().unwrap_or(self.root);
+            let tokens = &self.tokens[index * block_size..(index + 1) * block_size];
+            self.chain.push(previous.extend(tokens));
+        }
+    }
+
+    /// Gives all blocks back, the tail first, so that it is evicted first. Tokens stay.
+    pub fn release(&mut self, blocks: &mut BlockManager) {
+        for block in self.blocks.drain(..).rev() {
+            blocks.release(block);
+        }
+        self.computed = 0;
+        self.published = 0;
+    }
+
+    /// An event about this sequence.
+    pub fn event(&self, kind: EventKind) -> Event {
+        Event {
+            request: self.request.id,
+            choice: self.choice,
+            kind,
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Latent attention on the CPU: cache, absorb, attend, expand.
+//!
+//! Prefill is absorbed too. The expanded form needs a third of the arithmetic over long prompts, but sums in another
+//! order, and a prompt's bytes would then depend on how it was cut into chunks.
+
+#![allow(unsafe_code)]
+
+use engine_model::{LatentAttention, Rope, Slot, WeightId};
+
+use super::CpuBackend;
+use crate::cache::CacheTarget;
+use crate::compute::{Area, Job, Shared};
+use crate::kernels::{Attend, Element, GROUP, RmsNorm, Rows};
+use crate::pool::WorkerPanic;
+
+impl CpuBackend {
+    /// Caches the step's rows and leaves every head's output in [`Slot::Value`].
+    pub(super) fn attend_latent(
+        &mut self,
+        layer: usize,
+        attention: &LatentAttention,
+    ) -> Result<(), WorkerPanic> {
+        self.cache_rows(layer, attention)?;
+        let heads = attention.heads;
+        let query = (self.area(Slot::Query), attention.query_width());
+        let absorbed = (self.area(Slot::AbsorbedQuery), attention.latent);
+        self.per_head(attention.kv_up, true, heads, query, absorbed)?;
+        match self.cache.layer_mut(layer) {
+            CacheTarget::F32(cache) => self.attend(cache, attention)?,
+            CacheTarget::Bf16(cache) => self.attend(cache, attention)?,
+        }
+        let latent = (self.area(Slot::LatentValue), attention.latent);
+        let value = (self.area(Slot::Value), attention.value);
+        self.per_head(attention.kv_up, false, heads, latent, value)
+    }
+
+    fn cache_rows(&mut self, layer: usize, attention: &LatentAttention) -> Result<(), WorkerPanic> {
+        let rows = self.rows();
+        let cos_sin_width = self.rope.width();
+        let fresh = self.area(Slot::CacheRow);
+        let query = self.area(Slot::Query);
+        let norm = self.weights.precise(attention.kv_norm.weight);
+        let norm = Shared(norm.as_ptr().cast_mut());
+        let epsilon = attention.kv_norm.epsilon;
+        let (step, cache) = (&self.step, &mut self.cache);
+        let width = attention.latent + attention.rope;
+        let target = cache.layer_mut(layer);
+        let block_size = cache.block_size();
+        let cos_sin = &self.cos_sin;
+        let isa = self.compute.isa;
+        let work = rows * (attention.heads * attention.rope + width) * 8;
+        self.compute.region(rows, work, &|row| {
+            let turn = &cos_sin[row * cos_sin_width..(row + 1) * cos_sin_width];
+            let (first, end) = step.tables[row];
+            let position = step.positions[row];
+            let block = step.blocks[first..end][position / block_size].index();
+            let slot = block * block_size + position % block_size;
+            // SAFETY: each row has its own part of both slots, and its own cache row: positions of a sequence differ,
+            // and the scheduler gives a writable block to one sequence only. The block was checked to exist.
+            unsafe {
+                let fresh = fresh.row(row);
+                isa.run(RmsNorm {
+                    input: fresh,
+                    weight: norm.at(0),
+                    out: fresh,
+                    length: attention.latent,
+                    epsilon,
+                });
+                let fresh = std::slice::from_raw_parts_mut(fresh, width);
+                Rope::rotate(&mut fresh[attention.latent..], turn);
+                match target {
+                    CacheTarget::F32(start) => store(start.at(slot * width), fresh),
+                    CacheTarget::Bf16(start) => store(start.at(slot * width), fresh),
+                }
+                for head in 0..attention.heads {
+                    let rotated = query
+                        .row(row)
+                        .add(head * attention.query_width() + attention.nope);
+                    let rotated = std::slice::from_raw_parts_mut(rotated, attention.rope);
+                    Rope::rotate(rotated, turn);
+                }
+            }
+        })
+    }
+
+    /// Per-head products: `out[h] = matrix[h] · input[h]`.
+    fn per_head(
+        &mut self,
+        weight: WeightId,
+        key: bool,
+        heads: usize,
+        input: (Area, usize),
+        out: (Area, usize),
+    ) -> Result<(), WorkerPanic> {
+        let rows = self.rows();
+        let Some((keys, values)) = self.weights.absorbed(weight) else {
+            return Err(WorkerPanic(format!(
+                "tensor {} was not loaded for attention",
+                weight.0
+            )));
+        };
+        let matrix = if key { keys } else { values };
+        let columns = matrix.rows / heads;
+        let jobs: Vec<Job<'_>> = (0..heads)
+            .map(|head| Job {
+                matrix,
+                first: head * columns,
+                columns,
+                input: input.0.skip(head * input.1),
+                rows: Rows::From(0),
+                count: rows,
+                out: out.0.skip(head * out.1),
+            })
+            .collect();
+        // SAFETY: input and output are different slots; heads write different columns.
+        unsafe { self.compute.products(&jobs) }
+    }
+
+    fn attend<C: Element>(
+        &mut self,
+        cache: Shared<C>,
+        attention: &LatentAttention,
+    ) -> Result<(), WorkerPanic> {
+        let rows = self.rows();
+        let latent_queries = self.area(Slot::AbsorbedQuery);
+        let query = self.area(Slot::Query).skip(attention.nope);
+        let out = self.area(Slot::LatentValue);
+        let groups = attention.heads.div_ceil(GROUP);
+        let block_size = self.cache.block_size();
+        let step = &self.step;
+        let context: usize = step.positions.iter().map(|position| position + 1).sum();
+        let width = attention.latent + attention.rope;
+        let work = context * attention.heads * (attention.latent + width);
+        let kernel = |task: usize| {
+            let row = task / groups;
+            let head = task % groups * GROUP;
+            let (first, end) = step.tables[row];
+            Attend {
+                cache: cache.at(0),
+                blocks: &step.blocks[first..end],
+                block_size,
+                context: step.positions[row] + 1,
+                latent: attention.latent,
+                rope: attention.rope,
+                scale: attention.scale,
+                latent_queries: latent_queries.skip(head * attention.latent).row(row),
+                rotated_queries: query.skip(head * attention.query_width()).row(row),
+                rotated_stride: attention.query_width(),
+                out: out.skip(head * attention.latent).row(row),
+                heads: GROUP.min(attention.heads - head),
+            }
+        };
+        // SAFETY: blocks were checked to exist and cover the context; each task writes its own heads' output.
+        unsafe { self.compute.kernels(rows * groups, work, &kernel) }
+    }
+}
+
+/// # Safety
+/// `to` has room for `from`.
+unsafe fn store<C: Element>(to: *mut C, from: &[f32]) {
+    for (offset, value) in from.iter().enumerate() {
+        unsafe { to.add(offset).write(C::narrow(*value)) };
+    }
+}

@@ -1,0 +1,259 @@
+//! Mixture of experts on the CPU.
+//!
+//! Rows are grouped by expert, so that an expert's weights are read once a step, and all experts of a layer share two
+//! regions of products. Each choice keeps its own output row; the rows are then summed per token in ascending expert
+//! order, which keeps the result independent of the grouping.
+
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+
+use engine_model::{Choice, Gate, GateScratch, GatedMlp, Moe, Slot};
+
+use super::CpuBackend;
+use crate::compute::{Area, Job, Shared};
+use crate::kernels::{AddScaled, Rows};
+use crate::pool::WorkerPanic;
+
+/// Rows whose experts one task chooses.
+const GATE_ROWS: usize = 16;
+
+thread_local! {
+    static GATE_SCRATCH: RefCell<GateScratch> = RefCell::default();
+}
+
+/// Chosen experts of a step, grouped by expert.
+#[derive(Debug, Default)]
+pub(super) struct Chosen {
+    /// `top_k` of each row.
+    choices: Vec<Choice>,
+    /// Rows, grouped by expert.
+    rows: Vec<u32>,
+    /// Of each choice: its index in `rows`.
+    places: Vec<u32>,
+    /// First index in `rows` of each expert, and the end.
+    starts: Vec<u32>,
+}
+
+/// Where the experts of a layer work: after the scores, three parts (gate, up, product) of all inner values, then the
+/// outputs. Choices come first, in the order of [`Chosen::rows`], the shared expert's rows last.
+#[derive(Clone, Copy)]
+struct ExpertScratch {
+    rows: usize,
+    hidden: usize,
+    /// Inner values of a routed expert.
+    routed: usize,
+    /// Values of one of the three parts.
+    part: usize,
+    inner: Area,
+    outputs: Area,
+}
+
+/// One expert's share of a step.
+struct ExpertRun<'a> {
+    mlp: &'a GatedMlp,
+    /// Its rows; all of them when absent.
+    rows: Option<&'a [u32]>,
+    count: usize,
+    inner: Area,
+    output: Area,
+}
+
+impl ExpertScratch {
+    fn new(backend: &mut CpuBackend, moe: &Moe) -> Self {
+        let rows = backend.rows();
+        let routed = moe.experts.first().map_or(0, |mlp| mlp.inner);
+        let part = rows * moe.inner_width();
+        let inner = Area::new(&mut backend.mlp, routed).skip(rows * moe.gate.experts);
+        Self {
+            rows,
+            hidden: backend.hidden,
+            routed,
+            part,
+            inner,
+            outputs: inner.skip(3 * part).with_stride(backend.hidden),
+        }
+    }
+
+    fn runs<'a>(self, moe: &'a Moe, chosen: &'a Chosen) -> impl Iterator<Item = ExpertRun<'a>> {
+        let choices = self.rows * moe.gate.top_k;
+        let routed = moe
+            .experts
+            .iter()
+            .enumerate()
+            .filter_map(move |(expert, mlp)| {
+                let [start, end] = [expert, expert + 1].map(|at| chosen.starts[at] as usize);
+                (start < end).then(|| ExpertRun {
+                    mlp,
+                    rows: Some(&chosen.rows[start..end]),
+                    count: end - start,
+                    inner: self.inner.skip(start * self.routed),
+                    output: self.outputs.skip(start * self.hidden),
+                })
+            });
+        let shared = moe.shared.iter().map(move |mlp| ExpertRun {
+            mlp,
+            rows: None,
+            count: self.rows,
+            inner: self
+                .inner
+                .skip(choices * self.routed)
+                .with_stride(mlp.inner),
+            output: self.outputs.skip(choices * self.hidden),
+        });
+        routed.chain(shared)
+    }
+}
+
+impl CpuBackend {
+    /// Chooses the experts of every row.
+    pub(super) fn choose_experts(&mut self, gate: &Gate, from: Slot) -> Result<(), WorkerPanic> {
+        let rows = self.rows();
+        let input = self.area(from);
+        let scores = Area::new(&mut self.mlp, gate.experts);
+        let matrix = self.weights.matrix(gate.weight);
+        let job = Job::whole(matrix, input, Rows::From(0), rows, scores);
+        // SAFETY: from a slot to the head of the scratch.
+        unsafe { self.compute.products(&[job])? };
+        let choices = &mut self.chosen.choices;
+        choices.clear();
+        choices.resize(rows * gate.top_k, Choice::default());
+        let choices = Shared(choices.as_mut_ptr());
+        let bias = gate.bias.map(|bias| self.weights.precise(bias));
+        let tasks = rows.div_ceil(GATE_ROWS);
+        self.compute
+            .region(tasks, rows * gate.experts * 32, &|task| {
+                GATE_SCRATCH.with_borrow_mut(|scratch| {
+                    for row in task * GATE_ROWS..rows.min((task + 1) * GATE_ROWS) {
+                        // SAFETY: each row has its own scores and choices.
+                        let (scores, chosen) = unsafe {
+                            (
+                                std::slice::from_raw_parts_mut(scores.row(row), gate.experts),
+                                std::slice::from_raw_parts_mut(
+                                    choices.at(row * gate.top_k),
+                                    gate.top_k,
+                                ),
+                            )
+                        };
+                        gate.choose(scores, bias, scratch, chosen);
+                    }
+                });
+            })?;
+        self.group(gate.experts, gate.top_k);
+        Ok(())
+    }
+
+    /// `to = Σ weight · expert(from) + shared(from)`: two regions of products for all experts together.
+    pub(super) fn run_experts(
+        &mut self,
+        moe: &Moe,
+        from: Slot,
+        to: Slot,
+    ) -> Result<(), WorkerPanic> {
+        let (input, out) = (self.area(from), self.area(to));
+        let scratch = ExpertScratch::new(self, moe);
+        let ExpertScratch { inner, outputs, .. } = scratch;
+        let part = scratch.part;
+        let weights = &self.weights;
+        let mut jobs = Vec::new();
+        for run in scratch.runs(moe, &self.chosen) {
+            let rows = match run.rows {
+                Some(rows) => Rows::Listed(rows),
+                None => Rows::From(0),
+            };
+            for (weight, at) in [(run.mlp.gate, 0), (run.mlp.up, part)] {
+                let out = run.inner.skip(at);
+                jobs.push(Job::whole(
+                    weights.matrix(weight),
+                    input,
+                    rows,
+                    run.count,
+                    out,
+                ));
+            }
+        }
+        // SAFETY: every expert's rows have their own place in both parts of the scratch.
+        unsafe { self.compute.products(&jobs)? };
+        drop(jobs);
+        self.activate(inner, part, part)?;
+        let weights = &self.weights;
+        let mut jobs = Vec::new();
+        for run in scratch.runs(moe, &self.chosen) {
+            let matrix = weights.matrix(run.mlp.down);
+            let products = run.inner.skip(2 * part);
+            jobs.push(Job::whole(
+                matrix,
+                products,
+                Rows::From(0),
+                run.count,
+                run.output,
+            ));
+        }
+        // SAFETY: as above, for the outputs.
+        unsafe { self.compute.products(&jobs)? };
+        drop(jobs);
+        self.combine(moe, outputs, out)
+    }
+
+    /// Groups the choices by expert.
+    fn group(&mut self, experts: usize, top_k: usize) {
+        let Chosen {
+            choices,
+            rows,
+            places,
+            starts,
+        } = &mut self.chosen;
+        starts.clear();
+        starts.resize(experts + 1, 0);
+        for choice in choices.iter() {
+            starts[choice.expert as usize + 1] += 1;
+        }
+        for expert in 0..experts {
+            starts[expert + 1] += starts[expert];
+        }
+        rows.clear();
+        rows.resize(choices.len(), 0);
+        places.clear();
+        places.resize(choices.len(), 0);
+        let mut next = starts.clone();
+        for (index, choice) in choices.iter().enumerate() {
+            let place = &mut next[choice.expert as usize];
+            rows[*place as usize] = (index / top_k) as u32;
+            places[index] = *place;
+            *place += 1;
+        }
+    }
+
+    /// `to[row] = Σ weight * outputs[place] + outputs[shared]`.
+    fn combine(&mut self, moe: &Moe, outputs: Area, to: Area) -> Result<(), WorkerPanic> {
+        let rows = self.rows();
+        let top_k = moe.gate.top_k;
+        let hidden = self.hidden;
+        let chosen = &self.chosen;
+        let isa = self.compute.isa;
+        let shared = moe.shared.is_some();
+        let work = rows * (top_k + 1) * hidden;
+        self.compute.region(rows, work, &|row| {
+            // SAFETY: each task writes its own row; outputs are only read.
+            unsafe {
+                let sum = to.row(row);
+                std::slice::from_raw_parts_mut(sum, hidden).fill(0.0);
+                let add = |term: *const f32, factor: f32| {
+                    isa.run(AddScaled {
+                        sum,
+                        term,
+                        factor,
+                        length: hidden,
+                    });
+                };
+                for index in row * top_k..(row + 1) * top_k {
+                    let place = chosen.places[index] as usize;
+                    add(outputs.row(place), chosen.choices[index].weight);
+                }
+                if shared {
+                    add(outputs.row(rows * top_k + row), 1.0);
+                }
+            }
+        })
+    }
+}

@@ -1,0 +1,282 @@
+//! The CPU backend behind [`engine_core::Executor`].
+
+use std::path::Path;
+
+use engine_core::{Batch, BatchEntry, ExecuteError, Executor, Logits};
+use engine_load::{Checkpoint, LoadError, Progress};
+use engine_memory::{MemoryPlan, ResidentDtype};
+use engine_model::{Model, forward};
+use engine_spec::ModelConfig;
+
+use crate::backend::CpuBackend;
+use crate::cache::Cache;
+use crate::compute::Compute;
+use crate::kernels::Isa;
+use crate::pool::{Pool, available_threads};
+use crate::weights::Weights;
+
+/// Sizes that a backend allocates for, once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CpuLimits {
+    /// Dtype of weights and cache.
+    pub resident: ResidentDtype,
+    /// Blocks of the cache.
+    pub kv_blocks: usize,
+    /// Positions per block.
+    pub block_size: usize,
+    /// Positions of a sequence.
+    pub model_len_max: usize,
+    /// Tokens of a step.
+    pub batched_tokens_max: usize,
+    /// Logits rows of a step.
+    pub sequences_max: usize,
+    /// Threads that compute, the calling one included.
+    pub threads: usize,
+    /// Instruction set of the kernels.
+    pub isa: Isa,
+}
+
+impl CpuLimits {
+    /// The limits of a plan on this machine: the best instruction set, all threads this process may use.
+    pub fn from_plan(plan: &MemoryPlan, max_num_seqs: u32, max_num_batched_tokens: u32) -> Self {
+        Self {
+            resident: plan.resident,
+            kv_blocks: plan.kv_blocks as usize,
+            block_size: plan.block_size as usize,
+            model_len_max: plan.max_model_len as usize,
+            batched_tokens_max: max_num_batched_tokens as usize,
+            sequences_max: max_num_seqs as usize,
+            threads: available_threads(),
+            isa: Isa::best(),
+        }
+    }
+}
+
+/// Bytes that an executor has allocated, to be compared with its plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AllocatedBytes {
+    /// Weights.
+    pub weights: u64,
+    /// Cache.
+    pub kv: u64,
+    /// Activations; logits belong to the caller.
+    pub workspace: u64,
+}
+
+/// Runs batches on the CPU.
+#[derive(Debug)]
+pub struct CpuExecutor {
+    model: Model,
+    backend: CpuBackend,
+    limits: CpuLimits,
+    broken: Option<String>,
+}
+
+impl CpuExecutor {
+    /// Opens the weights in `dir`, checks and converts them, and allocates everything a step needs.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn load(
+        dir: &Path,
+        config: &ModelConfig,
+        limits: CpuLimits,
+        progress: &Progress,
+    ) -> Result<Self, LoadError> {
+        let model = engine_model::build(config);
+        let checkpoint = Checkpoint::open(dir, config, &model)?;
+        let mut pool =
+            Pool::new(limits.threads).map_err(|error| LoadError::Backend(error.to_string()))?;
+        let weights = Weights::load(&checkpoint, &model, limits.resident, &mut pool, progress)?;
+        drop(checkpoint);
+        let cache = Cache::new(&model, limits.resident, limits.kv_blocks, limits.block_size);
+        let compute = Compute {
+            pool,
+            isa: limits.isa,
+        };
+        let backend = CpuBackend::new(compute, &model, weights, cache, limits.batched_tokens_max);
+        Ok(Self {
+            model,
+            backend,
+            limits,
+            broken: None,
+        })
+    }
+
+    /// The limits it was made for.
+    pub fn limits(&self) -> &CpuLimits {
+        &self.limits
+    }
+
+    /// What it holds.
+    pub fn allocated_bytes(&self) -> AllocatedBytes {
+        AllocatedBytes {
+            weights: self.backend.weight_bytes(),
+            kv: self.backend.cache_bytes(),
+            workspace: self.backend.workspace_bytes(),
+        }
+    }
+
+    /// Everything in a batch that would make a kernel read or write outside its buffers.
+    fn check(&self, batch: &Batch) -> Result<(), ExecuteError> {
+        let invalid = |problem: String| Err(ExecuteError::InvalidBatch(problem));
+        let (tokens, limit) = (batch.token_count(), self.limits.batched_tokens_max);
+        if tokens > limit {
+            return invalid(format!("{tokens} tokens, the limit is {limit}"));
+        }
+        let (rows, limit) = (batch.logits_rows(), self.limits.sequences_max);
+        if rows > limit {
+            return invalid(format!("{rows} logits rows, the limit is {limit}"));
+        }
+        for entry in &batch.entries {
+            if let Err(problem) = self.check_entry(entry) {
+                return invalid(format!("sequence {}: {problem}", entry.sequence.0));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_entry(&self, entry: &BatchEntry) -> Result<(), String> {
+        let CpuLimits {
+            kv_blocks,
+            block_size,
+            model_len_max,
+            ..
+        } = self.limits;
+        if entry.tokens.is_empty() {
+            return Err("no tokens".into());
+        }
+        let end = entry.start.saturating_add(entry.tokens.len());
+        if end > model_len_max {
+            return Err(format!("{end} positions, the limit is {model_len_max}"));
+        }
+        if entry.blocks.len() * block_size < end {
+            let blocks = entry.blocks.len();
+            return Err(format!(
+                "{blocks} blocks of {block_size} do not cover {end} positions"
+            ));
+        }
+        if let Some(block) = entry.blocks.iter().find(|block| block.index() >= kv_blocks) {
+            return Err(format!("block {} of {kv_blocks}", block.0));
+        }
+        let vocabulary = self.model.vocabulary;
+        match entry
+            .tokens
+            .iter()
+            .find(|token| token.index() >= vocabulary)
+        {
+            Some(token) => Err(format!("token {token} of a vocabulary of {vocabulary}")),
+            None => Ok(()),
+        }
+    }
+
+    fn prepare(&mut self, batch: &Batch) {
+        let step = &mut self.backend.step;
+        step.clear();
+        for entry in &batch.entries {
+            let first = step.blocks.len();
+            step.blocks.extend_from_slice(&entry.blocks);
+            let table = (first, step.blocks.len());
+            for (offset, token) in entry.tokens.iter().enumerate() {
+                step.tokens.push(token.0);
+                step.positions.push(entry.start + offset);
+                step.tables.push(table);
+            }
+            if entry.wants_logits {
+                step.wanted.push(step.tokens.len() as u32 - 1);
+            }
+        }
+    }
+}
+
+impl Executor for CpuExecutor {
+    fn vocabulary(&self) -> usize {
+        self.model.vocabulary
+    }
+
+    fn execute(&mut self, batch: &Batch, logits: &mut Logits) -> Result<(), ExecuteError> {
+        if let Some(reason) = &self.broken {
+            return Err(ExecuteError::Fatal(reason.clone()));
+        }
+        logits.reset(self.model.vocabulary, 0);
+        if batch.is_empty() {
+            return Ok(());
+        }
+        self.check(batch)?;
+        logits.reset(self.model.vocabulary, batch.logits_rows());
+        self.prepare(batch);
+        // The backend writes logits in place; it borrows the caller's buffer for the time of the step.
+        std::mem::swap(&mut self.backend.step.logits, logits);
+        let outcome = forward(&self.model, &mut self.backend);
+        std::mem::swap(&mut self.backend.step.logits, logits);
+        let problem = match outcome {
+            Err(panic) => panic.to_string(),
+            Ok(()) if logits.as_mut_slice().iter().all(|value| value.is_finite()) => return Ok(()),
+            Ok(()) => {
+                "logits are not finite: the weights hold infinities or NaNs, or overflow".into()
+            }
+        };
+        self.broken = Some(problem.clone());
+        Err(ExecuteError::Fatal(problem))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use engine_core::{BlockId, SequenceId, TokenId};
+
+    use super::*;
+
+    fn executor() -> CpuExecutor {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v3-groups");
+        let config = engine_load::read_config(&dir).unwrap();
+        let limits = CpuLimits {
+            resident: ResidentDtype::Float32,
+            kv_blocks: 16,
+            block_size: 16,
+            model_len_max: 256,
+            batched_tokens_max: 256,
+            sequences_max: 1,
+            threads: 2,
+            isa: Isa::best(),
+        };
+        CpuExecutor::load(&dir, &config, limits, &Progress::default()).unwrap()
+    }
+
+    fn batch() -> Batch {
+        Batch {
+            entries: vec![BatchEntry {
+                sequence: SequenceId(1),
+                tokens: vec![TokenId(3); 200],
+                start: 0,
+                blocks: (0..16).map(BlockId).collect(),
+                wants_logits: true,
+            }],
+        }
+    }
+
+    #[test]
+    fn a_panic_on_a_worker_ends_the_step_with_an_error() {
+        let mut executor = executor();
+        executor.prepare(&batch());
+        // As if the step had been assembled wrongly: the last row has no block table.
+        executor.backend.step.tables.pop();
+        let CpuExecutor { model, backend, .. } = &mut executor;
+        let error = forward(model, backend).unwrap_err();
+        assert!(error.to_string().contains("out of bounds"), "{error}");
+        executor.execute(&batch(), &mut Logits::default()).unwrap();
+    }
+
+    #[test]
+    fn weights_that_are_not_finite_are_fatal_and_stay_so() {
+        let mut executor = executor();
+        executor.backend.poison(executor.model.final_norm.weight);
+        for _ in 0..2 {
+            let error = executor
+                .execute(&batch(), &mut Logits::default())
+                .unwrap_err();
+            assert!(matches!(error, ExecuteError::Fatal(_)), "{error}");
+            assert!(error.to_string().contains("not finite"), "{error}");
+        }
+    }
+}

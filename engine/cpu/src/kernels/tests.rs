@@ -1,0 +1,265 @@
+//! Kernels against float64, and every instruction set against every other.
+
+use engine_core::BlockId;
+use proptest::prelude::*;
+
+use super::*;
+
+/// Reproducible values in [-1, 1).
+fn noise(seed: u64, count: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    std::iter::repeat_with(next).take(count).collect()
+}
+
+fn product<W: Element>(
+    isa: Isa,
+    weight: &[W],
+    input: &[f32],
+    length: usize,
+    rows: Rows<'_>,
+    count: usize,
+) -> Vec<f32> {
+    let columns = weight.len() / length.max(1);
+    let mut out = vec![f32::NAN; count * columns];
+    let kernel = Product {
+        weight: weight.as_ptr(),
+        length,
+        columns: 0..columns,
+        input: input.as_ptr(),
+        input_stride: length,
+        rows,
+        indices: 0..count,
+        out: out.as_mut_ptr(),
+        out_stride: columns,
+    };
+    // SAFETY: the buffers have exactly these sizes.
+    unsafe { isa.run(kernel) };
+    out
+}
+
+#[test]
+fn products_are_right_for_every_length_and_equal_on_every_instruction_set() {
+    for length in (1..140).chain([200, 256, 257, 1000]) {
+        let columns = 3;
+        let rows = 6;
+        let weight: Vec<bf16> = noise(length as u64, length * columns)
+            .into_iter()
+            .map(bf16::from_f32)
+            .collect();
+        let wide: Vec<f32> = weight.iter().map(|value| value.to_f32()).collect();
+        let input = noise(length as u64 + 7, length * rows);
+        let reference = product(Isa::Portable, &wide, &input, length, Rows::From(0), rows);
+        for (index, found) in reference.iter().enumerate() {
+            let (row, column) = (index / columns, index % columns);
+            let exact: f64 = (0..length)
+                .map(|k| f64::from(input[row * length + k]) * f64::from(wide[column * length + k]))
+                .sum();
+            assert!(
+                (f64::from(*found) - exact).abs() < 1e-4,
+                "{length}: {found} {exact}"
+            );
+        }
+        for isa in Isa::available() {
+            let all = product(isa, &weight, &input, length, Rows::From(0), rows);
+            assert_eq!(all, reference, "{isa:?} {length}");
+            let single = product(isa, &wide, &input, length, Rows::Listed(&[4]), 1);
+            assert_eq!(
+                single,
+                reference[4 * columns..5 * columns],
+                "{isa:?} {length}"
+            );
+        }
+    }
+}
+
+/// Elementwise exponentials through the silu kernel: `silu(x) = x / (1 + e^-x)`.
+#[test]
+fn silu_is_accurate_and_equal_on_every_instruction_set() {
+    let gate: Vec<f32> = (-2000..2000).map(|n| n as f32 * 0.05).collect();
+    let up = vec![1.0; gate.len()];
+    let run = |isa: Isa| {
+        let mut out = vec![0.0f32; gate.len()];
+        let kernel = SiluProduct {
+            gate: gate.as_ptr(),
+            up: up.as_ptr(),
+            out: out.as_mut_ptr(),
+            length: gate.len(),
+        };
+        // SAFETY: three buffers of the same length.
+        unsafe { isa.run(kernel) };
+        out
+    };
+    let reference = run(Isa::Portable);
+    for (x, found) in gate.iter().zip(&reference) {
+        let x = f64::from(*x);
+        let exact = x / (1.0 + (-x).exp());
+        let error = (f64::from(*found) - exact).abs();
+        assert!(error <= exact.abs() * 1e-6 + 1e-35, "{x}: {found} {exact}");
+    }
+    for isa in Isa::available() {
+        assert_eq!(run(isa), reference, "{isa:?}");
+    }
+}
+
+#[test]
+fn norm_may_work_in_place_and_matches_its_definition() {
+    for length in [1, 15, 16, 17, 64, 100] {
+        let input = noise(length as u64, length);
+        let weight = noise(3, length);
+        let squares: f64 = input.iter().map(|x| f64::from(*x).powi(2)).sum();
+        let rms = (squares / length as f64 + 1e-6).sqrt();
+        for isa in Isa::available() {
+            let mut values = input.clone();
+            let start = values.as_mut_ptr();
+            let kernel = RmsNorm {
+                input: start,
+                weight: weight.as_ptr(),
+                out: start,
+                length,
+                epsilon: 1e-6,
+            };
+            // SAFETY: buffers of `length` values.
+            unsafe { isa.run(kernel) };
+            for ((x, w), found) in input.iter().zip(&weight).zip(&values) {
+                let exact = f64::from(*x) / rms * f64::from(*w);
+                assert!(
+                    (f64::from(*found) - exact).abs() < 1e-5,
+                    "{isa:?} {found} {exact}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_nan_is_not_swallowed() {
+    for isa in Isa::available() {
+        let mut gate = [1.0, f32::NAN, 2.0];
+        let start = gate.as_mut_ptr();
+        let kernel = SiluProduct {
+            gate: start,
+            up: [1.0f32; 3].as_ptr(),
+            out: start,
+            length: 3,
+        };
+        // SAFETY: three buffers of three values.
+        unsafe { isa.run(kernel) };
+        assert!(
+            gate[1].is_nan() && gate[0].is_finite() && gate[2].is_finite(),
+            "{isa:?}"
+        );
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Attention {
+    latent: usize,
+    rope: usize,
+    heads: usize,
+    context: usize,
+    block_size: usize,
+    scale: f32,
+}
+
+fn attention() -> impl Strategy<Value = Attention> {
+    (
+        1usize..70,
+        1usize..20,
+        1usize..10,
+        1usize..200,
+        1usize..33,
+        0.01f32..20.0,
+    )
+        .prop_map(
+            |(latent, rope, heads, context, block_size, scale)| Attention {
+                latent,
+                rope,
+                heads,
+                context,
+                block_size,
+                scale,
+            },
+        )
+}
+
+/// Keeps the temporary out of the caller's way: the kernel reads, never keeps.
+fn attend(
+    isa: Isa,
+    shape: &Attention,
+    cache: &[f32],
+    blocks: &[BlockId],
+    latent: &[f32],
+    rotated: &[f32],
+) -> Vec<f32> {
+    let mut out = vec![f32::NAN; shape.heads * shape.latent];
+    let kernel = Attend {
+        cache: cache.as_ptr(),
+        blocks,
+        block_size: shape.block_size,
+        context: shape.context,
+        latent: shape.latent,
+        rope: shape.rope,
+        scale: shape.scale,
+        latent_queries: latent.as_ptr(),
+        rotated_queries: rotated.as_ptr(),
+        rotated_stride: shape.rope,
+        out: out.as_mut_ptr(),
+        heads: shape.heads,
+    };
+    // SAFETY: the cache holds all blocks; queries and output hold all heads.
+    unsafe { isa.run(kernel) };
+    out
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn attention_is_a_softmax_over_the_context_whatever_the_blocks(shape in attention(), seed in 1u64..1000) {
+        let width = shape.latent + shape.rope;
+        let count = shape.context.div_ceil(shape.block_size);
+        // Blocks in reverse order, in a cache with one to spare.
+        let blocks: Vec<BlockId> = (0..count).map(|n| BlockId((count - n) as u32)).collect();
+        let cache = noise(seed, (count + 1) * shape.block_size * width);
+        let latent = noise(seed + 1, shape.heads * shape.latent);
+        let rotated = noise(seed + 2, shape.heads * shape.rope);
+        let found = attend(Isa::Portable, &shape, &cache, &blocks, &latent, &rotated);
+        for isa in Isa::available() {
+            prop_assert_eq!(&attend(isa, &shape, &cache, &blocks, &latent, &rotated), &found);
+        }
+        for head in 0..shape.heads {
+            let row = |p: usize| {
+                let slot = blocks[p / shape.block_size].index() * shape.block_size + p % shape.block_size;
+                &cache[slot * width..(slot + 1) * width]
+            };
+            let query: Vec<f32> = latent[head * shape.latent..(head + 1) * shape.latent]
+                .iter()
+                .chain(&rotated[head * shape.rope..(head + 1) * shape.rope])
+                .copied()
+                .collect();
+            let scores: Vec<f64> = (0..shape.context)
+                .map(|p| {
+                    let dot: f64 = row(p).iter().zip(&query).map(|(k, q)| f64::from(*k) * f64::from(*q)).sum();
+                    dot * f64::from(shape.scale)
+                })
+                .collect();
+            let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let total: f64 = scores.iter().map(|score| (score - highest).exp()).sum();
+            for at in 0..shape.latent {
+                let exact: f64 = scores
+                    .iter()
+                    .enumerate()
+                    .map(|(p, score)| (score - highest).exp() / total * f64::from(row(p)[at]))
+                    .sum();
+                let value = f64::from(found[head * shape.latent + at]);
+                prop_assert!((value - exact).abs() < 2e-4, "{} {}", value, exact);
+            }
+        }
+    }
+}

@@ -1,0 +1,377 @@
+#!/usr/bin/env python3
+"""Golden vectors of the CPU backend, made by Hugging Face transformers in float32.
+
+    python make_golden.py random          # the random models in this folder, weights included
+    python make_golden.py trained MODEL_DIR NAME   # vectors for a model that lives elsewhere -> NAME.json
+
+Needs torch 2.11 and transformers 5.23 (`pip install torch transformers safetensors`). Everything is seeded; a second
+run writes the same bytes.
+
+How the known traps of the reference are dealt with:
+- Softmax scale of V2: earlier releases left out mscale^2. 5.23 applies it; `check_scale` asserts that it does.
+- Gate mask: earlier releases masked closed groups with 0.0. 5.23 uses -inf for V3; V2's scores are positive, where both
+  agree. `check_gate` recomputes every choice of the reference with -inf and fails on a difference.
+- Ties: torch.topk promises no order among equals. `lowest_index_topk` replaces it by a stable sort, which is the rule of
+  the engine. Ties are made exact by gate rows of zeros, so that no rounding can break them.
+- V2's norm_topk_prob is ignored by transformers; the models here keep it false.
+- Near ties would make a test of rounding, not of arithmetic: a gate margin or a greedy margin below MARGIN_MIN fails, and
+  another seed has to be chosen.
+- Weights are rounded to what is stored (bfloat16, or FP8 times scale) before the reference computes, in float32.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+import sys
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+HERE = pathlib.Path(__file__).parent
+MARGIN_MIN = 1e-4
+GREEDY_TOKENS = 12
+
+SHAPE = dict(vocab_size=96, hidden_size=72, intermediate_size=88, moe_intermediate_size=24, num_attention_heads=4,
+             num_key_value_heads=4, kv_lora_rank=40, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20, rms_norm_eps=1e-6,
+             max_position_embeddings=256, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False, attention_bias=False)
+
+
+def yarn(factor, original, mscale, mscale_all_dim):
+    return dict(rope_type="yarn", rope_theta=10000.0, factor=factor, original_max_position_embeddings=original, beta_fast=32,
+                beta_slow=1, mscale=mscale, mscale_all_dim=mscale_all_dim)
+
+
+# name -> architecture, fields, what the published form of config.json says on top, how it is stored
+MODELS = {
+    "v2-lite": dict(
+        family="deepseek_v2", seed=11, stored="bf16", shards=1, config="published",
+        fields=dict(SHAPE, num_hidden_layers=3, first_k_dense_replace=1, q_lora_rank=None, n_routed_experts=8, n_shared_experts=2,
+                    num_experts_per_tok=3, n_group=1, topk_group=1, topk_method="greedy", routed_scaling_factor=1.0,
+                    norm_topk_prob=False, rope_parameters=yarn(40.0, 32, 0.707, 0.707)),
+        published=dict(scoring_func="softmax")),
+    "v2-groups": dict(
+        family="deepseek_v2", seed=12, stored="bf16", shards=1, config="transformers",
+        fields=dict(SHAPE, num_hidden_layers=2, first_k_dense_replace=0, q_lora_rank=28, n_routed_experts=12, n_shared_experts=2,
+                    num_experts_per_tok=3, n_group=4, topk_group=2, topk_method="group_limited_greedy", routed_scaling_factor=16.0,
+                    norm_topk_prob=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+        published=dict(scoring_func="softmax")),
+    "v3-groups": dict(
+        family="deepseek_v3", seed=13, stored="bf16", shards=3, config="transformers", ties=True,
+        fields=dict(SHAPE, num_hidden_layers=3, first_k_dense_replace=1, q_lora_rank=28, n_routed_experts=16, n_shared_experts=1,
+                    num_experts_per_tok=4, n_group=4, topk_group=2, routed_scaling_factor=2.5, norm_topk_prob=True,
+                    rope_parameters=yarn(8.0, 32, 1.0, 0.7), num_nextn_predict_layers=0),
+        published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
+    "v3-mtp": dict(
+        family="deepseek_v3", seed=14, stored="bf16", shards=1, config="published", mtp=True,
+        fields=dict(SHAPE, num_hidden_layers=2, first_k_dense_replace=1, q_lora_rank=28, n_routed_experts=8, n_shared_experts=1,
+                    num_experts_per_tok=2, n_group=2, topk_group=1, routed_scaling_factor=2.5, norm_topk_prob=True,
+                    rope_parameters=yarn(40.0, 64, 1.0, 1.0), num_nextn_predict_layers=1),
+        published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
+    "v3-fp8": dict(
+        family="deepseek_v3", seed=15, stored="fp8", blocks=[32, 48], shards=2, config="published",
+        fields=dict(SHAPE, num_hidden_layers=2, first_k_dense_replace=1, q_lora_rank=28, n_routed_experts=8, n_shared_experts=1,
+                    num_experts_per_tok=2, n_group=1, topk_group=1, routed_scaling_factor=1.0, norm_topk_prob=False,
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0), num_nextn_predict_layers=0),
+        published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
+}
+
+
+def lowest_index_topk(values, k, dim=-1, largest=True, sorted=True):
+    order = torch.sort(values, dim=dim, descending=largest, stable=True)
+    return torch.return_types.topk((order.values.narrow(dim, 0, k), order.indices.narrow(dim, 0, k)))
+
+
+def fill(model, generator, ties):
+    """Random weights of a spread that makes logits differ clearly; V3 biases are negative enough that all biased scores are."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if "norm" in name:
+                p.copy_(1 + 0.2 * noise)
+            elif "embed_tokens" in name:
+                p.copy_(noise)
+            else:
+                p.copy_(noise * 1.5 / math.sqrt(p.shape[-1]))
+            p.copy_(p.bfloat16().float())
+        for index, layer in enumerate(model.model.layers):
+            gate = getattr(layer.mlp, "gate", None)
+            if gate is None or not hasattr(gate, "e_score_correction_bias"):
+                continue
+            bias = gate.e_score_correction_bias
+            bias.copy_(-1.2 + 0.1 * torch.randn(bias.shape, generator=generator))
+            if ties and index == len(model.model.layers) - 1:
+                # The upper half of the experts, two whole groups, are equal in score and in bias.
+                half = bias.shape[0] // 2
+                gate.weight[half:] = 0
+                bias[half:] = -1.1
+
+
+def published_tensors(model):
+    """The state dict under the names and shapes of published checkpoints: one matrix per expert."""
+    out = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.detach().clone().contiguous()
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            for expert, both in enumerate(tensor):
+                gate, up = both.chunk(2, dim=0)
+                out[f"{stem}{expert}.gate_proj.weight"] = gate.contiguous()
+                out[f"{stem}{expert}.up_proj.weight"] = up.contiguous()
+        elif name.endswith("experts.down_proj"):
+            stem = name.removesuffix("down_proj")
+            for expert, down in enumerate(tensor):
+                out[f"{stem}{expert}.down_proj.weight"] = down.contiguous()
+        else:
+            out[name] = tensor
+    return out
+
+
+def add_mtp(tensors, layers, hidden, vocab, generator):
+    """A prediction layer as published checkpoints hold it: a decoder layer with its own copies of embedding and head."""
+    last, extra = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    for name in [n for n in tensors if n.startswith(last)]:
+        tensors[extra + name.removeprefix(last)] = torch.randn(tensors[name].shape, generator=generator)
+    for name, shape in {"embed_tokens.weight": [vocab, hidden], "enorm.weight": [hidden], "hnorm.weight": [hidden],
+                        "eh_proj.weight": [hidden, 2 * hidden], "shared_head.norm.weight": [hidden],
+                        "shared_head.head.weight": [vocab, hidden]}.items():
+        tensors[extra + name] = torch.randn(shape, generator=generator)
+
+
+def is_fp8(name, tensor):
+    wide = ("embed_tokens", "lm_head", "mlp.gate.", "norm", "eh_proj", "shared_head")
+    return tensor.dim() == 2 and not any(part in name for part in wide)
+
+
+def quantise(tensor, blocks):
+    """FP8 e4m3 with one float32 multiplier per block; returns stored values, multipliers and what they stand for."""
+    rows, columns = tensor.shape
+    scales = torch.empty(-(-rows // blocks[0]), -(-columns // blocks[1]))
+    stored = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+    meant = torch.empty(rows, columns)
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            part = (slice(i * blocks[0], (i + 1) * blocks[0]), slice(j * blocks[1], (j + 1) * blocks[1]))
+            scales[i, j] = tensor[part].abs().max().clamp(min=1e-4) / 448
+            stored[part] = (tensor[part] / scales[i, j]).to(torch.float8_e4m3fn)
+            meant[part] = stored[part].float() * scales[i, j]
+    return stored, scales, meant
+
+
+def store(folder, tensors, shards):
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names, weight_map = sorted(tensors), {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = {n: tensors[n] for n in names[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map.update({n: file for n in part})
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+
+
+def configs(spec, model):
+    """config.json in both forms: as transformers 5 writes it, and as published checkpoints have it."""
+    new = json.loads(model.config.to_json_string(use_diff=True))
+    new.pop("transformers_version", None)
+    new["dtype"] = "bfloat16"
+    old = {k: v for k, v in spec["fields"].items() if k != "rope_parameters"} | spec["published"]
+    old |= {"architectures": [type(model).__name__], "model_type": spec["family"], "torch_dtype": "bfloat16", "hidden_act": "silu",
+            "moe_layer_freq": 1, "rope_theta": spec["fields"]["rope_parameters"]["rope_theta"]}
+    rope = dict(spec["fields"]["rope_parameters"])
+    rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    old["rope_scaling"] = None if kind == "default" else rope | {"type": kind}
+    new["architectures"], new["model_type"] = old["architectures"], spec["family"]
+    if spec["stored"] == "fp8":
+        quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": spec["blocks"]}
+        new["quantization_config"] = old["quantization_config"] = quantization
+    return {"published": old, "transformers": new}
+
+
+def check_scale(model):
+    config = model.config
+    rope = config.rope_parameters
+    expected = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    if rope["rope_type"] == "yarn":
+        expected *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1) ** 2
+    for layer in model.model.layers:
+        assert abs(layer.self_attn.scaling - expected) < 1e-9, (layer.self_attn.scaling, expected)
+
+
+class GateCheck:
+    """Recomputes every expert choice with closed groups at -inf and keeps the smallest margin that is not an exact tie."""
+
+    def __init__(self, model):
+        self.margin = math.inf
+        self.ties = 0
+        self.negative = 0
+        for layer in model.model.layers:
+            gate = getattr(layer.mlp, "gate", None)
+            if hasattr(gate, "top_k"):
+                gate.register_forward_hook(self.check)
+
+    def cut(self, ranked, k):
+        order = ranked.sort(descending=True, stable=True).values
+        if k < len(order) and torch.isfinite(order[k]):
+            gap = float(order[k - 1] - order[k])
+            if gap == 0:
+                self.ties += 1
+            else:
+                self.margin = min(self.margin, gap)
+        return set(lowest_index_topk(ranked, k).indices.tolist())
+
+    def check(self, gate, args, output):
+        logits, _, chosen = output
+        bias = getattr(gate, "e_score_correction_bias", None)
+        for row, found in zip(logits.float(), chosen):
+            if bias is None:
+                ranked = row.softmax(-1)
+            else:
+                ranked = row.sigmoid() + bias
+                self.negative += bool((ranked < 0).all())
+            groups = gate.num_group or 1
+            if groups > 1 and (bias is not None or gate.topk_method == "group_limited_greedy"):
+                members = ranked.view(groups, -1)
+                score = members.topk(2).values.sum(-1) if bias is not None else members.max(-1).values
+                kept = self.cut(score, gate.topk_group)
+                ranked = members.clone()
+                ranked[[g for g in range(groups) if g not in kept]] = -math.inf
+                ranked = ranked.reshape(-1)
+            assert self.cut(ranked, gate.top_k) == set(found.tolist()), "the reference chose other experts"
+
+
+def vectors(model, prompts, positions, vocab, greedy):
+    """Logits after some positions of each prompt, and the greedy continuation."""
+    out, smallest = [], math.inf
+    with torch.no_grad():
+        for tokens in prompts:
+            logits = model(input_ids=torch.tensor([tokens])).logits[0].float()
+            kept = [p for p in positions(len(tokens))]
+            ids, continuation = list(tokens), []
+            for _ in range(greedy):
+                last = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+                best = last.topk(2).values
+                smallest = min(smallest, float(best[0] - best[1]))
+                token = int(last.argmax())
+                ids.append(token)
+                continuation.append(token)
+                if token in eos_of(model):
+                    break
+            rows = [[float(f"{v:.8g}") for v in logits[p].tolist()] for p in kept]
+            out.append({"tokens": tokens, "positions": kept, "logits": rows, "greedy": continuation})
+    assert smallest > MARGIN_MIN, f"greedy margin {smallest}: choose another seed or prompt"
+    return out, smallest
+
+
+def eos_of(model):
+    eos = model.config.eos_token_id
+    return set(eos) if isinstance(eos, list) else {eos}
+
+
+def random_models():
+    for name, spec in MODELS.items():
+        torch.manual_seed(spec["seed"])
+        generator = torch.Generator().manual_seed(spec["seed"])
+        kind = {"deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM), "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM)}
+        config_class, model_class = kind[spec["family"]]
+        config = config_class(**spec["fields"])
+        config._attn_implementation = "eager"
+        model = model_class(config).float().eval()
+        fill(model, generator, spec.get("ties", False))
+        tensors = published_tensors(model)
+        stored = {}
+        for key, tensor in tensors.items():
+            if key.endswith("e_score_correction_bias"):
+                stored[key] = tensor.float()
+            elif spec["stored"] == "fp8" and is_fp8(key, tensor):
+                stored[key], stored[key + "_scale_inv"], tensors[key] = quantise(tensor, spec["blocks"])
+            else:
+                stored[key] = tensor.bfloat16()
+        if spec["stored"] == "fp8":
+            put_back(model, tensors)
+        if spec.get("mtp"):
+            f = spec["fields"]
+            extra = dict(tensors)
+            add_mtp(extra, f["num_hidden_layers"], f["hidden_size"], f["vocab_size"], generator)
+            stored |= {k: v.bfloat16() for k, v in extra.items() if k not in tensors}
+        check_scale(model)
+        gates = GateCheck(model)
+        vocab = spec["fields"]["vocab_size"]
+        lengths = [1, 7, 33, 100]
+        prompts = [torch.randint(2, vocab, (n,), generator=generator).tolist() for n in lengths]
+        found, greedy_margin = vectors(model, prompts, lambda n: sorted({0, n // 2, n - 1}), vocab, GREEDY_TOKENS)
+        assert gates.margin > MARGIN_MIN / 10, f"{name}: gate margin {gates.margin}: choose another seed"
+        if spec.get("ties"):
+            assert gates.ties > 20 and gates.negative > 20, (gates.ties, gates.negative)
+        folder = HERE / name
+        folder.mkdir(exist_ok=True)
+        store(folder, stored, spec["shards"])
+        forms = configs(spec, model)
+        other = "transformers" if spec["config"] == "published" else "published"
+        (folder / "config.json").write_text(json.dumps(forms[spec["config"]], indent=1, sort_keys=True) + "\n")
+        (folder / f"config.{other}.json").write_text(json.dumps(forms[other], indent=1, sort_keys=True) + "\n")
+        (folder / "golden.json").write_text(json.dumps({"prompts": found}) + "\n")
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner alone
+        size = sum(f.stat().st_size for f in folder.iterdir())
+        print(f"{name}: gate margin {gates.margin:.2e}, exact ties {gates.ties}, greedy margin {greedy_margin:.2e}, {size} bytes")
+
+
+def put_back(model, tensors):
+    """The reference computes with what the stored FP8 values stand for."""
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith("experts.gate_up_proj"):
+                stem = key.removesuffix("gate_up_proj")
+                for e in range(p.shape[0]):
+                    p[e] = torch.cat([tensors[f"{stem}{e}.gate_proj.weight"], tensors[f"{stem}{e}.up_proj.weight"]])
+            elif key.endswith("experts.down_proj"):
+                stem = key.removesuffix("down_proj")
+                for e in range(p.shape[0]):
+                    p[e] = tensors[f"{stem}{e}.down_proj.weight"]
+            else:
+                p.copy_(tensors[key])
+
+
+QUESTIONS = ["What is 7 + 5?", "What is 348 + 577?", "What is 12 - 45?", "What is 37 * 6?", 'How many r in "strawberry"?',
+             "What is the capital of France?"]
+
+
+def trained_model(folder, name):
+    from transformers import AutoTokenizer
+    folder = pathlib.Path(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    missing = set(published_tensors(model)) - set().union(*(load_file(f) for f in folder.glob("*.safetensors")))
+    assert not missing, f"not in the files: {sorted(missing)[:5]}"
+    check_scale(model)
+    prompts = []
+    for question in QUESTIONS:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        prompts.append(tokenizer.encode(text, add_special_tokens=False))
+    found, margin = vectors(model, prompts, lambda n: [0, n - 1], model.config.vocab_size, 200)
+    digest = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(folder.glob("*.safetensors")))).hexdigest()
+    for prompt, question in zip(found, QUESTIONS):
+        prompt["question"], prompt["answer"] = question, tokenizer.decode(prompt["greedy"])
+        print(f"{question} -> {prompt['answer'][-60:]!r}")
+    (HERE / f"{name}.json").write_text(json.dumps({"sha256": digest, "prompts": found}) + "\n")
+    print(f"{name}: greedy margin {margin:.2e}, weights sha256 {digest}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.topk = lowest_index_topk
+    match sys.argv[1:]:
+        case ["random"]:
+            random_models()
+        case ["trained", folder, name]:
+            trained_model(folder, name)
+        case _:
+            sys.exit(__doc__)

@@ -1,0 +1,118 @@
+//! What a device must offer to run a [`crate::Model`].
+//!
+//! A backend owns weights (by [`WeightId`]), the cache (by layer) and one activation buffer per [`Slot`] with a row
+//! per token of the step, and a scratch area for MLPs ([`crate::Model::mlp_width`]). Which tokens, positions and blocks a step has is the backend's own input; the calls below
+//! only say what happens to all rows.
+//!
+//! Invariant: the result of a row depends on that row's token, position and cached context alone.
+
+use crate::gate::Gate;
+use crate::layers::{GatedMlp, LatentAttention, Moe, Norm};
+use crate::tensors::WeightId;
+
+/// An activation buffer; [`crate::Model::slot_width`] gives its float32 values per token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Slot {
+    /// The residual stream.
+    Hidden,
+    /// Normed input of a block.
+    Normed,
+    /// Output of attention.
+    Attended,
+    /// Output of an MLP.
+    Mixed,
+    /// Low-rank query.
+    QueryLatent,
+    /// Queries of all heads.
+    Query,
+    /// Queries of all heads, multiplied into the latent space.
+    AbsorbedQuery,
+    /// Attention output of all heads in the latent space.
+    LatentValue,
+    /// Attention output of all heads.
+    Value,
+    /// What is about to be cached.
+    CacheRow,
+}
+
+impl Slot {
+    /// Every buffer.
+    pub const ALL: [Self; 10] = [
+        Self::Hidden,
+        Self::Normed,
+        Self::Attended,
+        Self::Mixed,
+        Self::QueryLatent,
+        Self::Query,
+        Self::AbsorbedQuery,
+        Self::LatentValue,
+        Self::Value,
+        Self::CacheRow,
+    ];
+}
+
+/// The operations of a device.
+pub trait Backend {
+    /// Why an operation failed; the step is then lost.
+    type Error;
+
+    /// [`Slot::Hidden`] = rows of `table` for the step's tokens.
+    ///
+    /// # Errors
+    /// When the device failed; so for all operations.
+    fn embed(&mut self, table: WeightId) -> Result<(), Self::Error>;
+
+    /// `to = norm(from)`, over rows as wide as the norm's weight.
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn norm(&mut self, norm: &Norm, from: Slot, to: Slot) -> Result<(), Self::Error>;
+
+    /// `to = weight · from`.
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn linear(&mut self, weight: WeightId, from: Slot, to: Slot) -> Result<(), Self::Error>;
+
+    /// Norms, rotates and caches [`Slot::CacheRow`] as the rows of layer `layer`, rotates [`Slot::Query`], and leaves
+    /// every head's attention output in [`Slot::Value`].
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn latent_attention(
+        &mut self,
+        layer: usize,
+        attention: &LatentAttention,
+    ) -> Result<(), Self::Error>;
+
+    /// `to = mlp(from)`.
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn mlp(&mut self, mlp: &GatedMlp, from: Slot, to: Slot) -> Result<(), Self::Error>;
+
+    /// Chooses the experts of every row of `from`; the backend keeps the choice for [`Backend::experts`].
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn gate(&mut self, gate: &Gate, from: Slot) -> Result<(), Self::Error>;
+
+    /// `to = Σ weight · expert(from) + shared(from)` over the experts chosen by the last [`Backend::gate`], routed
+    /// experts in ascending order.
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn experts(&mut self, moe: &Moe, from: Slot, to: Slot) -> Result<(), Self::Error>;
+
+    /// `to += from`.
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn add(&mut self, from: Slot, to: Slot) -> Result<(), Self::Error>;
+
+    /// Logits of the rows that want them: `table · norm(hidden)`.
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn head(&mut self, norm: &Norm, table: WeightId) -> Result<(), Self::Error>;
+}

@@ -1,0 +1,237 @@
+//! DeepSeek-V2, V2-Lite, V3, R1, V3.1 and checkpoints of their shape.
+//!
+//! One file serves both architectures: they differ in what the config says (low-rank or full query, gate scoring and
+//! selection, shared experts), and in one rule that it does not say, see [`gate`].
+
+use engine_spec::{Architecture, GateSelection, ModelConfig, MoeConfig, RopeScaling};
+
+use crate::gate::Gate;
+use crate::layers::{
+    Attention, GatedMlp, KvLayout, LatentAttention, Layer, Mlp, Model, Moe, Norm, Query, Residual,
+};
+use crate::rope::Rope;
+use crate::tensors::{TensorList, TensorRole, WeightId};
+
+/// Epsilon of the norms inside attention: the published code builds them with its norm's default, whatever
+/// `rms_norm_eps` says.
+const LATENT_NORM_EPSILON: f32 = 1e-6;
+
+/// The graph and tensors of `config`.
+pub(crate) fn build(config: &ModelConfig) -> Model {
+    let mut tensors = TensorList::default();
+    let hidden = config.hidden_size;
+    let table = |tensors: &mut TensorList, name: &str| {
+        tensors.add(name.into(), &[config.vocab_size, hidden], TensorRole::Table)
+    };
+    let embedding = table(&mut tensors, "model.embed_tokens.weight");
+    let layers = (0..config.layers)
+        .map(|index| layer(config, index, &mut tensors))
+        .collect();
+    let final_norm = norm(
+        &mut tensors,
+        "model.norm",
+        hidden,
+        config.rms_norm_eps as f32,
+    );
+    let head = if config.tied_embeddings {
+        embedding
+    } else {
+        table(&mut tensors, "lm_head.weight")
+    };
+    let has_bias = config
+        .moe
+        .as_ref()
+        .is_some_and(|moe| moe.selection == GateSelection::BiasedGroups);
+    let mut forbidden_suffixes = Vec::new();
+    if !has_bias {
+        forbidden_suffixes.push((".e_score_correction_bias".into(), "topk_method"));
+    }
+    if config.attention.q_lora_rank.is_none() {
+        forbidden_suffixes.push((".self_attn.q_a_proj.weight".into(), "q_lora_rank"));
+    }
+    Model {
+        tensors: tensors.0,
+        // Prediction layers follow the decoder's in the files, whether or not the config counts them.
+        unused_prefixes: (0..config.mtp_layers.max(1))
+            .map(|extra| format!("model.layers.{}.", config.layers + extra))
+            .collect(),
+        forbidden_suffixes,
+        hidden: hidden as usize,
+        vocabulary: config.vocab_size as usize,
+        embedding,
+        layers,
+        final_norm,
+        head,
+        rope: Rope::new(config),
+    }
+}
+
+fn layer(config: &ModelConfig, index: u32, tensors: &mut TensorList) -> Layer {
+    let prefix = format!("model.layers.{index}.");
+    let hidden = config.hidden_size;
+    let epsilon = config.rms_norm_eps as f32;
+    let input_norm = norm(
+        tensors,
+        &format!("{prefix}input_layernorm"),
+        hidden,
+        epsilon,
+    );
+    let attention = attention(config, &format!("{prefix}self_attn."), tensors);
+    let mlp_norm = norm(
+        tensors,
+        &format!("{prefix}post_attention_layernorm"),
+        hidden,
+        epsilon,
+    );
+    let mlp_prefix = format!("{prefix}mlp.");
+    let mlp = match config.moe.as_ref().filter(|_| config.is_moe_layer(index)) {
+        Some(moe) => Mlp::Moe(experts(config, moe, &mlp_prefix, tensors)),
+        None => Mlp::Dense(gated_mlp(
+            &mlp_prefix,
+            hidden,
+            config.intermediate_size,
+            tensors,
+        )),
+    };
+    Layer {
+        input_norm,
+        kv: KvLayout::Latent {
+            latent: attention.latent,
+            rope: attention.rope,
+        },
+        attention: Attention::Latent(attention),
+        mlp_norm,
+        mlp,
+        residual: Residual::Add,
+    }
+}
+
+fn attention(config: &ModelConfig, prefix: &str, tensors: &mut TensorList) -> LatentAttention {
+    let shape = &config.attention;
+    let hidden = config.hidden_size;
+    let queries = shape.heads * shape.qk_head_dim();
+    let query = match shape.q_lora_rank {
+        None => Query::Full(tensors.matrix(format!("{prefix}q_proj.weight"), queries, hidden)),
+        Some(rank) => Query::LowRank {
+            down: tensors.matrix(format!("{prefix}q_a_proj.weight"), rank, hidden),
+            norm: norm(
+                tensors,
+                &format!("{prefix}q_a_layernorm"),
+                rank,
+                LATENT_NORM_EPSILON,
+            ),
+            up: tensors.matrix(format!("{prefix}q_b_proj.weight"), queries, rank),
+            rank: rank as usize,
+        },
+    };
+    let latent = shape.kv_lora_rank;
+    let per_head = shape.qk_nope_head_dim + shape.v_head_dim;
+    let correction = config
+        .rope_scaling
+        .as_ref()
+        .map_or(1.0, RopeScaling::softmax_multiplier);
+    LatentAttention {
+        query,
+        kv_down: tensors.matrix(
+            format!("{prefix}kv_a_proj_with_mqa.weight"),
+            shape.cached_width(),
+            hidden,
+        ),
+        kv_norm: norm(
+            tensors,
+            &format!("{prefix}kv_a_layernorm"),
+            latent,
+            LATENT_NORM_EPSILON,
+        ),
+        kv_up: tensors.matrix(
+            format!("{prefix}kv_b_proj.weight"),
+            shape.heads * per_head,
+            latent,
+        ),
+        output: tensors.matrix(
+            format!("{prefix}o_proj.weight"),
+            hidden,
+            shape.heads * shape.v_head_dim,
+        ),
+        heads: shape.heads as usize,
+        nope: shape.qk_nope_head_dim as usize,
+        rope: shape.qk_rope_head_dim as usize,
+        value: shape.v_head_dim as usize,
+        latent: latent as usize,
+        scale: (f64::from(shape.qk_head_dim()).powf(-0.5) * correction) as f32,
+    }
+}
+
+fn experts(config: &ModelConfig, moe: &MoeConfig, prefix: &str, tensors: &mut TensorList) -> Moe {
+    let hidden = config.hidden_size;
+    let weight = tensors.add(
+        format!("{prefix}gate.weight"),
+        &[moe.routed_experts, hidden],
+        TensorRole::Precise,
+    );
+    let bias = (moe.selection == GateSelection::BiasedGroups).then(|| {
+        tensors.add(
+            format!("{prefix}gate.e_score_correction_bias"),
+            &[moe.routed_experts],
+            TensorRole::Precise,
+        )
+    });
+    let experts = (0..moe.routed_experts)
+        .map(|expert| {
+            let prefix = format!("{prefix}experts.{expert}.");
+            gated_mlp(&prefix, hidden, moe.intermediate_size, tensors)
+        })
+        .collect();
+    let shared = (moe.shared_experts > 0).then(|| {
+        let inner = moe.intermediate_size * moe.shared_experts;
+        gated_mlp(&format!("{prefix}shared_experts."), hidden, inner, tensors)
+    });
+    Moe {
+        gate: gate(config.architecture, moe, weight, bias),
+        experts,
+        shared,
+    }
+}
+
+/// V3 normalises the chosen weights and scales them; V2's published code does one or the other.
+fn gate(
+    architecture: Architecture,
+    moe: &MoeConfig,
+    weight: WeightId,
+    bias: Option<WeightId>,
+) -> Gate {
+    let normalise = moe.normalise_weights
+        && (architecture == Architecture::DeepseekV3 || moe.experts_per_token > 1);
+    let scale = match architecture {
+        Architecture::DeepseekV2 if normalise => 1.0,
+        _ => moe.routed_scaling as f32,
+    };
+    Gate {
+        weight,
+        bias,
+        experts: moe.routed_experts as usize,
+        top_k: moe.experts_per_token as usize,
+        scoring: moe.scoring,
+        selection: moe.selection,
+        groups: moe.groups as usize,
+        groups_per_token: moe.groups_per_token as usize,
+        normalise,
+        scale,
+    }
+}
+
+fn gated_mlp(prefix: &str, hidden: u32, inner: u32, tensors: &mut TensorList) -> GatedMlp {
+    GatedMlp {
+        gate: tensors.matrix(format!("{prefix}gate_proj.weight"), inner, hidden),
+        up: tensors.matrix(format!("{prefix}up_proj.weight"), inner, hidden),
+        down: tensors.matrix(format!("{prefix}down_proj.weight"), hidden, inner),
+        inner: inner as usize,
+    }
+}
+
+fn norm(tensors: &mut TensorList, name: &str, width: u32, epsilon: f32) -> Norm {
+    Norm {
+        weight: tensors.add(format!("{name}.weight"), &[width], TensorRole::Precise),
+        epsilon,
+    }
+}

@@ -1,0 +1,50 @@
+//! One forward pass: walks a model's layers on a backend.
+
+use crate::backend::{Backend, Slot};
+use crate::layers::{Attention, Layer, Mlp, Model, Query, Residual};
+
+/// Computes the backend's current step through all layers and the head.
+///
+/// # Errors
+/// The first error of the backend.
+pub fn forward<B: Backend>(model: &Model, backend: &mut B) -> Result<(), B::Error> {
+    backend.embed(model.embedding)?;
+    for (index, layer) in model.layers.iter().enumerate() {
+        attend(index, layer, backend)?;
+        transform(layer, backend)?;
+    }
+    backend.head(&model.final_norm, model.head)
+}
+
+fn attend<B: Backend>(index: usize, layer: &Layer, backend: &mut B) -> Result<(), B::Error> {
+    let Attention::Latent(attention) = &layer.attention;
+    backend.norm(&layer.input_norm, Slot::Hidden, Slot::Normed)?;
+    match &attention.query {
+        Query::Full(weight) => backend.linear(*weight, Slot::Normed, Slot::Query)?,
+        Query::LowRank { down, norm, up, .. } => {
+            backend.linear(*down, Slot::Normed, Slot::QueryLatent)?;
+            backend.norm(norm, Slot::QueryLatent, Slot::QueryLatent)?;
+            backend.linear(*up, Slot::QueryLatent, Slot::Query)?;
+        }
+    }
+    backend.linear(attention.kv_down, Slot::Normed, Slot::CacheRow)?;
+    backend.latent_attention(index, attention)?;
+    backend.linear(attention.output, Slot::Value, Slot::Attended)?;
+    match layer.residual {
+        Residual::Add => backend.add(Slot::Attended, Slot::Hidden),
+    }
+}
+
+fn transform<B: Backend>(layer: &Layer, backend: &mut B) -> Result<(), B::Error> {
+    backend.norm(&layer.mlp_norm, Slot::Hidden, Slot::Normed)?;
+    match &layer.mlp {
+        Mlp::Dense(mlp) => backend.mlp(mlp, Slot::Normed, Slot::Mixed)?,
+        Mlp::Moe(moe) => {
+            backend.gate(&moe.gate, Slot::Normed)?;
+            backend.experts(moe, Slot::Normed, Slot::Mixed)?;
+        }
+    }
+    match layer.residual {
+        Residual::Add => backend.add(Slot::Mixed, Slot::Hidden),
+    }
+}

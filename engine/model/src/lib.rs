@@ -1,0 +1,34 @@
+//! Model families over a small vocabulary of layers, and the [`Backend`] they run on.
+//!
+//! A family's file turns a checked [`engine_spec::ModelConfig`] into a [`Model`]: the tensors it expects in the weight
+//! files and a list of [`Layer`] descriptors. [`forward`] walks the descriptors and calls the backend; it knows no
+//! family. Attention, MLP, residual and cache layout are separate strategy points of every layer, so that a family
+//! with other attention or another residual adds a variant instead of a second engine.
+//!
+//! Invariant: everything here is pure; no tensor data, files, threads or devices.
+
+mod backend;
+mod deepseek_v3;
+mod forward;
+mod gate;
+mod layers;
+mod rope;
+mod tensors;
+
+pub use backend::{Backend, Slot};
+pub use forward::forward;
+pub use gate::{Choice, Gate, GateScratch};
+pub use layers::{
+    Attention, GatedMlp, KvLayout, LatentAttention, Layer, Mlp, Model, Moe, Norm, Query, Residual,
+};
+pub use rope::Rope;
+pub use tensors::{TensorRole, TensorSpec, WeightId};
+
+use engine_spec::{Architecture, ModelConfig};
+
+/// The layer graph and expected tensors of a model.
+pub fn build(config: &ModelConfig) -> Model {
+    match config.architecture {
+        Architecture::DeepseekV2 | Architecture::DeepseekV3 => deepseek_v3::build(config),
+    }
+}

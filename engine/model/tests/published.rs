@@ -1,0 +1,98 @@
+//! The expected tensors of published models, against their published sizes.
+
+use engine_model::{Attention, Mlp, Query, Slot, TensorRole, build};
+use engine_spec::ModelConfig;
+
+const V3: &str = r#"{"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
+    "moe_intermediate_size": 2048, "num_hidden_layers": 61, "first_k_dense_replace": 3, "moe_layer_freq": 1,
+    "num_attention_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8,
+    "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": true,
+    "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1, "rope_theta": 10000, "max_position_embeddings": 163840,
+    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}, "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}"#;
+
+const V2_LITE: &str = r#"{"model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048,
+    "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27, "first_k_dense_replace": 1,
+    "moe_layer_freq": 1, "num_attention_heads": 16, "q_lora_rank": null, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+    "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": false,
+    "routed_scaling_factor": 1.0, "rope_theta": 10000, "max_position_embeddings": 163840, "torch_dtype": "bfloat16",
+    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707}, "bos_token_id": 100000, "eos_token_id": 100001}"#;
+
+fn config(text: &str) -> ModelConfig {
+    ModelConfig::from_hf_json(text).expect("a published config")
+}
+
+#[test]
+fn the_tensors_of_v3_are_those_of_its_files() {
+    let model = build(&config(V3));
+    let elements: usize = model.tensors.iter().map(|spec| spec.elements()).sum();
+    assert_eq!(elements, 671_026_419_200);
+    // The files hold 91 991 tensors: these, a scale for each matrix, and the prediction layer, which is a MoE layer
+    // with its matrices' scales and six tensors of its own.
+    let matrices = |range: &str| {
+        let of = |spec: &&engine_model::TensorSpec| spec.name.starts_with(range);
+        let list: Vec<_> = model.tensors.iter().filter(of).collect();
+        let fp8 = list
+            .iter()
+            .filter(|spec| spec.role == TensorRole::Matrix)
+            .count();
+        (list.len(), fp8)
+    };
+    let (all, fp8) = matrices("");
+    let (layer, layer_fp8) = matrices("model.layers.60.");
+    assert_eq!(all + fp8 + layer + layer_fp8 + 6, 91_991);
+    assert_eq!(model.unused_prefixes, ["model.layers.61."]);
+    let shape = |name: &str| {
+        let found = model.tensors.iter().find(|spec| spec.name == name);
+        found.map(|spec| spec.shape.clone())
+    };
+    for (name, expected) in [
+        (
+            "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+            [576, 7168],
+        ),
+        ("model.layers.0.self_attn.q_b_proj.weight", [24576, 1536]),
+        (
+            "model.layers.60.mlp.experts.255.down_proj.weight",
+            [7168, 2048],
+        ),
+        ("model.layers.2.mlp.gate_proj.weight", [18432, 7168]),
+    ] {
+        assert_eq!(shape(name).as_deref(), Some(&expected[..]), "{name}");
+    }
+    assert_eq!(shape("model.layers.2.mlp.gate.weight"), None);
+}
+
+#[test]
+fn the_softmax_scales_are_the_published_ones() {
+    for (text, expected) in [(V3, 0.135_233_8), (V2_LITE, 0.114_721_4)] {
+        let model = build(&config(text));
+        let Attention::Latent(attention) = &model.layers[0].attention;
+        assert!(
+            (attention.scale - expected).abs() < 1e-6,
+            "{}",
+            attention.scale
+        );
+    }
+}
+
+#[test]
+fn v2_lite_has_a_full_query_two_joined_shared_experts_and_no_bias() {
+    let model = build(&config(V2_LITE));
+    let elements: usize = model.tensors.iter().map(|spec| spec.elements()).sum();
+    assert_eq!(elements, 15_706_484_224);
+    let layer = &model.layers[1];
+    let Attention::Latent(attention) = &layer.attention;
+    assert!(matches!(attention.query, Query::Full(_)));
+    assert_eq!(model.slot_width(Slot::QueryLatent), 0);
+    let Mlp::Moe(moe) = &layer.mlp else {
+        panic!("layer 1 is dense");
+    };
+    assert_eq!(moe.shared.map(|mlp| mlp.inner), Some(2816));
+    assert_eq!(moe.gate.bias, None);
+    assert!(matches!(model.layers[0].mlp, Mlp::Dense(_)));
+}

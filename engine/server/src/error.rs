@@ -1,0 +1,175 @@
+//! Errors as OpenAI shapes them: `{"error": {"message", "type", "param", "code"}}`.
+//!
+//! Every message names the field, the value and the way out.
+
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use engine_core::Rejection;
+use serde_json::{Value, json};
+
+/// An answer that is not an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiError {
+    /// HTTP status.
+    pub status: StatusCode,
+    /// For people.
+    pub message: String,
+    /// OpenAI's class of error.
+    pub kind: &'static str,
+    /// The field that is wrong.
+    pub param: Option<String>,
+    /// For programs.
+    pub code: Option<&'static str>,
+    /// When to try again.
+    pub retry_after_seconds: Option<u64>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            message: message.into(),
+            kind,
+            param: None,
+            code: None,
+            retry_after_seconds: None,
+        }
+    }
+
+    /// The request is wrong; sending it again will not help.
+    pub fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            param: Some(param.into()),
+            ..Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+        }
+    }
+
+    /// The request is no JSON object.
+    pub fn malformed(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", message)
+    }
+
+    /// A feature of the API that this engine does not have.
+    pub fn unsupported(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            code: Some("unsupported_parameter"),
+            ..Self::invalid(param, message)
+        }
+    }
+
+    /// There is no such model here.
+    pub fn unknown_model(asked: &str, served: &str) -> Self {
+        Self {
+            status: StatusCode::NOT_FOUND,
+            code: Some("model_not_found"),
+            ..Self::invalid(
+                "model",
+                format!(
+                    "the model \"{asked}\" does not exist here; this engine serves \"{served}\""
+                ),
+            )
+        }
+    }
+
+    /// There is no such path or method here.
+    pub fn no_route(method: &str, path: &str) -> Self {
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            format!(
+                "there is no {method} {path} here; see GET /v1/models and POST /v1/chat/completions"
+            ),
+        )
+    }
+
+    /// The body is larger than the limit.
+    pub fn body_too_large(limit: usize) -> Self {
+        Self::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "invalid_request_error",
+            format!("the request body is larger than {limit} bytes; send a shorter one"),
+        )
+    }
+
+    /// The body did not arrive in time.
+    pub fn body_too_slow(seconds: u64) -> Self {
+        Self::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "invalid_request_error",
+            format!("the request body did not arrive within {seconds} s; send it again"),
+        )
+    }
+
+    /// Not now, or not here.
+    pub fn unavailable(code: &'static str, message: impl Into<String>, retry: u64) -> Self {
+        Self {
+            code: Some(code),
+            retry_after_seconds: Some(retry),
+            ..Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "service_unavailable",
+                message,
+            )
+        }
+    }
+
+    /// The backend failed while it worked on the request.
+    pub fn engine_failed(message: impl Into<String>) -> Self {
+        Self {
+            code: Some("engine_failed"),
+            ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
+        }
+    }
+
+    /// A request that the engine did not admit. `prompt_field` is what the caller calls its prompt.
+    pub fn rejected(rejection: &Rejection, prompt_field: &str, retry_after_seconds: u64) -> Self {
+        let message = rejection.to_string();
+        match rejection {
+            Rejection::Draining => Self::unavailable("draining", message + "; send it again", 1),
+            Rejection::QueueFull { .. } => Self {
+                code: Some("rate_limit_exceeded"),
+                retry_after_seconds: Some(retry_after_seconds),
+                ..Self::new(
+                    StatusCode::TOO_MANY_REQUESTS,
+                    "rate_limit_error",
+                    message + "; try again later",
+                )
+            },
+            Rejection::TooLong { .. } => Self {
+                code: Some("context_length_exceeded"),
+                ..Self::invalid(
+                    prompt_field,
+                    message + "; shorten the prompt or lower max_tokens",
+                )
+            },
+            Rejection::EmptyPrompt | Rejection::UnknownToken { .. } => {
+                Self::invalid(prompt_field, message)
+            }
+            Rejection::OutOfRange { field, .. } => Self::invalid(*field, message),
+            Rejection::Parameter(error) => Self::invalid(error.field, message),
+        }
+    }
+
+    /// The JSON of the error.
+    pub fn body(&self) -> Value {
+        json!({"error": {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.code,
+        }})
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, self.body().to_string()).into_response();
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(seconds) = self.retry_after_seconds {
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}

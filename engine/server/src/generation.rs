@@ -1,0 +1,325 @@
+//! One HTTP request on its way through the engine: submitted, followed token by token, ended.
+//!
+//! Invariant: dropping a [`Generation`] closes its channel, which is how the engine learns that the client is gone.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::TrySendError;
+use std::time::Instant;
+
+use engine_core::{
+    Event, EventKind, FinishReason, Logprobs, Rejection, Request, RequestId, TokenId,
+};
+use engine_text::{Delta, OutputParser};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::error::ApiError;
+use crate::request::Asked;
+use crate::state::{Model, Shared};
+use crate::worker::Command;
+
+/// A prompt in tokens and the parser of its answer.
+#[derive(Debug)]
+pub struct Prepared {
+    pub tokens: Vec<TokenId>,
+    pub parser: OutputParser,
+}
+
+/// News about one choice.
+#[derive(Debug, Default)]
+pub struct Update {
+    pub choice: usize,
+    pub delta: Delta,
+    pub logprobs: Vec<(TokenId, Logprobs)>,
+    /// OpenAI's word for how it ended.
+    pub finish: Option<&'static str>,
+}
+
+/// Tokens of a request so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub prompt: usize,
+    pub cached: usize,
+    pub completion: usize,
+}
+
+#[derive(Debug)]
+struct Choice {
+    parser: OutputParser,
+    done: bool,
+    logprobs: Vec<(TokenId, Logprobs)>,
+}
+
+/// Counts a response that is not finished.
+#[derive(Debug)]
+struct InFlight(Arc<Shared>);
+
+impl InFlight {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.in_flight.fetch_add(1, Ordering::AcqRel);
+        Self(shared.clone())
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A request that the engine has admitted.
+#[derive(Debug)]
+pub struct Generation {
+    shared: Arc<Shared>,
+    events: mpsc::Receiver<Event>,
+    problem: watch::Receiver<Option<String>>,
+    requests: Vec<RequestId>,
+    per_request: usize,
+    choices: Vec<Choice>,
+    open: usize,
+    usage: Usage,
+    /// The last field: the response counts as unfinished until the channel is closed.
+    _in_flight: InFlight,
+}
+
+impl Generation {
+    /// Submits one engine request for each prompt. `prompt_field` is what the client calls its prompt.
+    ///
+    /// # Errors
+    /// The engine takes none now, or not this one.
+    pub async fn begin(
+        shared: &Arc<Shared>,
+        model: &Model,
+        prompts: Vec<Prepared>,
+        asked: &Asked,
+        prompt_field: &str,
+    ) -> Result<Self, ApiError> {
+        let in_flight = InFlight::new(shared);
+        let arrived = Instant::now();
+        let per_request = asked.choices as usize;
+        let mut plans = Vec::with_capacity(prompts.len());
+        for Prepared { tokens, parser } in prompts {
+            let room = model
+                .limits
+                .max_model_len
+                .saturating_sub(tokens.len())
+                .max(1);
+            plans.push((tokens, parser, asked.max_tokens.unwrap_or(room)));
+        }
+        // Started, each token, finished; what the engine refuses as too long needs no room.
+        let capacity: usize = plans
+            .iter()
+            .map(|(_, _, max_tokens)| {
+                (max_tokens.min(&model.limits.max_model_len) + 2) * per_request
+            })
+            .sum();
+        let (sender, events) = mpsc::channel(capacity);
+        let mut generation = Self {
+            shared: shared.clone(),
+            events,
+            problem: shared.problem.subscribe(),
+            requests: Vec::new(),
+            per_request,
+            choices: Vec::new(),
+            open: 0,
+            usage: Usage::default(),
+            _in_flight: in_flight,
+        };
+        for (tokens, parser, max_tokens) in plans {
+            let request = generation.request(model, tokens, max_tokens, asked);
+            generation.usage.prompt += request.prompt.len();
+            generation.requests.push(request.id);
+            generation
+                .submit(request, arrived, &sender, prompt_field)
+                .await?;
+            for _ in 0..per_request {
+                generation.choices.push(Choice {
+                    parser: parser.clone(),
+                    done: false,
+                    logprobs: Vec::new(),
+                });
+            }
+        }
+        generation.open = generation.choices.len();
+        Ok(generation)
+    }
+
+    fn request(
+        &self,
+        model: &Model,
+        prompt: Vec<TokenId>,
+        max_tokens: usize,
+        asked: &Asked,
+    ) -> Request {
+        let mut stop_tokens = asked.stop_tokens.clone();
+        stop_tokens.extend(model.text.eos_tokens().iter().copied().map(TokenId));
+        Request {
+            id: RequestId(self.shared.next_id()),
+            prompt,
+            choices: asked.choices,
+            max_tokens,
+            parameters: asked.parameters.clone(),
+            stop_tokens,
+            cache_salt: asked.cache_salt.clone(),
+        }
+    }
+
+    async fn submit(
+        &mut self,
+        request: Request,
+        arrived: Instant,
+        events: &mpsc::Sender<Event>,
+        prompt_field: &str,
+    ) -> Result<(), ApiError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Submit {
+            request,
+            arrived,
+            events: events.clone(),
+            reply,
+        };
+        let retry = self.shared.retry_after_seconds.load(Ordering::Relaxed);
+        self.shared
+            .commands
+            .try_send(command)
+            .map_err(|error| match error {
+                TrySendError::Full(_) => {
+                    let limit = crate::worker::COMMANDS_MAX;
+                    let full = Rejection::QueueFull {
+                        waiting: limit,
+                        limit,
+                    };
+                    ApiError::rejected(&full, prompt_field, retry)
+                }
+                TrySendError::Disconnected(_) => gone(None),
+            })?;
+        let answer = tokio::select! {
+            answer = answer => answer.map_err(|_| gone(None))?,
+            problem = problem(&mut self.problem) => return Err(gone(Some(problem))),
+        };
+        answer.map_err(|rejection| ApiError::rejected(&rejection, prompt_field, retry))
+    }
+
+    /// The next news; none after the last choice has ended. Safe to cancel.
+    ///
+    /// # Errors
+    /// The backend failed, or the drain ran out of time.
+    pub async fn next(&mut self) -> Option<Result<Update, ApiError>> {
+        while self.open > 0 {
+            let event = tokio::select! {
+                biased;
+                event = self.events.recv() => event,
+                problem = problem(&mut self.problem) => return Some(Err(gone(Some(problem)))),
+            };
+            let Some(event) = event else {
+                let problem = self.problem.borrow().clone();
+                return Some(Err(gone(problem)));
+            };
+            match self.take(event) {
+                Ok(None) => {}
+                Ok(Some(update)) => return Some(Ok(update)),
+                Err(error) => return Some(Err(error)),
+            }
+        }
+        None
+    }
+
+    /// Tokens so far.
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// Choices of the request.
+    pub fn choices(&self) -> usize {
+        self.choices.len()
+    }
+
+    fn take(&mut self, event: Event) -> Result<Option<Update>, ApiError> {
+        let Some(base) = self.requests.iter().position(|id| *id == event.request) else {
+            return Ok(None);
+        };
+        let index = base * self.per_request + event.choice as usize;
+        let choice = &mut self.choices[index];
+        if choice.done {
+            return Ok(None);
+        }
+        match event.kind {
+            EventKind::Started { cached_tokens } => {
+                // The choices of a request share their prompt: count it once.
+                if event.choice == 0 {
+                    self.usage.cached += cached_tokens;
+                }
+                Ok(None)
+            }
+            EventKind::Token(sampled) => {
+                self.usage.completion += 1;
+                if let Some(logprobs) = sampled.logprobs {
+                    choice.logprobs.push((sampled.token, logprobs));
+                }
+                let delta = choice.parser.push(sampled.token.0);
+                if delta.stopped {
+                    choice.done = true;
+                    self.open -= 1;
+                    // Without room for the command the engine finds out when this request is dropped.
+                    let _ = self.shared.commands.try_send(Command::Stop {
+                        request: event.request,
+                        choice: event.choice,
+                    });
+                    return Ok(Some(self.update(index, delta, Some("stop"))));
+                }
+                if delta.is_empty() {
+                    return Ok(None);
+                }
+                Ok(Some(self.update(index, delta, None)))
+            }
+            EventKind::Finished(reason) => {
+                let finish = match reason {
+                    FinishReason::Stop => "stop",
+                    FinishReason::Length => "length",
+                    FinishReason::Abort => {
+                        let message =
+                            "this replica had to end before the answer did; send the request again";
+                        return Err(ApiError::unavailable("aborted", message, 1));
+                    }
+                    FinishReason::Error => {
+                        let message =
+                            "the backend failed while it worked on this request; send it again";
+                        return Err(ApiError::engine_failed(message));
+                    }
+                };
+                choice.done = true;
+                self.open -= 1;
+                let delta = choice.parser.finish();
+                Ok(Some(self.update(index, delta, Some(finish))))
+            }
+        }
+    }
+
+    fn update(&mut self, index: usize, delta: Delta, finish: Option<&'static str>) -> Update {
+        Update {
+            choice: index,
+            delta,
+            logprobs: std::mem::take(&mut self.choices[index].logprobs),
+            finish,
+        }
+    }
+}
+
+fn gone(problem: Option<String>) -> ApiError {
+    let why = problem.unwrap_or_else(|| "the engine has ended".to_owned());
+    ApiError::engine_failed(format!("{why}; send the request again"))
+}
+
+/// Waits until something is wrong with the engine's thread.
+async fn problem(watch: &mut watch::Receiver<Option<String>>) -> String {
+    let found = watch
+        .wait_for(Option::is_some)
+        .await
+        .ok()
+        .and_then(|p| p.clone());
+    match found {
+        Some(problem) => problem,
+        // The sender lives as long as the server.
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,24 @@
+//! The OpenAI-compatible HTTP server, health, metrics and the engine loop.
+//!
+//! [`serve`] answers from the first moment: health and progress while the model loads, requests once a canary was
+//! decoded. One dedicated thread owns the executor and loops schedule → execute → complete; HTTP tasks talk to it
+//! through bounded channels and own nothing of it. Invariant: a request is never waited for by that thread, and never
+//! outlives its client by more than a step.
+
+mod error;
+mod fields;
+mod generation;
+mod health;
+mod http;
+mod metrics;
+mod request;
+mod respond;
+mod routes;
+mod serve;
+mod startup;
+mod state;
+mod worker;
+
+pub use serve::{ServeError, serve};
+pub use startup::{LoadFailure, Loaded, Loader, StartupHandle};
+pub use state::ServerOptions;

@@ -1,0 +1,188 @@
+//! From process start to the first answer: phases, progress, failure.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use engine_core::{Executor, Limits};
+use engine_spec::{StartupPhase, StartupReport};
+use engine_text::Text;
+
+/// A model that is in memory.
+pub struct Loaded {
+    /// Computes.
+    pub executor: Box<dyn Executor>,
+    /// Tokenizer and template.
+    pub text: Text,
+    /// Sizes that `executor` was made for.
+    pub limits: Limits,
+}
+
+/// Why there is no model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadFailure {
+    /// Closed, PascalCase.
+    pub reason: String,
+    /// What failed and the way out.
+    pub message: String,
+}
+
+/// Loads the model; runs once, on the engine's thread.
+pub type Loader = Box<dyn FnOnce(&StartupHandle) -> Result<Loaded, LoadFailure> + Send>;
+
+type Bytes = Arc<dyn Fn() -> (u64, u64) + Send + Sync>;
+
+struct State {
+    phase: StartupPhase,
+    since: Instant,
+    bytes: Bytes,
+    failure: Option<LoadFailure>,
+    /// Seconds of each phase that ended, and the bytes it moved.
+    finished: Vec<(StartupPhase, f64, u64)>,
+}
+
+/// Where the engine is on its way; cheap to clone.
+#[derive(Clone)]
+pub struct StartupHandle {
+    state: Arc<Mutex<State>>,
+}
+
+impl Default for StartupHandle {
+    fn default() -> Self {
+        Self {
+            state: Arc::new(Mutex::new(State {
+                phase: StartupPhase::Fetching,
+                since: Instant::now(),
+                bytes: Arc::new(|| (0, 0)),
+                failure: None,
+                finished: Vec::new(),
+            })),
+        }
+    }
+}
+
+impl StartupHandle {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new phase begins; `bytes` gives bytes done and bytes in total at any moment.
+    pub fn enter(
+        &self,
+        phase: StartupPhase,
+        bytes: impl Fn() -> (u64, u64) + Send + Sync + 'static,
+    ) {
+        let mut state = self.lock();
+        if state.phase != phase {
+            let seconds = state.since.elapsed().as_secs_f64();
+            let done = (state.bytes)().0;
+            let previous = state.phase;
+            state.finished.push((previous, seconds, done));
+            tracing::info!(from = ?previous, to = ?phase, seconds, bytes = done, "startup phase ended");
+            state.phase = phase;
+            state.since = Instant::now();
+        }
+        state.bytes = Arc::new(bytes);
+    }
+
+    /// The engine will never be ready.
+    pub fn fail(&self, failure: LoadFailure) {
+        let mut state = self.lock();
+        state.phase = StartupPhase::Failed;
+        state.failure = Some(failure);
+    }
+
+    /// Current phase.
+    pub fn phase(&self) -> StartupPhase {
+        self.lock().phase
+    }
+
+    /// Phases that ended, their seconds and bytes.
+    pub fn finished(&self) -> Vec<(StartupPhase, f64, u64)> {
+        self.lock().finished.clone()
+    }
+
+    /// What `GET /startupz` says.
+    pub fn report(&self) -> StartupReport {
+        let state = self.lock();
+        let (done, total) = match state.phase {
+            // The last phase that moved bytes stays visible.
+            StartupPhase::Warming | StartupPhase::Ready => {
+                let moved = state.finished.iter().map(|(_, _, bytes)| *bytes).max();
+                (moved.unwrap_or(0), moved.unwrap_or(0))
+            }
+            _ => (state.bytes)(),
+        };
+        let seconds = match state.phase {
+            StartupPhase::Warming | StartupPhase::Ready => state
+                .finished
+                .iter()
+                .find(|(_, _, bytes)| *bytes == done)
+                .map_or(0.0, |(_, seconds, _)| *seconds),
+            _ => state.since.elapsed().as_secs_f64(),
+        };
+        let rate = if seconds > 0.0 {
+            done as f64 / seconds
+        } else {
+            0.0
+        };
+        let percent = match state.phase {
+            StartupPhase::Ready | StartupPhase::Warming => 100.0,
+            _ if total == 0 => 0.0,
+            _ => (done as f64 / total as f64 * 100.0).min(100.0),
+        };
+        let moving = matches!(state.phase, StartupPhase::Fetching | StartupPhase::Loading);
+        StartupReport {
+            phase: state.phase,
+            bytes_loaded: done,
+            bytes_total: total,
+            bytes_per_second: rate,
+            eta_seconds: (moving && total > 0 && rate > 0.0)
+                .then(|| total.saturating_sub(done) as f64 / rate),
+            percent,
+            reason: state.failure.as_ref().map(|failure| failure.reason.clone()),
+            message: state
+                .failure
+                .as_ref()
+                .map(|failure| failure.message.clone()),
+        }
+    }
+}
+
+impl std::fmt::Debug for StartupHandle {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_tuple("StartupHandle")
+            .field(&self.phase())
+            .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_reported_in_percent_and_stays_after_the_end() {
+        let startup = StartupHandle::default();
+        assert_eq!(startup.report().percent, 0.0);
+        startup.enter(StartupPhase::Loading, || (50, 200));
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        let report = startup.report();
+        assert_eq!(
+            (report.percent, report.bytes_loaded, report.bytes_total),
+            (25.0, 50, 200)
+        );
+        assert!(report.bytes_per_second > 0.0 && report.eta_seconds.is_some());
+        startup.enter(StartupPhase::Ready, || (0, 0));
+        let report = startup.report();
+        assert_eq!(
+            (report.percent, report.bytes_loaded, report.eta_seconds),
+            (100.0, 50, None)
+        );
+        startup.fail(LoadFailure {
+            reason: "R".into(),
+            message: "m".into(),
+        });
+        assert_eq!(startup.report().reason.as_deref(), Some("R"));
+    }
+}

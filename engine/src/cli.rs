@@ -1,0 +1,149 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine_spec::{Device, Dtype};
+
+/// Serves DeepSeek-family models over the OpenAI API.
+#[derive(Debug, Parser)]
+#[command(name = "engine", version, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve a model over HTTP: health and progress at once, requests when it is ready
+    Serve(Box<ServeArguments>),
+    /// Check a model without loading its weights and report what it is, as JSON
+    Inspect(InspectArguments),
+    /// Print the memory that serving a model takes, before anything is allocated
+    Plan(PlanArguments),
+}
+
+/// The fields of the engine's configuration; a flag wins over the file.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ConfigArguments {
+    /// File with the configuration (engine.json); flags win over its fields
+    #[arg(long, value_name = "FILE", env = "ENGINE_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Directory or URI of the model: a path, file://, hf://org/name or s3://bucket/prefix
+    #[arg(long, value_name = "DIR|URI", required_unless_present = "config")]
+    pub model: Option<String>,
+    /// Commit, tag or branch of a hub
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// Device to compute on: cpu or nvidia [default: cpu]
+    #[arg(long)]
+    pub device: Option<Device>,
+    /// Arithmetic: auto, float32 or bfloat16 [default: auto]
+    #[arg(long)]
+    pub dtype: Option<Dtype>,
+    /// Longest prompt plus answer, tokens [default: the model's own, at most 8192]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_model_len: Option<u32>,
+    /// Sequences in one batch [default: 16]
+    #[arg(long, value_name = "COUNT")]
+    pub max_num_seqs: Option<u32>,
+    /// Tokens in a block of the cache [default: 16]
+    #[arg(long, value_name = "TOKENS")]
+    pub block_size: Option<u32>,
+    /// Tokens of one step, prefill chunks and decodes together [default: 512]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_num_batched_tokens: Option<u32>,
+    /// Where models from a hub or object store are kept
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "ENGINE_CACHE_DIR",
+        default_value = "/cache"
+    )]
+    pub cache_dir: PathBuf,
+}
+
+/// Arguments of `engine serve`.
+#[derive(Args, Clone, Debug)]
+pub struct ServeArguments {
+    /// Shared with `plan`.
+    #[command(flatten)]
+    pub engine: ConfigArguments,
+    /// Name that clients ask for [default: last part of the model]
+    #[arg(long, value_name = "NAME")]
+    pub served_model_name: Option<String>,
+    /// Address to listen on [default: 0.0.0.0]
+    #[arg(long)]
+    pub host: Option<String>,
+    /// Port to listen on [default: 8000]
+    #[arg(long)]
+    pub port: Option<u16>,
+    /// Requests that may wait; one more is answered with 429 [default: 256]
+    #[arg(long, value_name = "COUNT")]
+    pub max_queued_requests: Option<u32>,
+    /// Seconds after SIGTERM in which running requests may finish [default: 60]
+    #[arg(long, value_name = "SECONDS")]
+    pub drain_timeout_seconds: Option<u32>,
+    /// Seconds that a failed engine keeps answering probes, so that someone can read why
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub failure_linger_seconds: u32,
+    /// Form of the log
+    #[arg(long, value_enum, env = "ENGINE_LOG_FORMAT", default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// Form of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// Arguments of `engine inspect`.
+#[derive(Args, Clone, Debug)]
+pub struct InspectArguments {
+    /// Directory or URI of the model
+    #[arg(long, value_name = "DIR|URI")]
+    pub model: String,
+    /// Commit, tag or branch of a hub
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// File for the report, such as /dev/termination-log; without it the report is printed
+    #[arg(long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// Where models from a hub or object store are kept
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "ENGINE_CACHE_DIR",
+        default_value = "/cache"
+    )]
+    pub cache_dir: PathBuf,
+}
+
+/// Arguments of `engine plan`.
+#[derive(Args, Clone, Debug)]
+pub struct PlanArguments {
+    /// Shared with `serve`. The model may also be a config.json alone.
+    #[command(flatten)]
+    pub engine: ConfigArguments,
+    /// Memory of one device in bytes; without it the plan takes what it wants
+    #[arg(long, value_name = "BYTES")]
+    pub capacity_bytes: Option<u64>,
+    /// Form of the plan
+    #[arg(long, value_enum, default_value_t = PlanFormat::Text)]
+    pub output: PlanFormat,
+}
+
+/// Form of the plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PlanFormat {
+    /// A table
+    Text,
+    /// JSON
+    Json,
+}

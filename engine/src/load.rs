@@ -1,0 +1,150 @@
+//! From a configuration to a model in memory: fetch, plan, read the text side, load the weights.
+//!
+//! The plan comes before the first allocation and refuses what does not fit; when the pod was sized by a plan, the two
+//! must agree.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use engine_core::{Executor, Limits};
+use engine_cpu::{CpuExecutor, CpuLimits};
+use engine_load::{FetchSettings, LoadError, Progress, read_config};
+use engine_memory::{MemoryPlan, MemoryRequest, memory_plan};
+use engine_server::{LoadFailure, Loaded, StartupHandle};
+use engine_spec::{Device, EngineConfig, ModelConfig, StartupPhase};
+use engine_text::{Text, TextFiles};
+
+fn failure(reason: &str, message: impl Into<String>) -> LoadFailure {
+    LoadFailure {
+        reason: reason.to_owned(),
+        message: message.into(),
+    }
+}
+
+fn from_load_error(error: &LoadError) -> LoadFailure {
+    let reason = error.fault().map_or("EngineFailed", |fault| fault.as_str());
+    failure(reason, error.chain())
+}
+
+/// Loads what `config` names; runs on the engine's thread.
+pub fn load(
+    config: &EngineConfig,
+    cache_dir: PathBuf,
+    startup: &StartupHandle,
+) -> Result<Loaded, LoadFailure> {
+    if config.device == Device::Nvidia {
+        return Err(failure(
+            "DeviceUnavailable",
+            "device = nvidia: this build has no CUDA backend; set device to cpu (--device cpu, or spec.accelerator.type: cpu)",
+        ));
+    }
+    let fetched = Arc::new(Progress::default());
+    startup.enter(StartupPhase::Fetching, bytes_of(&fetched));
+    let settings = FetchSettings::from_lookup(cache_dir, |name| std::env::var(name).ok());
+    let revision = config.model.revision.as_deref();
+    let directory = engine_load::resolve(&config.model.source, revision, &settings, &fetched)
+        .map_err(|error| from_load_error(&error))?;
+    let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
+    let plan = plan(config, &model)?;
+    tracing::info!(
+        total_bytes = plan.total_bytes(),
+        weights_bytes = plan.per_rank.weights_bytes,
+        kv_bytes = plan.per_rank.kv_bytes,
+        kv_tokens = plan.kv_tokens,
+        max_model_len = plan.max_model_len,
+        "memory planned"
+    );
+    let text = read_text(&directory)?;
+    let loaded = Arc::new(Progress::default());
+    startup.enter(StartupPhase::Loading, bytes_of(&loaded));
+    let limits = CpuLimits::from_plan(&plan, config.max_num_seqs, config.max_num_batched_tokens);
+    tracing::info!(threads = limits.threads, isa = ?limits.isa, resident = ?limits.resident, "loading");
+    let executor = CpuExecutor::load(&directory, &model, limits, &loaded)
+        .map_err(|error| from_load_error(&error))?;
+    let limits = Limits {
+        vocabulary: executor.vocabulary(),
+        max_model_len: plan.max_model_len as usize,
+        max_num_seqs: config.max_num_seqs as usize,
+        max_num_batched_tokens: config.max_num_batched_tokens as usize,
+        max_queued_requests: config.max_queued_requests as usize,
+        block_size: plan.block_size as usize,
+        block_count: plan.kv_blocks as usize,
+    };
+    Ok(Loaded {
+        executor: Box::new(executor),
+        text,
+        limits,
+    })
+}
+
+fn bytes_of(progress: &Arc<Progress>) -> impl Fn() -> (u64, u64) + Send + Sync + 'static {
+    let progress = progress.clone();
+    move || (progress.done(), progress.total())
+}
+
+fn plan(config: &EngineConfig, model: &ModelConfig) -> Result<MemoryPlan, LoadFailure> {
+    // A pod that was sized by a plan has exactly that much; otherwise the machine decides.
+    let capacity = config.planned_bytes.or_else(available_bytes);
+    let request = MemoryRequest::from_engine_config(config, capacity);
+    let plan =
+        memory_plan(model, &request).map_err(|misfit| failure("DoesNotFit", misfit.to_string()))?;
+    if let Some(planned) = config.planned_bytes
+        && planned != plan.total_bytes()
+    {
+        let message = format!(
+            "plannedBytes = {planned}, but this engine plans {} bytes for the same configuration; \
+             operator and engine must be of the same version",
+            plan.total_bytes()
+        );
+        return Err(failure("PlanMismatch", message));
+    }
+    Ok(plan)
+}
+
+/// Bytes this process may use: the control group's limit, or the machine's memory.
+fn available_bytes() -> Option<u64> {
+    let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max")
+        .ok()
+        .and_then(|text| text.trim().parse::<u64>().ok());
+    let machine = std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find(|line| line.starts_with("MemTotal:"))?;
+            let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+            Some(kib * 1024)
+        });
+    group.into_iter().chain(machine).min()
+}
+
+fn read_text(directory: &Path) -> Result<Text, LoadFailure> {
+    let optional = |name: &str| -> Result<Option<String>, LoadFailure> {
+        let path = directory.join(name);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => {
+                let message = format!("{} cannot be read: {error}", path.display());
+                Err(failure("ModelConfigInvalid", message))
+            }
+        }
+    };
+    let tokenizer = optional("tokenizer.json")?.ok_or_else(|| {
+        let message = format!(
+            "{} has no tokenizer.json; a model needs one to be served",
+            directory.display()
+        );
+        failure("ModelConfigInvalid", message)
+    })?;
+    let files = TextFiles {
+        tokenizer: tokenizer.into_bytes(),
+        tokenizer_config: optional("tokenizer_config.json")?,
+        chat_template: optional("chat_template.jinja")?,
+        generation_config: optional("generation_config.json")?,
+    };
+    Text::new(files).map_err(|error| {
+        failure(
+            "ModelConfigInvalid",
+            format!("{}: {error}", directory.display()),
+        )
+    })
+}

@@ -1,0 +1,31 @@
+//! The `engine` binary: serve a model, inspect one, plan its memory.
+//!
+//! Wiring only: what is decided is decided in the crates below; here the environment, files, clocks and signals enter.
+
+mod cli;
+mod configure;
+mod inspect;
+mod load;
+mod plan;
+mod serve;
+mod telemetry;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    let result = match cli.command {
+        cli::Command::Serve(arguments) => serve::run(*arguments),
+        cli::Command::Inspect(arguments) => return inspect::run(&arguments),
+        cli::Command::Plan(arguments) => plan::run(&arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

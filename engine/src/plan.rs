@@ -1,0 +1,40 @@
+//! `engine plan`: bytes before they are allocated.
+
+use std::path::Path;
+
+use anyhow::Context;
+use engine_load::{FetchSettings, Progress, read_config};
+use engine_memory::{MemoryRequest, memory_plan};
+use engine_spec::{EngineConfig, ModelConfig};
+
+use crate::cli::{PlanArguments, PlanFormat};
+use crate::configure;
+
+/// Prints the plan.
+pub fn run(arguments: &PlanArguments) -> anyhow::Result<()> {
+    let config = configure::for_plan(&arguments.engine)?;
+    let model = model_config(arguments, &config)?;
+    let request = MemoryRequest::from_engine_config(&config, arguments.capacity_bytes);
+    let plan = memory_plan(&model, &request)?;
+    match arguments.output {
+        PlanFormat::Text => println!("{plan}"),
+        PlanFormat::Json => println!("{}", serde_json::to_string_pretty(&plan)?),
+    }
+    Ok(())
+}
+
+fn model_config(arguments: &PlanArguments, config: &EngineConfig) -> anyhow::Result<ModelConfig> {
+    let source = &config.model.source;
+    let path = Path::new(source.strip_prefix("file://").unwrap_or(source));
+    if path.is_file() {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("--model {source} cannot be read"))?;
+        return ModelConfig::from_hf_json(&text).with_context(|| format!("--model {source}"));
+    }
+    let settings = FetchSettings::from_lookup(arguments.engine.cache_dir.clone(), |name| {
+        std::env::var(name).ok()
+    });
+    let revision = config.model.revision.as_deref();
+    let directory = engine_load::resolve(source, revision, &settings, &Progress::default())?;
+    Ok(read_config(&directory)?)
+}

@@ -1,0 +1,64 @@
+//! `engine serve`: bind first, then load, then serve until a signal comes.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use engine_server::{LoadFailure, Loader, ServerOptions, StartupHandle, serve};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cli::ServeArguments;
+use crate::{configure, load, telemetry};
+
+/// Threads for HTTP; the backend has its own.
+const HTTP_THREADS: usize = 2;
+
+/// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
+pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
+    let config = configure::for_serve(&arguments)?;
+    telemetry::start(arguments.log_format);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(HTTP_THREADS)
+        .enable_all()
+        .build()
+        .context("the HTTP threads could not be started")?;
+    let result = runtime.block_on(async move {
+        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be handled")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be handled")?;
+        let place = (config.host.as_str(), config.port);
+        let listener = TcpListener::bind(place).await.with_context(|| {
+            format!(
+                "{}:{} cannot be listened on; choose another --host or --port",
+                config.host, config.port
+            )
+        })?;
+        let address = listener.local_addr().context("the address is unknown")?;
+        tracing::info!(%address, model = config.served_name(), version = env!("CARGO_PKG_VERSION"), "listening");
+        let mut options = ServerOptions::new(config.served_name());
+        options.version = env!("CARGO_PKG_VERSION").to_owned();
+        options.drain_timeout = Duration::from_secs(config.drain_timeout_seconds.into());
+        options.failure_linger = Duration::from_secs(arguments.failure_linger_seconds.into());
+        let cache_dir = arguments.engine.cache_dir.clone();
+        let loader: Loader = Box::new(move |startup: &StartupHandle| -> Result<_, LoadFailure> {
+            load::load(&config, cache_dir, startup)
+        });
+        let shutdown = async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tokio::spawn(async move {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                tracing::warn!("a second signal ends the engine at once");
+                std::process::exit(1);
+            });
+        };
+        Ok(serve(listener, options, loader, shutdown).await?)
+    });
+    // A load that is still going on must not keep the process alive.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    result
+}

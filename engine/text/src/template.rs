@@ -1,0 +1,233 @@
+//! Chat templates: Jinja as `transformers` runs it.
+//!
+//! The environment trims blocks like `transformers` does, knows Python's string methods, `raise_exception` and a
+//! bounded amount of work; a template cannot read files or run code.
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::{Environment, Error, ErrorKind};
+use serde::Serialize;
+use thiserror::Error as ThisError;
+
+/// Instructions a template may run for one prompt; R1's template needs about 20 for a message.
+const FUEL: u64 = 5_000_000;
+const NAME: &str = "chat_template";
+
+/// Who speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions.
+    System,
+    /// The human.
+    User,
+    /// The model.
+    Assistant,
+}
+
+/// One turn of a conversation, as templates see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ChatMessage {
+    /// Who speaks.
+    pub role: Role,
+    /// What.
+    pub content: String,
+}
+
+/// Why a conversation has no prompt.
+#[derive(Clone, Debug, PartialEq, Eq, ThisError)]
+pub enum TemplateError {
+    /// The model has no template.
+    #[error(
+        "the model has no chat template (no chat_template.jinja and none in tokenizer_config.json); \
+         use /v1/completions with a prompt"
+    )]
+    Missing,
+    /// The template itself is wrong, found at load.
+    #[error("the model's chat template is not valid: {0}")]
+    Invalid(String),
+    /// The template called `raise_exception` or does not take these messages.
+    #[error("the model's chat template refuses these messages: {0}")]
+    Refused(String),
+}
+
+/// A compiled template.
+#[derive(Debug)]
+pub(crate) struct ChatTemplate {
+    environment: Environment<'static>,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+}
+
+impl ChatTemplate {
+    pub(crate) fn new(
+        source: String,
+        bos_token: Option<String>,
+        eos_token: Option<String>,
+    ) -> Result<Self, TemplateError> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(|error| TemplateError::Invalid(describe(&error)))?;
+        environment.set_syntax(syntax);
+        environment.set_fuel(Some(FUEL));
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function(
+            "raise_exception",
+            |message: String| -> Result<Value, Error> {
+                Err(Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
+        environment.add_filter("tojson", to_json);
+        environment
+            .add_template_owned(NAME, source)
+            .map_err(|error| TemplateError::Invalid(describe(&error)))?;
+        Ok(Self {
+            environment,
+            bos_token,
+            eos_token,
+        })
+    }
+
+    pub(crate) fn render(
+        &self,
+        messages: &[ChatMessage],
+        add_generation_prompt: bool,
+        variables: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<String, TemplateError> {
+        let refused = |error: Error| TemplateError::Refused(describe(&error));
+        let template = self.environment.get_template(NAME).map_err(refused)?;
+        let mut context = variables.clone();
+        let mut set = |name: &str, value: serde_json::Value| context.insert(name.to_owned(), value);
+        set("messages", serde_json::json!(messages));
+        set("add_generation_prompt", add_generation_prompt.into());
+        for (name, token) in [
+            ("bos_token", &self.bos_token),
+            ("eos_token", &self.eos_token),
+        ] {
+            set(name, token.clone().unwrap_or_default().into());
+        }
+        template
+            .render(Value::from(Serde(&context)))
+            .map_err(refused)
+    }
+}
+
+/// Python's `json.dumps`, which templates were written against: no HTML escapes, blanks after separators.
+fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
+    let _indent: Option<Value> = options.get("indent")?;
+    let json = serde_json::to_value(value)
+        .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    let mut text = Vec::new();
+    let mut serializer = serde_json::Serializer::with_formatter(&mut text, PythonFormatter);
+    json.serialize(&mut serializer)
+        .map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    Ok(Value::from_safe_string(text))
+}
+
+struct PythonFormatter;
+
+impl serde_json::ser::Formatter for PythonFormatter {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        writer.write_all(if first { b"" } else { b", " })
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        writer.write_all(if first { b"" } else { b", " })
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        writer: &mut W,
+    ) -> std::io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+fn describe(error: &Error) -> String {
+    let what = error
+        .detail()
+        .map_or_else(|| error.to_string(), str::to_owned);
+    match error.line() {
+        Some(line) => format!("{what} (line {line} of the template)"),
+        None => what,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(role: Role, content: &str) -> ChatMessage {
+        ChatMessage {
+            role,
+            content: content.to_owned(),
+        }
+    }
+
+    fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TemplateError> {
+        ChatTemplate::new(source.to_owned(), Some("<s>".into()), Some("</s>".into()))?.render(
+            messages,
+            true,
+            &serde_json::Map::new(),
+        )
+    }
+
+    #[test]
+    fn python_methods_and_namespaces_work() {
+        let source = "{% set ns = namespace(system='') %}{{ bos_token }}\
+            {% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'].split('</think>')[-1] + eos_token }}\
+            {% else %}[{{ m.content | trim }}]{% endif %}{% endfor %}\
+            {% if add_generation_prompt %}<think>\n{% endif %}";
+        let messages = [
+            message(Role::User, " hi "),
+            message(Role::Assistant, "hm</think>ho"),
+        ];
+        assert_eq!(render(source, &messages).unwrap(), "<s>[hi]ho</s><think>\n");
+    }
+
+    #[test]
+    fn a_refusal_carries_the_templates_own_words() {
+        let source = "{{ raise_exception('roles must alternate') }}";
+        let error = render(source, &[message(Role::User, "x")]).unwrap_err();
+        assert!(
+            error.to_string().contains("roles must alternate"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_template_that_never_ends_is_stopped() {
+        let source =
+            "{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}";
+        assert!(matches!(
+            render(source, &[]),
+            Err(TemplateError::Refused(_))
+        ));
+    }
+
+    #[test]
+    fn a_broken_template_is_found_at_load() {
+        let error = ChatTemplate::new("{% if %}".into(), None, None).unwrap_err();
+        assert!(matches!(error, TemplateError::Invalid(_)));
+    }
+
+    #[test]
+    fn tojson_writes_what_python_writes() {
+        let source = "{{ messages | tojson }}";
+        let rendered = render(source, &[message(Role::User, "<é>")]).unwrap();
+        assert_eq!(rendered, r#"[{"content": "<é>", "role": "user"}]"#);
+    }
+}
