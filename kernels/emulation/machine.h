@@ -1,0 +1,172 @@
+// Runs CUDA kernels as plain C++: one fiber per CUDA thread, one block at a time per worker.
+//
+// Invariant: a kernel sees only what the CUDA model promises. Threads advance one at a time in the most hostile order the
+// schedule allows, asynchronous work lands as late (or as early) as it may, and all memory starts as NaN.
+//
+// Surprise: nothing here is a simulator of a GPU. There is no timing, no memory ordering and no bank conflict; what the
+// machine cannot see is listed in docs/kernels/README.md.
+#pragma once
+#include <csetjmp>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace emu {
+
+struct Dim3 {
+    unsigned x, y, z;
+};
+
+// CUDA error codes of faults, as the driver reports them.
+enum Code : int {
+    OK = 0,
+    ILLEGAL_ADDRESS = 700,
+    TIMEOUT = 702,
+    ASSERT = 710,
+    MISALIGNED = 716,
+    FAILED = 719,
+};
+
+// One of the three ways to run: thread order and when asynchronous copies and products land.
+struct Schedule {
+    enum Order { FORWARD, BACKWARD, STRIDED } order;
+    bool copies_late;   // cp.async and TMA land when waited for, not when issued
+    bool products_late; // wgmma reads its operands when waited for, not when issued
+};
+constexpr Schedule SCHEDULES[3] = {
+    {Schedule::FORWARD, true, true},
+    {Schedule::BACKWARD, false, true},
+    {Schedule::STRIDED, true, false},
+};
+
+// A kernel as its source file registers it.
+struct Kernel {
+    const char* name;
+    unsigned threads;      // the block size it is written for
+    size_t params_bytes;   // every kernel takes one struct by value
+    void (*entry)(const void* params);
+};
+std::vector<Kernel>& kernels();
+struct Registration {
+    Registration(Kernel kernel) { kernels().push_back(kernel); }
+};
+
+struct Copy {
+    void* to;
+    const void* from; // null writes zeros
+    unsigned bytes;
+    unsigned group;
+};
+
+enum class Waiting : uint8_t { NO, BLOCK, WARP, MBARRIER };
+
+struct Lane {
+    void* sp;
+    char* stack;
+    unsigned linear, lane, warp;
+    unsigned x, y, z;
+    Waiting waiting;
+    bool done;
+    unsigned group; // cp.async group being filled
+    std::vector<Copy> copies;
+};
+
+// What the lanes of a warp do together; the last one to arrive does it for all.
+using Collective = void (*)(void* const arguments[32]);
+
+// A wgmma that was issued and has not been waited for.
+struct Product {
+    void* arguments[32]; // per lane, owned by the wrapper's frame owner (accumulators outlive it)
+    void (*run)(Product& product);
+    uint64_t a, b;
+    unsigned warp;
+    unsigned group;
+    bool accumulate;
+};
+
+struct Warp {
+    unsigned arrived;
+    Collective what;
+    const char* name;
+    void* arguments[32];
+    unsigned product_group;
+    std::vector<Product> products;
+};
+
+struct Mbarrier {
+    uint64_t* object;
+    int expected, pending;
+    long bytes;
+    unsigned phase;
+};
+
+// A TMA transfer in flight.
+struct Transfer {
+    void (*run)(Transfer& transfer);
+    void* to;
+    const void* map;
+    int x, y;
+    uint64_t* barrier;
+    long bytes;
+};
+
+struct Block {
+    Dim3 index, size, grid;
+    unsigned threads;
+    Schedule schedule;
+    const Kernel* kernel;
+    const void* params;
+    char* shared;
+    size_t shared_bytes;
+    std::vector<Lane> lanes;
+    std::vector<Warp> warps;
+    std::vector<Mbarrier> mbarriers;
+    std::vector<Transfer> transfers;
+    unsigned arrived, alive, stride;
+    Lane* self;
+    void* main_sp;
+    sigjmp_buf escape;
+    int code;
+    std::string report;
+};
+
+// Found without a call, so all thread-local data of the library must stay within the loader's small reserve.
+extern thread_local Block* block __attribute__((tls_model("initial-exec")));
+
+// Ends the block: the launch fails with `code` and the report names kernel, block and thread.
+[[noreturn]] void fault(int code, const char* format, ...) __attribute__((format(printf, 2, 3)));
+
+void barrier();
+void collective(const char* name, Collective what, void* arguments);
+void copy_issue(void* to, const void* from, unsigned bytes);
+void copy_commit();
+void copy_wait(unsigned left);
+void mbarrier_init(uint64_t* object, int expected);
+void mbarrier_arrive(uint64_t* object);
+void mbarrier_expect(uint64_t* object, long bytes);
+void mbarrier_complete(uint64_t* object, long bytes);
+void mbarrier_wait(uint64_t* object, unsigned phase);
+void transfer_issue(const Transfer& transfer);
+void product_issue(const Product& product);
+void product_commit();
+void product_wait(unsigned left);
+// Faults unless [at, at + bytes) is inside the block's shared memory.
+void check_shared(const void* at, size_t bytes, const char* who);
+
+struct Launch {
+    const Kernel* kernel;
+    Dim3 grid, block;
+    size_t shared_bytes;
+    const void* params;
+};
+struct Outcome {
+    int code;
+    std::string report;
+};
+Outcome run(const Launch& launch, const Schedule& schedule, unsigned workers);
+
+// Names the device allocation near an address; the driver installs it.
+extern std::string (*describe_address)(uintptr_t address);
+
+} // namespace emu

@@ -1,0 +1,361 @@
+//! A device, its memory and its queues.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char, c_int, c_uint};
+use std::ptr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{Driver, DriverError, Handle, Stream};
+use crate::image::fatbin_of;
+use crate::params::{Address, TensorMap};
+use crate::plan::Format;
+
+/// `cp.async`, bf16 tensor cores: the lowest level the kernels are built for.
+const CAPABILITY_MIN: (u32, u32) = (8, 0);
+const SHARED_DEFAULT_BYTES: u32 = 48 * 1024;
+
+/// A GPU and a context on it.
+pub struct Device {
+    pub(super) driver: Arc<Driver>,
+    pub(super) context: Handle,
+    ordinal: c_int,
+    own_context: bool,
+    name: String,
+    capability: (u32, u32),
+    functions: Mutex<HashMap<&'static str, Function>>,
+    modules: Mutex<HashMap<&'static str, Handle>>,
+}
+
+/// A loaded kernel and the shared memory that it may be launched with.
+#[derive(Clone, Copy)]
+struct Function {
+    handle: Handle,
+    shared_bytes: u32,
+}
+
+// SAFETY: driver handles may be used from any thread that makes the context current, which every call does.
+unsafe impl Send for Device {}
+// SAFETY: as above; the driver synchronises itself.
+unsafe impl Sync for Device {}
+// SAFETY: as above.
+unsafe impl Send for Function {}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Device")
+            .field("name", &self.name)
+            .field("capability", &self.capability)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Device {
+    /// Opens a device with its primary context.
+    ///
+    /// # Errors
+    /// There is no such device, or the kernels do not run on it.
+    pub fn open(driver: &Arc<Driver>, ordinal: u32) -> Result<Arc<Self>, DriverError> {
+        Self::with_context(driver, ordinal, false)
+    }
+
+    /// Opens a device with a context of its own: a kernel's fault there leaves other contexts usable.
+    ///
+    /// # Errors
+    /// See [`Device::open`].
+    pub fn open_apart(driver: &Arc<Driver>, ordinal: u32) -> Result<Arc<Self>, DriverError> {
+        Self::with_context(driver, ordinal, true)
+    }
+
+    fn with_context(
+        driver: &Arc<Driver>,
+        ordinal: u32,
+        own_context: bool,
+    ) -> Result<Arc<Self>, DriverError> {
+        let functions = &driver.functions;
+        let mut count = 0;
+        // SAFETY: writes one int.
+        driver.check("cuDeviceGetCount", unsafe {
+            (functions.cuDeviceGetCount)(&mut count)
+        })?;
+        let Some(wanted) = c_int::try_from(ordinal)
+            .ok()
+            .filter(|wanted| *wanted < count)
+        else {
+            return Err(DriverError::NoDevice { ordinal, count });
+        };
+        let mut device = 0;
+        // SAFETY: writes one int.
+        driver.check("cuDeviceGet", unsafe {
+            (functions.cuDeviceGet)(&mut device, wanted)
+        })?;
+        let mut name: [c_char; 128] = [0; 128];
+        // SAFETY: writes up to 128 bytes with a terminator.
+        driver.check("cuDeviceGetName", unsafe {
+            (functions.cuDeviceGetName)(name.as_mut_ptr(), name.len() as c_int, device)
+        })?;
+        // SAFETY: terminated by the driver.
+        let name = unsafe { CStr::from_ptr(name.as_ptr()) }
+            .to_string_lossy()
+            .into_owned();
+        let attribute = |which| -> Result<u32, DriverError> {
+            let mut value = 0;
+            // SAFETY: writes one int.
+            driver.check("cuDeviceGetAttribute", unsafe {
+                (functions.cuDeviceGetAttribute)(&mut value, which, device)
+            })?;
+            Ok(value.unsigned_abs())
+        };
+        let capability = (attribute(75)?, attribute(76)?);
+        if capability < CAPABILITY_MIN {
+            let (major, minor) = capability;
+            return Err(DriverError::OldDevice { name, major, minor });
+        }
+        let mut context = ptr::null_mut();
+        // SAFETY: writes one handle.
+        let (call, code) = unsafe {
+            if own_context {
+                (
+                    "cuCtxCreate",
+                    (functions.cuCtxCreate_v2)(&mut context, 0, device),
+                )
+            } else {
+                (
+                    "cuDevicePrimaryCtxRetain",
+                    (functions.cuDevicePrimaryCtxRetain)(&mut context, device),
+                )
+            }
+        };
+        driver.check(call, code)?;
+        Ok(Arc::new(Self {
+            driver: driver.clone(),
+            context,
+            ordinal: device,
+            own_context,
+            name,
+            capability,
+            functions: Mutex::default(),
+            modules: Mutex::default(),
+        }))
+    }
+
+    /// As the driver calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Major and minor compute capability.
+    pub fn capability(&self) -> (u32, u32) {
+        self.capability
+    }
+
+    /// Free and total bytes.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn memory(&self) -> Result<(usize, usize), DriverError> {
+        let (mut free, mut total) = (0, 0);
+        call!(self, cuMemGetInfo_v2(&mut free, &mut total))?;
+        Ok((free, total))
+    }
+
+    /// Memory of its own.
+    ///
+    /// # Errors
+    /// There is not enough.
+    pub fn allocate(self: &Arc<Self>, bytes: usize) -> Result<Buffer, DriverError> {
+        let mut address = 0;
+        call!(self, cuMemAlloc_v2(&mut address, bytes.max(1)))?;
+        Ok(Buffer {
+            device: self.clone(),
+            address,
+            bytes,
+        })
+    }
+
+    /// A matrix `[rows, columns]` with `stride` values between rows, as boxes of 128 rows of 128 bytes, swizzled: what the
+    /// Hopper kernels load.
+    ///
+    /// # Errors
+    /// The address or the stride is not a multiple of 16 bytes.
+    pub fn tensor_map(
+        &self,
+        format: Format,
+        at: Address,
+        rows: usize,
+        columns: usize,
+        stride: usize,
+    ) -> Result<TensorMap, DriverError> {
+        const SWIZZLE_128: c_int = 3;
+        const PROMOTE_256: c_int = 3;
+        // e4m3 is loaded as bytes: TMA does not look at values.
+        let (driver_type, value_bytes): (c_int, u64) = match format {
+            Format::Bf16 => (9, 2),
+            Format::Fp8 => (0, 1),
+        };
+        let mut map = TensorMap::default();
+        let dimensions = [columns as u64, rows as u64];
+        let strides = [stride as u64 * value_bytes];
+        let (box_size, steps): ([c_uint; 2], [c_uint; 2]) =
+            ([128 / value_bytes as c_uint, 128], [1, 1]);
+        call!(
+            self,
+            cuTensorMapEncodeTiled(
+                &mut map,
+                driver_type,
+                2,
+                at.0,
+                dimensions.as_ptr(),
+                strides.as_ptr(),
+                box_size.as_ptr(),
+                steps.as_ptr(),
+                0,
+                SWIZZLE_128,
+                PROMOTE_256,
+                0,
+            )
+        )?;
+        Ok(map)
+    }
+
+    /// A queue of work.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn stream(self: &Arc<Self>) -> Result<Stream, DriverError> {
+        let mut handle = ptr::null_mut();
+        // 1: does not wait for the default stream.
+        call!(self, cuStreamCreate(&mut handle, 1))?;
+        Ok(Stream::new(self.clone(), handle))
+    }
+
+    /// A kernel, loaded at its first use.
+    pub(super) fn function(
+        &self,
+        kernel: &'static str,
+        shared_bytes: u32,
+    ) -> Result<Handle, DriverError> {
+        let mut functions = self
+            .functions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions
+            .get(kernel)
+            .filter(|f| f.shared_bytes >= shared_bytes)
+        {
+            return Ok(function.handle);
+        }
+        let fatbin = fatbin_of(kernel).ok_or_else(|| DriverError::NoKernel {
+            kernel: kernel.to_owned(),
+        })?;
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        let module = match modules.get(fatbin.name) {
+            Some(module) => *module,
+            None => {
+                let mut module = ptr::null_mut();
+                call!(
+                    self,
+                    cuModuleLoadData(&mut module, fatbin.image.as_ptr().cast())
+                )?;
+                modules.insert(fatbin.name, module);
+                module
+            }
+        };
+        let name = CString::new(kernel).map_err(|_| DriverError::NoKernel {
+            kernel: kernel.to_owned(),
+        })?;
+        let mut handle = ptr::null_mut();
+        call!(
+            self,
+            cuModuleGetFunction(&mut handle, module, name.as_ptr())
+        )?;
+        if shared_bytes > SHARED_DEFAULT_BYTES {
+            // 8: the most dynamic shared memory that launches may ask for.
+            call!(self, cuFuncSetAttribute(handle, 8, shared_bytes as c_int))?;
+        }
+        let shared_bytes = shared_bytes.max(SHARED_DEFAULT_BYTES);
+        functions.insert(
+            kernel,
+            Function {
+                handle,
+                shared_bytes,
+            },
+        );
+        Ok(handle)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // Errors on the way out have nowhere to go; a dead context refuses all of these.
+        let functions = &self.driver.functions;
+        let modules = std::mem::take(
+            self.modules
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        // SAFETY: nothing borrowed from the device outlives it, so the handles are not used again.
+        unsafe {
+            (functions.cuCtxSetCurrent)(self.context);
+            for module in modules.into_values() {
+                (functions.cuModuleUnload)(module);
+            }
+            if self.own_context {
+                (functions.cuCtxDestroy_v2)(self.context);
+            } else {
+                (functions.cuDevicePrimaryCtxRelease_v2)(self.ordinal);
+            }
+        }
+    }
+}
+
+/// Types whose bytes are their value.
+///
+/// # Safety
+/// No padding, no invalid bit patterns.
+pub unsafe trait Plain: Copy {}
+// SAFETY: integers and floats.
+unsafe impl Plain for u8 {}
+// SAFETY: as above.
+unsafe impl Plain for u16 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above.
+unsafe impl Plain for i32 {}
+// SAFETY: as above.
+unsafe impl Plain for i64 {}
+// SAFETY: as above.
+unsafe impl Plain for f32 {}
+// SAFETY: a transparent u16.
+unsafe impl Plain for half::bf16 {}
+
+/// Device memory, freed on drop.
+#[derive(Debug)]
+pub struct Buffer {
+    device: Arc<Device>,
+    pub(super) address: u64,
+    pub(super) bytes: usize,
+}
+
+impl Buffer {
+    /// Where it is.
+    pub fn address(&self) -> Address {
+        Address(self.address)
+    }
+
+    /// How long it is.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let functions = &self.device.driver.functions;
+        // SAFETY: the address came from cuMemAlloc and nothing else frees it.
+        unsafe {
+            (functions.cuCtxSetCurrent)(self.device.context);
+            (functions.cuMemFree_v2)(self.address);
+        }
+    }
+}

@@ -1,0 +1,524 @@
+//! The one argument of each kernel, byte for byte as `cuda/common/params.h` declares it.
+//!
+//! Invariant: sizes are checked here at compile time, there by static asserts, and against the compiled kernels by the
+//! tests. Meanings, shapes and units are in the header; strides count elements.
+
+use std::mem::size_of;
+
+/// An address in device memory; 0 is null.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Address(pub u64);
+
+impl Address {
+    /// No buffer.
+    pub const NULL: Self = Self(0);
+
+    /// This many bytes further.
+    pub fn offset(self, bytes: u64) -> Self {
+        Self(self.0 + bytes)
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A kernel's argument: plain data without padding bytes, passed by value.
+pub trait Params: sealed::Sealed + Copy {}
+
+macro_rules! params {
+    ($(#[$doc:meta])* $name:ident, $bytes:literal, { $($(#[$field_doc:meta])* $field:ident : $type:ty),* $(,)? }) => {
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, Default)]
+        pub struct $name { $($(#[$field_doc])* pub $field: $type),* }
+        const _: () = assert!(size_of::<$name>() == $bytes);
+        impl sealed::Sealed for $name {}
+        impl Params for $name {}
+    };
+}
+
+params!(
+    /// `out[row] = table[tokens[row]]`.
+    EmbedParams, 40, {
+        /// bf16 `[vocabulary, width]`.
+        table: Address,
+        /// u32 `[rows]`.
+        tokens: Address,
+        /// bf16 `[rows, width]`.
+        out: Address,
+        /// Tokens.
+        rows: i32,
+        /// Values per row, a multiple of 8.
+        width: i32,
+        /// Rows of the table.
+        vocabulary: i32,
+        /// Zero.
+        reserved: i32,
+    }
+);
+
+params!(
+    /// `residual += x; out = norm(residual) * weight`.
+    RmsNormParams, 64, {
+        /// bf16 `[rows, x_stride]`.
+        x: Address,
+        /// bf16 `[rows, width]`, or null: `x` itself is normed.
+        residual: Address,
+        /// bf16 `[width]`.
+        weight: Address,
+        /// bf16 or e4m3 `[rows, out_stride]`.
+        out: Address,
+        /// f32 `[rows, ceil(width / 128)]` for fp8.
+        scales: Address,
+        /// Tokens.
+        rows: i32,
+        /// Values per row, a multiple of 8 up to 16384.
+        width: i32,
+        /// Between rows of `x`.
+        x_stride: i32,
+        /// Between rows of `out`.
+        out_stride: i32,
+        /// Added to the mean square.
+        eps: f32,
+        /// 1 rounds scales up to powers of two (`ue8m0`).
+        power_of_two_scales: i32,
+    }
+);
+
+params!(
+    /// SwiGLU or quantisation of rows.
+    ActivationParams, 48, {
+        /// bf16 `[rows, x_stride]`; gated kernels read `2 * width` values.
+        x: Address,
+        /// bf16 or e4m3 `[rows, out_stride]`.
+        out: Address,
+        /// f32 `[rows, ceil(width / 128)]` for fp8.
+        scales: Address,
+        /// Tokens.
+        rows: i32,
+        /// Values per row of `out`, a multiple of 8.
+        width: i32,
+        /// Between rows of `x`.
+        x_stride: i32,
+        /// Between rows of `out`.
+        out_stride: i32,
+        /// 1 rounds scales up to powers of two (`ue8m0`).
+        power_of_two_scales: i32,
+        /// Zero.
+        reserved: i32,
+    }
+);
+
+params!(
+    /// `c[m, n] = a[m, k] b[n, k]^T`, batched or grouped.
+    GemmParams, 136, {
+        /// bf16 or e4m3 `[m, lda]`.
+        a: Address,
+        /// bf16 or e4m3 `[n, ldb]`, one per batch or expert.
+        b: Address,
+        /// bf16 or f32 `[m, ldc]`.
+        c: Address,
+        /// f32 `[m, a_scales_stride]` for fp8.
+        a_scales: Address,
+        /// f32 `[ceil(n / 128), b_scales_stride]` for fp8.
+        b_scales: Address,
+        /// Grouped: i32 row of `a` for each row of `c`, or null.
+        a_rows: Address,
+        /// Grouped: i32 `{expert, first row}` per tile.
+        tiles: Address,
+        /// Grouped: i32 `[experts + 1]`.
+        offsets: Address,
+        /// Between batches of `a`.
+        a_batch: i64,
+        /// Between batches or experts of `b`.
+        b_batch: i64,
+        /// Between batches of `c`.
+        c_batch: i64,
+        /// Between batches or experts of `b_scales`.
+        b_scales_batch: i64,
+        /// Rows of `a`.
+        m: i32,
+        /// Rows of `b`.
+        n: i32,
+        /// Columns of both.
+        k: i32,
+        /// Between rows of `a`.
+        lda: i32,
+        /// Between rows of `b`.
+        ldb: i32,
+        /// Between rows of `c`.
+        ldc: i32,
+        /// Between rows of `a_scales`.
+        a_scales_stride: i32,
+        /// Between rows of `b_scales`.
+        b_scales_stride: i32,
+        /// 1 writes f32 instead of bf16.
+        c_is_float32: i32,
+        /// Zero.
+        reserved: i32,
+    }
+);
+
+params!(
+    /// Logits to chosen experts and their weights.
+    GateParams, 72, {
+        /// f32 `[rows, experts]`.
+        logits: Address,
+        /// f32 `[experts]` or null.
+        bias: Address,
+        /// i32 `[rows, top_k]`, ascending.
+        chosen: Address,
+        /// f32 `[rows, top_k]`.
+        weights: Address,
+        /// Tokens.
+        rows: i32,
+        /// At most 512.
+        experts: i32,
+        /// At most 32.
+        top_k: i32,
+        /// Of equal size, at most 32.
+        groups: i32,
+        /// Groups a token may use.
+        groups_per_token: i32,
+        /// 1 is softmax, 0 sigmoid.
+        softmax: i32,
+        /// 1 scores a group by the sum of its two best, 0 by its best.
+        group_top_two: i32,
+        /// 1 divides by the sum of the chosen.
+        normalise: i32,
+        /// Factor on the weights.
+        scale: f32,
+        /// Zero.
+        reserved: i32,
+    }
+);
+
+params!(
+    /// Stable sort of (token, choice) pairs by expert.
+    PermuteParams, 56, {
+        /// i32 `[tokens, top_k]`.
+        chosen: Address,
+        /// i32 `[experts + 1]`.
+        offsets: Address,
+        /// i32 `[tokens * top_k]`.
+        row_token: Address,
+        /// i32 `[tokens, top_k]`.
+        slot_row: Address,
+        /// i32 `[tiles, 2]`.
+        tiles: Address,
+        /// Rows of `chosen`.
+        tokens: i32,
+        /// Columns of `chosen`.
+        top_k: i32,
+        /// Experts.
+        experts: i32,
+        /// Rows of a tile of the grouped GEMM.
+        tile_rows: i32,
+    }
+);
+
+params!(
+    /// Weighted sum of the experts' rows of each token.
+    CombineParams, 56, {
+        /// bf16 `[tokens * top_k, y_stride]`.
+        y: Address,
+        /// i32 `[tokens, top_k]`.
+        slot_row: Address,
+        /// f32 `[tokens, top_k]`.
+        weights: Address,
+        /// bf16 `[tokens, width]` or null.
+        shared: Address,
+        /// bf16 `[tokens, width]`.
+        out: Address,
+        /// Rows of `out`.
+        tokens: i32,
+        /// Choices per token.
+        top_k: i32,
+        /// Values per row, a multiple of 8.
+        width: i32,
+        /// Between rows of `y`.
+        y_stride: i32,
+    }
+);
+
+params!(
+    /// Rotation of part of every head, in place.
+    RopeParams, 56, {
+        /// bf16 `[rows, row_stride]`.
+        x: Address,
+        /// i32 `[rows]`.
+        positions: Address,
+        /// f32 `[positions_max, rotary / 2, {cos, sin}]`.
+        table: Address,
+        /// Tokens.
+        rows: i32,
+        /// Heads per token.
+        heads: i32,
+        /// Between rows.
+        row_stride: i32,
+        /// Between heads.
+        head_stride: i32,
+        /// Of the rotated part in a head.
+        offset: i32,
+        /// Values rotated, even.
+        rotary: i32,
+        /// Rows of the table.
+        positions_max: i32,
+        /// 0 pairs neighbours, 1 pairs halves.
+        half_split: i32,
+    }
+);
+
+params!(
+    /// Norm, rotation and paged write of a latent cache row.
+    CacheWriteParams, 80, {
+        /// bf16 `[rows, kv_stride]`.
+        kv: Address,
+        /// bf16 `[latent]`.
+        weight: Address,
+        /// i32 `[rows]`.
+        positions: Address,
+        /// i64 `[rows]`; negative writes nothing.
+        slots: Address,
+        /// f32 `[positions_max, rotary / 2, {cos, sin}]`.
+        table: Address,
+        /// bf16 `[slots_count, latent + rotary]`.
+        cache: Address,
+        /// Rows of the cache.
+        slots_count: i64,
+        /// Tokens.
+        rows: i32,
+        /// Between rows of `kv`.
+        kv_stride: i32,
+        /// A multiple of 8 up to 1024.
+        latent: i32,
+        /// Even.
+        rotary: i32,
+        /// Rows of the table.
+        positions_max: i32,
+        /// Added to the mean square.
+        eps: f32,
+    }
+);
+
+params!(
+    /// Absorbed MLA decode of one part of the context.
+    MlaDecodeParams, 104, {
+        /// bf16 `[rows, ql_row]`.
+        q_latent: Address,
+        /// bf16 `[rows, qr_row]`.
+        q_rope: Address,
+        /// bf16 `[blocks, block_size, latent + rotary]`.
+        cache: Address,
+        /// i32 `[rows, blocks_stride]`.
+        blocks: Address,
+        /// i32 `[rows]`.
+        lengths: Address,
+        /// f32 `[rows, heads, splits, latent]`.
+        partial: Address,
+        /// f32 `[rows, heads, splits]`, base 2.
+        lse: Address,
+        /// Query rows.
+        rows: i32,
+        /// Heads.
+        heads: i32,
+        /// Between rows of `q_latent`.
+        ql_row: i32,
+        /// Between heads of `q_latent`.
+        ql_head: i32,
+        /// Between rows of `q_rope`.
+        qr_row: i32,
+        /// Between heads of `q_rope`.
+        qr_head: i32,
+        /// Tokens per cache block.
+        block_size: i32,
+        /// Between rows of `blocks`.
+        blocks_stride: i32,
+        /// Parts that `partial` has room for.
+        splits: i32,
+        /// Tokens per part.
+        split_tokens: i32,
+        /// Softmax scale.
+        scale: f32,
+        /// Zero.
+        reserved: i32,
+    }
+);
+
+params!(
+    /// Merges the parts of [`MlaDecodeParams`].
+    MlaCombineParams, 64, {
+        /// f32 `[rows, heads, splits, latent]`.
+        partial: Address,
+        /// f32 `[rows, heads, splits]`.
+        lse: Address,
+        /// i32 `[rows]`.
+        lengths: Address,
+        /// bf16 `[rows, out_row]`.
+        out: Address,
+        /// Query rows.
+        rows: i32,
+        /// Heads.
+        heads: i32,
+        /// Parts that `partial` has room for.
+        splits: i32,
+        /// Tokens per part.
+        split_tokens: i32,
+        /// Even.
+        latent: i32,
+        /// Between rows of `out`.
+        out_row: i32,
+        /// Between heads of `out`.
+        out_head: i32,
+        /// Zero.
+        reserved: i32,
+    }
+);
+
+params!(
+    /// Causal MLA attention of whole sequences.
+    MlaPrefillParams, 104, {
+        /// bf16 `[queries, q_row]`.
+        q: Address,
+        /// bf16 `[keys, kv_row]`: per head key then value.
+        kv: Address,
+        /// bf16 `[keys, rope_row]`.
+        k_rope: Address,
+        /// bf16 `[queries, out_row]`.
+        out: Address,
+        /// f32 `[queries, heads]`, natural, or null.
+        lse: Address,
+        /// i32 `[sequences + 1]`.
+        q_offsets: Address,
+        /// i32 `[sequences + 1]`.
+        k_offsets: Address,
+        /// Sequences.
+        sequences: i32,
+        /// Heads.
+        heads: i32,
+        /// Between rows of `q`.
+        q_row: i32,
+        /// Between heads of `q`.
+        q_head: i32,
+        /// Between rows of `kv`.
+        kv_row: i32,
+        /// Between heads of `kv`.
+        kv_head: i32,
+        /// Between rows of `k_rope`.
+        rope_row: i32,
+        /// Between rows of `out`.
+        out_row: i32,
+        /// Between heads of `out`.
+        out_head: i32,
+        /// Softmax scale.
+        scale: f32,
+        /// Zero.
+        reserved: [i32; 2],
+    }
+);
+
+params!(
+    /// The most probable token of each row.
+    GreedyParams, 48, {
+        /// f32 `[rows, stride]`.
+        logits: Address,
+        /// i32 `[rows]`.
+        tokens: Address,
+        /// f32 `[rows]`, natural, of the chosen token.
+        log_probabilities: Address,
+        /// i32 `[rows]`: the first token whose logit is not finite, or -1.
+        broken: Address,
+        /// Rows.
+        rows: i32,
+        /// Logits per row.
+        vocabulary: i32,
+        /// Between rows.
+        stride: i32,
+        /// Zero.
+        reserved: i32,
+    }
+);
+
+params!(
+    /// Copies cache blocks within every layer.
+    CopyBlocksParams, 40, {
+        /// `[layers, layer_bytes]`, blocks of `block_bytes`.
+        cache: Address,
+        /// i32 `[pairs, {from, to}]`; one outside the cache copies nothing.
+        pairs: Address,
+        /// Between layers, a multiple of 16.
+        layer_bytes: i64,
+        /// Between blocks, a multiple of 16.
+        block_bytes: i32,
+        /// Blocks per layer.
+        blocks: i32,
+        /// Layers.
+        layers: i32,
+        /// Zero.
+        reserved: i32,
+    }
+);
+
+/// A tensor map: the driver's 128 opaque bytes, made by [`crate::driver::Device::tensor_map`].
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TensorMap(pub [u64; 16]);
+const _: () = assert!(size_of::<TensorMap>() == 128);
+
+params!(
+    /// `c[m, n] = a[m, k] b[n, k]^T` on a Hopper device.
+    HopperGemmParams, 320, {
+        /// bf16 `[m, k]` in boxes of 128 rows of 64 values.
+        a_map: TensorMap,
+        /// bf16 `[n, k]` in boxes of 128 rows of 64 values.
+        b_map: TensorMap,
+        /// bf16 or f32 `[m, ldc]`.
+        c: Address,
+        /// Rows of `a`.
+        m: i32,
+        /// Rows of `b`.
+        n: i32,
+        /// Columns of both.
+        k: i32,
+        /// Between rows of `c`.
+        ldc: i32,
+        /// 1 writes f32 instead of bf16.
+        c_is_float32: i32,
+        /// Zero.
+        reserved: [i32; 9],
+    }
+);
+
+params!(
+    /// `c[m, n] = a[m, k] b[n, k]^T` of block-scaled e4m3 on a Hopper device.
+    HopperFp8GemmParams, 320, {
+        /// e4m3 `[m, k]` in boxes of 128 rows of 128 values.
+        a_map: TensorMap,
+        /// e4m3 `[n, k]` in boxes of 128 rows of 128 values.
+        b_map: TensorMap,
+        /// bf16 or f32 `[m, ldc]`.
+        c: Address,
+        /// f32 `[m, a_scales_stride]`.
+        a_scales: Address,
+        /// f32 `[ceil(n / 128), b_scales_stride]`.
+        b_scales: Address,
+        /// Rows of `a`.
+        m: i32,
+        /// Rows of `b`.
+        n: i32,
+        /// Columns of both.
+        k: i32,
+        /// Between rows of `c`.
+        ldc: i32,
+        /// Between rows of `a_scales`.
+        a_scales_stride: i32,
+        /// Between rows of `b_scales`.
+        b_scales_stride: i32,
+        /// 1 writes f32 instead of bf16.
+        c_is_float32: i32,
+        /// Zero.
+        reserved: [i32; 3],
+    }
+);

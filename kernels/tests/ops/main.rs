@@ -1,0 +1,13 @@
+//! Every kernel against float64, on the emulated driver or on a real one.
+//!
+//! `KERNELS_DRIVER=libcuda.so.1` uses that driver; without it the emulated one is built with the machine's C++ compiler,
+//! and the tests pass with a message when there is none. `KERNELS_SEED` changes the random inputs.
+
+mod attention;
+mod experts;
+mod faults;
+mod gemms;
+mod harness;
+mod mutation;
+mod rows;
+mod streams;

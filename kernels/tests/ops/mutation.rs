@@ -1,0 +1,320 @@
+//! Seeded bugs: each barrier, wait, commit and bounds check of the kernels is taken out, one at a time, and the tests of
+//! the kernels concerned must fail.
+//!
+//! `cargo test -p kernels --test ops -- --ignored --nocapture mutation::every` runs all of them and prints the figure,
+//! with `KERNELS_MUTATION=permute` those of files of that name; a plain `cargo test` runs a sample.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use kernels::emulation::Emulation;
+
+use crate::harness::{build_folder, driver};
+
+/// A file with seeded bugs, the sources to build for it and the tests that must notice.
+struct Target {
+    file: &'static str,
+    sources: &'static [&'static str],
+    tests: &'static [&'static str],
+}
+
+const TARGETS: &[Target] = &[
+    Target {
+        file: "cuda/sm80/embed_bf16.cu",
+        sources: &["embed_bf16"],
+        tests: &["rows::embedding"],
+    },
+    Target {
+        file: "cuda/sm80/rms_norm.h",
+        sources: &["rms_norm_bf16", "rms_norm_fp8"],
+        tests: &["rows::norm", "rows::a_norm"],
+    },
+    Target {
+        file: "cuda/common/reduce.h",
+        sources: &["rms_norm_bf16", "rms_norm_fp8"],
+        tests: &["rows::norm", "rows::a_norm"],
+    },
+    Target {
+        file: "cuda/sm80/activation.h",
+        sources: &["swiglu_bf16", "swiglu_fp8", "quantise_fp8"],
+        tests: &["rows::quantisation", "rows::swiglu"],
+    },
+    Target {
+        file: "cuda/sm80/gemm.h",
+        sources: &[
+            "gemm_bf16",
+            "gemm_fp8",
+            "grouped_gemm_bf16",
+            "grouped_gemm_fp8",
+            "permute",
+        ],
+        tests: &[
+            "gemms::gemm",
+            "gemms::batched",
+            "gemms::a_gemm",
+            "experts::grouped",
+        ],
+    },
+    Target {
+        file: "cuda/sm90/hopper.h",
+        sources: &["hopper_gemm_bf16", "hopper_gemm_fp8"],
+        tests: &["gemms::hopper"],
+    },
+    Target {
+        file: "cuda/sm90/hopper_gemm_bf16.cu",
+        sources: &["hopper_gemm_bf16"],
+        tests: &["gemms::hopper_gemm"],
+    },
+    Target {
+        file: "cuda/sm90/hopper_gemm_fp8.cu",
+        sources: &["hopper_gemm_fp8"],
+        tests: &["gemms::hopper_fp8"],
+    },
+    Target {
+        file: "cuda/sm80/gate_f32.cu",
+        sources: &["gate_f32"],
+        tests: &["experts::the_gate"],
+    },
+    Target {
+        file: "cuda/sm80/greedy_f32.cu",
+        sources: &["greedy_f32"],
+        tests: &["rows::greedy"],
+    },
+    Target {
+        file: "cuda/sm80/copy_blocks.cu",
+        sources: &["copy_blocks"],
+        tests: &["rows::copying"],
+    },
+    Target {
+        file: "cuda/sm80/permute.cu",
+        sources: &["permute"],
+        tests: &["experts::permutation"],
+    },
+    Target {
+        file: "cuda/sm80/combine_bf16.cu",
+        sources: &["combine_bf16"],
+        tests: &["experts::combination"],
+    },
+    Target {
+        file: "cuda/sm80/rope.h",
+        sources: &["rope_bf16", "mla_cache_write_bf16"],
+        tests: &[
+            "attention::rope",
+            "attention::a_position",
+            "attention::the_cache",
+        ],
+    },
+    Target {
+        file: "cuda/sm80/rope_bf16.cu",
+        sources: &["rope_bf16"],
+        tests: &["attention::rope", "attention::a_position"],
+    },
+    Target {
+        file: "cuda/sm80/mla_cache_write_bf16.cu",
+        sources: &["mla_cache_write_bf16"],
+        tests: &["attention::the_cache"],
+    },
+    Target {
+        file: "cuda/sm80/mla_decode_bf16.cu",
+        sources: &["mla_decode_bf16", "mla_combine_bf16"],
+        tests: &["attention::decode", "attention::a_decoded"],
+    },
+    Target {
+        file: "cuda/sm80/mla_combine_bf16.cu",
+        sources: &["mla_decode_bf16", "mla_combine_bf16"],
+        tests: &["attention::decode", "attention::a_decoded"],
+    },
+    Target {
+        file: "cuda/sm80/mla_prefill_bf16.cu",
+        sources: &["mla_prefill_bf16"],
+        tests: &["attention::prefill"],
+    },
+];
+
+/// What is replaced by what. An empty ending takes a whole call with its arguments.
+const RULES: &[(&str, &str)] = &[
+    ("block_sync()", "(void)0"),
+    ("warp_sync()", "(void)0"),
+    ("copy_async_wait<", "(void)0"),
+    ("copy_async_commit()", "(void)0"),
+    ("mbarrier_wait(", "(void)0"),
+    ("mbarrier_arrive(", "(void)0"),
+    ("wgmma_wait<", "(void)0"),
+    // Orders memory that the emulator does not order: these two survive, and count.
+    ("wgmma_fence()", "(void)0"),
+    ("mbarrier_init_fence()", "(void)0"),
+    ("wgmma_commit()", "(void)0"),
+    ("within(", "true"),
+];
+
+/// A seeded bug.
+struct Bug {
+    target: &'static Target,
+    line: usize,
+    removed: String,
+    text: String,
+}
+
+/// Where the call that begins at `start` ends: after its last parenthesis.
+fn call_end(text: &str, start: usize) -> usize {
+    let mut depth = 0;
+    for (index, character) in text[start..].char_indices() {
+        match character {
+            '(' => depth += 1,
+            ')' if depth == 1 => return start + index + 1,
+            ')' => depth -= 1,
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+fn bugs() -> Vec<Bug> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut bugs = Vec::new();
+    for target in TARGETS {
+        let text = std::fs::read_to_string(root.join(target.file)).expect("a kernel source");
+        for (name, replacement) in RULES {
+            for (start, _) in text.match_indices(name) {
+                let line_start = text[..start].rfind('\n').map_or(0, |at| at + 1);
+                let before = &text[line_start..start];
+                let inside_word = before.ends_with(|c: char| c.is_alphanumeric() || c == '_');
+                if before.contains("//") || inside_word {
+                    continue;
+                }
+                let end = call_end(&text, start);
+                bugs.push(Bug {
+                    target,
+                    line: text[..start].matches('\n').count() + 1,
+                    removed: text[start..end].to_owned(),
+                    text: format!("{}{replacement}{}", &text[..start], &text[end..]),
+                });
+            }
+        }
+    }
+    bugs
+}
+
+/// Runs a target's tests against a driver: whether they pass.
+fn passes(target: &Target, library: &Path, patience: Duration) -> bool {
+    let mut child = Command::new(std::env::current_exe().expect("this test"))
+        .args(target.tests)
+        .env("KERNELS_DRIVER", library)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("this test runs");
+    let begin = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().expect("a child") {
+            return status.success();
+        }
+        if begin.elapsed() > patience {
+            // A hang is a failure too, but the emulator should have reported it.
+            child.kill().expect("a child");
+            child.wait().expect("a child");
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn library(target: &Target, text: Option<String>) -> Option<PathBuf> {
+    let mut emulation = Emulation::new(&build_folder()).only(target.sources);
+    if let Some(text) = text {
+        emulation = emulation.replace(Path::new(target.file), text);
+    }
+    emulation.build().ok()
+}
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Seeds the bugs and gives those that nobody noticed.
+fn survivors<'a>(bugs: &[&'a Bug]) -> Vec<&'a Bug> {
+    let mut survivors = Vec::new();
+    let mut controlled: Vec<&str> = Vec::new();
+    for bug in bugs {
+        let target = bug.target;
+        if !controlled.contains(&target.file) {
+            let library = library(target, None).expect("the kernels compile");
+            assert!(
+                passes(target, &library, PATIENCE),
+                "{}: the tests fail without a bug",
+                target.file
+            );
+            controlled.push(target.file);
+        }
+        let library = library(target, Some(bug.text.clone())).unwrap_or_else(|| {
+            panic!(
+                "{}:{} does not compile without {}",
+                target.file, bug.line, bug.removed
+            )
+        });
+        let caught = !passes(target, &library, PATIENCE);
+        println!(
+            "{} {}:{} {}",
+            if caught { "caught  " } else { "SURVIVED" },
+            target.file,
+            bug.line,
+            bug.removed
+        );
+        if !caught {
+            survivors.push(*bug);
+        }
+        // One library and one tree per bug would fill a disk.
+        if let Some(folder) = library.parent() {
+            std::fs::remove_dir_all(folder).ok();
+        }
+    }
+    survivors
+}
+
+fn can_run() -> bool {
+    std::env::var_os("KERNELS_DRIVER").is_none() && driver().is_some()
+}
+
+#[test]
+fn a_sample_of_seeded_bugs_is_caught() {
+    if !can_run() {
+        return;
+    }
+    // Of small files only: these are the bugs that compile and run in seconds.
+    let wanted = [
+        ("cuda/common/reduce.h", "block_sync"),
+        ("cuda/sm80/permute.cu", "block_sync"),
+        ("cuda/sm80/mla_prefill_bf16.cu", "copy_async_wait"),
+        ("cuda/sm80/rope_bf16.cu", "within"),
+    ];
+    let all = bugs();
+    let sample: Vec<&Bug> = wanted
+        .iter()
+        .map(|(file, what)| {
+            all.iter()
+                .find(|bug| bug.target.file == *file && bug.removed.starts_with(what))
+                .unwrap_or_else(|| panic!("{file} has no {what} to remove"))
+        })
+        .collect();
+    let survivors = survivors(&sample);
+    assert!(
+        survivors.is_empty(),
+        "{} of {} survived",
+        survivors.len(),
+        sample.len()
+    );
+}
+
+#[test]
+#[ignore = "minutes; run by its own command"]
+fn every_seeded_bug_is_tried_and_nine_of_ten_are_caught() {
+    if !can_run() {
+        return;
+    }
+    let only = std::env::var("KERNELS_MUTATION").unwrap_or_default();
+    let mut all = bugs();
+    all.retain(|bug| bug.target.file.contains(&only));
+    let survivors = survivors(&all.iter().collect::<Vec<_>>());
+    let caught = all.len() - survivors.len();
+    println!("caught {caught} of {} seeded bugs", all.len());
+    assert!(caught * 10 >= all.len() * 9, "{caught} of {}", all.len());
+}
