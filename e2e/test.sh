@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# All tests, from cheap to dear; `make test` runs this. Ends with true counts over every runner.
+#
+#   e2e/test.sh            everything this machine allows (a real node needs root)
+#   e2e/test.sh fast       what needs no Kubernetes
+#
+# Each stage's full output is kept in .lab/test-logs/; a failing stage does not hide the later ones.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+mode=${1:-all}
+logs=.lab/test-logs
+python=.lab/venv/bin/python
+mkdir -p "$logs"
+rm -f "$logs"/*.log
+passed=0 failed=0 skipped=0
+failures=()
+
+# stage NAME COMMAND... : runs, shows, keeps the log, adds up what the runner counted.
+stage() {
+  local name=$1 log=$logs/${1// /-}.log start=$SECONDS rc
+  shift
+  printf '\n== %s: %s\n' "$name" "$*"
+  "$@" 2>&1 | tee "$log"
+  rc=${PIPESTATUS[0]}
+  count "$log"
+  printf '== %s took %d s\n' "$name" $((SECONDS - start))
+  if [ "$rc" -ne 0 ]; then
+    failures+=("$name (log: $log)")
+    # A stage that dies before its runner counts anything is one failure all the same.
+    [ "$stage_failed" -gt 0 ] || failed=$((failed + 1))
+  fi
+  return 0
+}
+
+# count LOG : cargo ("test result: … N passed; M failed; K ignored"), go test -v, unittest.
+count() {
+  local sums
+  sums=$(awk '
+    /^test result:/ { for (i = 1; i < NF; i++) { if ($(i+1) ~ /^passed/) p += $i; if ($(i+1) ~ /^failed/) f += $i; if ($(i+1) ~ /^ignored/) s += $i } }
+    /^SKIPPED/ { s++ }
+    /^--- PASS/ { p++ } /^--- FAIL/ { f++ } /^--- SKIP/ { s++ }
+    /^Ran [0-9]+ test/ { ran = $2 }
+    /^(OK|FAILED)( \(|$)/ && ran != "" {
+      bad = 0; skip = 0; line = $0
+      if (match(line, /failures=[0-9]+/)) bad += substr(line, RSTART + 9, RLENGTH - 9)
+      if (match(line, /errors=[0-9]+/)) bad += substr(line, RSTART + 7, RLENGTH - 7)
+      if (match(line, /skipped=[0-9]+/)) skip += substr(line, RSTART + 8, RLENGTH - 8)
+      p += ran - bad - skip; f += bad; s += skip; ran = ""
+    }
+    END { print p + 0, f + 0, s + 0 }' "$1")
+  # shellcheck disable=SC2086
+  set -- $sums
+  passed=$((passed + $1)) failed=$((failed + $2)) skipped=$((skipped + $3)) stage_failed=$2
+}
+
+finish() {
+  printf '\n'
+  if [ "${#failures[@]}" -gt 0 ]; then
+    printf 'failed stage: %s\n' "${failures[@]}"
+  fi
+  printf '%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
+  [ "${#failures[@]}" -eq 0 ] && [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
+}
+
+venv() {
+  local wanted=e2e/sdk/requirements.txt
+  if [ ! -x "$python" ] || ! cmp -s "$wanted" .lab/venv/requirements.txt; then
+    python3 -m venv .lab/venv && "$python" -m pip install -q -r "$wanted" && cp "$wanted" .lab/venv/
+  fi
+}
+
+if [ "$mode" != fast ]; then
+  stage "tools" make --no-print-directory tools
+  stage "python environment" venv
+fi
+stage "rust" cargo test --workspace --locked --no-fail-fast
+stage "kubelab" env GOWORK=off CGO_ENABLED=0 go -C e2e/kubelab test -trimpath -v ./...
+stage "up" env GOWORK=off CGO_ENABLED=0 go -C e2e/up test -v ./...
+stage "model scripts" python3 -m unittest discover -s e2e/models/tiny-r1 -p 'test_*.py'
+if [ "$mode" != fast ]; then
+  stage "engine build" cargo build --release --locked -p engine -p operator
+  stage "openai sdk" "$python" -m unittest discover -s e2e/sdk -p 'test_*.py'
+  stage "control plane" cargo test --locked --no-fail-fast -p e2e --features lab --test 'control_plane_*' -- --test-threads=2
+  if [ "$(id -u)" -eq 0 ]; then
+    stage "make up" make --no-print-directory up
+    stage "real node" cargo test --locked --no-fail-fast -p e2e --features lab --test 'node_*' -- --test-threads=1
+    stage "make down" make --no-print-directory down
+  else
+    echo "SKIPPED: the end-to-end tests on a real node need root: sudo make test" | tee "$logs/real-node.log"
+    skipped=$((skipped + 1))
+  fi
+fi
+finish

@@ -1,0 +1,3 @@
+module cachalot.dev/up
+
+go 1.26
