@@ -20,16 +20,18 @@ type answer struct {
 	reasoning, content strings.Builder
 	finish             string
 	tokens             int
-	first, total       time.Duration
-	decode             time.Duration // from the first to the last piece
+	first, total       time.Duration // from the question to the first and to the last piece
 }
 
-// tokensPerSecond leaves the first token out: its time is the prompt's.
+func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
+
+// tokensPerSecond is over the whole answer, the prompt's time included. Without it a small model would be flattered: its
+// tokens pile up in the socket while the first one is being read.
 func (a *answer) tokensPerSecond() float64 {
-	if a.tokens < 2 || a.decode <= 0 {
+	if a.total <= 0 {
 		return 0
 	}
-	return float64(a.tokens-1) / a.decode.Seconds()
+	return float64(a.tokens) / a.total.Seconds()
 }
 
 // chunk is one event of /v1/chat/completions with "stream": true.
@@ -73,8 +75,8 @@ func (s *session) askStep() step {
 			if err != nil {
 				return "", err
 			}
-			s.ui.println(fmt.Sprintf("\n  %s; %d tokens at %.0f tokens/s, first token after %.0f ms\n",
-				verdict(got.content.String(), a, b), got.tokens, got.tokensPerSecond(), float64(got.first.Microseconds())/1000))
+			s.ui.println(fmt.Sprintf("\n  %s; %d tokens in %.0f ms (%.0f tokens/s), first token after %.0f ms\n",
+				verdict(got.content.String(), a, b), got.tokens, milliseconds(got.total), got.tokensPerSecond(), milliseconds(got.first)))
 			return "", nil
 		},
 	}
@@ -210,7 +212,7 @@ func readStream(body io.Reader, start time.Time, show func(string)) (*answer, er
 			if first.IsZero() {
 				return nil, errors.New("the stream ended without a token")
 			}
-			a.first, a.total, a.decode = first.Sub(start), last.Sub(start), last.Sub(first)
+			a.first, a.total = first.Sub(start), last.Sub(start)
 			return a, nil
 		}
 		var c chunk
