@@ -45,11 +45,14 @@ pub fn options() -> ServerOptions {
     options
 }
 
+/// What a step does besides computing: by its number, to its logits.
+type Act = Box<dyn FnMut(usize, &mut Logits) -> Result<(), ExecuteError> + Send>;
+
 /// The toy, with a fault or a pace.
 pub struct Backend {
     pub toy: toy::Toy,
     pub steps: Arc<AtomicUsize>,
-    pub act: Box<dyn FnMut(usize, &mut Logits) -> Result<(), ExecuteError> + Send>,
+    pub act: Act,
 }
 
 impl Backend {
