@@ -343,9 +343,11 @@ mod tests {
     }
 
     fn parse(more: &[&str]) -> Result<Config, String> {
-        let given = ["operator", "--engine-image", "engine:1"]
-            .iter()
-            .chain(more);
+        let image: &[&str] = match more {
+            ["--engine-image", ..] => &[],
+            _ => &["--engine-image", "engine:1"],
+        };
+        let given = ["operator"].iter().chain(image).chain(more);
         let cli = Cli::try_parse_from(given).map_err(|error| error.to_string())?;
         Config::try_from(cli.arguments).map_err(|error| error.to_string())
     }

@@ -5,8 +5,11 @@
 
 #![allow(unsafe_code)]
 
+use std::cell::RefCell;
+
 use half::bf16;
 
+use crate::kernels::paired::PairedProduct;
 use crate::kernels::{Isa, Kernel, Product, Rows};
 use crate::pool::{Pool, WorkerPanic};
 use crate::weights::{Matrix, Values};
@@ -17,6 +20,11 @@ const COLUMN_TILE: usize = 32;
 const ROW_TILE: usize = 32;
 /// Multiply-adds below which a region is not worth a second thread: about ten microseconds.
 const ALONE_WORK_MAX: usize = 128 * 1024;
+
+thread_local! {
+    /// Rounded activations of a tile; grows to the longest row a thread has met.
+    static SCRATCH: RefCell<Vec<u16>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A pointer that tasks on several threads write through, each to its own part.
 #[derive(Clone, Copy)]
@@ -124,22 +132,50 @@ impl Job<'_> {
             match &self.matrix.values {
                 Values::F32(values) => {
                     let weight = values.as_ptr().add(self.first * length);
-                    isa.run(self.product::<f32>(weight, columns, indices));
+                    isa.run(self.product(weight, columns, indices));
                 }
                 Values::Bf16(values) => {
                     let weight = values.as_ptr().add(self.first * length);
-                    isa.run(self.product::<bf16>(weight, columns, indices));
+                    SCRATCH.with_borrow_mut(|scratch| {
+                        let needed = PairedProduct::scratch_length(length, indices.len());
+                        if scratch.len() < needed {
+                            scratch.resize(needed, 0);
+                        }
+                        isa.run_paired(self.paired(weight, columns, indices, scratch));
+                    });
                 }
             }
         }
     }
 
-    fn product<W>(
-        &self,
-        weight: *const W,
+    fn paired<'a>(
+        &'a self,
+        weight: *const bf16,
         columns: std::ops::Range<usize>,
         indices: std::ops::Range<usize>,
-    ) -> Product<'_, W> {
+        scratch: &'a mut [u16],
+    ) -> PairedProduct<'a> {
+        PairedProduct {
+            // `bf16` is a transparent u16.
+            weight: weight.cast(),
+            length: self.matrix.columns,
+            columns,
+            input: self.input.start.0,
+            input_stride: self.input.stride,
+            rows: self.rows,
+            indices,
+            out: self.out.start.0,
+            out_stride: self.out.stride,
+            scratch,
+        }
+    }
+
+    fn product(
+        &self,
+        weight: *const f32,
+        columns: std::ops::Range<usize>,
+        indices: std::ops::Range<usize>,
+    ) -> Product<'_> {
         Product {
             weight,
             length: self.matrix.columns,

@@ -4,13 +4,15 @@
 //! its own sum. Neither the number of rows, their grouping into a micro-kernel, the split into tasks nor the number of
 //! threads enters, so the bytes of a row are the same alone and in company, in one chunk or in many.
 //!
-//! A product walks the weight row once, as one sequential stream, with four sixteen-lane accumulators:
-//! element `k` goes to lane `k % 16` of accumulator `k / 16 % 4`. Attention walks the context in chunks of
+//! A float32 product walks the weight row once, as one sequential stream, with four sixteen-lane accumulators:
+//! element `k` goes to lane `k % 16` of accumulator `k / 16 % 4`. Bfloat16 weights have [`paired`]'s. Attention walks the context in chunks of
 //! [`CHUNK`] positions that begin at multiples of it.
 
 #![allow(unsafe_code)]
 // Index loops over small register arrays read like the arithmetic they unroll to.
 #![allow(clippy::needless_range_loop)]
+
+pub(crate) mod paired;
 
 use half::bf16;
 
@@ -38,6 +40,9 @@ pub enum Isa {
     /// AVX-512 F, BW, DQ, VL.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// The same with AVX512-BF16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
 }
 
 impl Isa {
@@ -51,6 +56,9 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl")
             {
+                if is_x86_feature_detected!("avx512bf16") {
+                    found.push(Self::Avx512Bf16);
+                }
                 found.push(Self::Avx512);
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
@@ -77,7 +85,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { on_avx2(kernel) },
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => unsafe { on_avx512(kernel) },
+            Self::Avx512 | Self::Avx512Bf16 => unsafe { on_avx512(kernel) },
         }
     }
 }
@@ -309,8 +317,8 @@ impl Rows<'_> {
 /// `out[index][column] = input[rows[index]] · weight[column]` for `index` in `indices` and `column` in `columns`.
 ///
 /// Pointers: `weight` to rows of `length` elements; `input` and `out` to rows `input_stride` and `out_stride` apart.
-pub(crate) struct Product<'a, W> {
-    pub weight: *const W,
+pub(crate) struct Product<'a> {
+    pub weight: *const f32,
     pub length: usize,
     pub columns: std::ops::Range<usize>,
     pub input: *const f32,
@@ -321,7 +329,7 @@ pub(crate) struct Product<'a, W> {
     pub out_stride: usize,
 }
 
-impl<W: Element> Kernel for Product<'_, W> {
+impl Kernel for Product<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         for column in self.columns {
@@ -332,14 +340,14 @@ impl<W: Element> Kernel for Product<'_, W> {
                 let mut index = self.indices.start;
                 while index + GROUP <= self.indices.end {
                     let rows = std::array::from_fn(|offset| row(index + offset));
-                    let results = dots::<L, W, GROUP>(weight, rows, self.length);
+                    let results = dots::<L, f32, GROUP>(weight, rows, self.length);
                     for (offset, result) in results.into_iter().enumerate() {
                         *out(index + offset) = result;
                     }
                     index += GROUP;
                 }
                 while index < self.indices.end {
-                    let [result] = dots::<L, W, 1>(weight, [row(index)], self.length);
+                    let [result] = dots::<L, f32, 1>(weight, [row(index)], self.length);
                     *out(index) = result;
                     index += 1;
                 }

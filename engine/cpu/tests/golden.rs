@@ -9,10 +9,11 @@ use support::{MODELS, folder, golden, greedy, limits, load, prefill, relative_er
 
 /// Float32 throughout: what is left is the order of sums.
 const FLOAT32_TOLERANCE: f32 = 1e-4;
-/// Cache rows are rounded to bfloat16 (8 bits of mantissa, 2^-9 relative), weights are exact; the layers amplify it.
-/// Measured: at most 1.5e-2.
-const BFLOAT16_TOLERANCE: f32 = 3e-2;
-/// FP8 times its scale has 4 + 24 bits of mantissa: here the weights are rounded as well. Measured: 3e-2.
+/// Activations are rounded to bfloat16 before each product and cache rows when written (8 bits of mantissa, 2^-9
+/// relative); the layers amplify it, and a near tie of a gate becomes another expert. Measured: 2.9e-2 to 7.1e-2, where
+/// transformers' own bfloat16 run of the same four models is off its float32 by 4.1e-2 to 1.8e-1.
+const BFLOAT16_TOLERANCE: f32 = 8e-2;
+/// FP8 times its scale has 4 + 24 bits of mantissa: here the weights are rounded as well. Measured: 2.8e-2.
 const FLOAT8_TOLERANCE: f32 = 6e-2;
 
 fn compare(model: &str, resident: ResidentDtype, tolerance: f32) {

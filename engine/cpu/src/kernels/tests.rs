@@ -3,6 +3,7 @@
 use engine_core::BlockId;
 use proptest::prelude::*;
 
+use super::paired::PairedProduct;
 use super::*;
 
 /// Reproducible values in [-1, 1).
@@ -17,9 +18,9 @@ fn noise(seed: u64, count: usize) -> Vec<f32> {
     std::iter::repeat_with(next).take(count).collect()
 }
 
-fn product<W: Element>(
+fn product(
     isa: Isa,
-    weight: &[W],
+    weight: &[f32],
     input: &[f32],
     length: usize,
     rows: Rows<'_>,
@@ -48,17 +49,15 @@ fn products_are_right_for_every_length_and_equal_on_every_instruction_set() {
     for length in (1..140).chain([200, 256, 257, 1000]) {
         let columns = 3;
         let rows = 6;
-        let weight: Vec<bf16> = noise(length as u64, length * columns)
-            .into_iter()
-            .map(bf16::from_f32)
-            .collect();
-        let wide: Vec<f32> = weight.iter().map(|value| value.to_f32()).collect();
+        let weight = noise(length as u64, length * columns);
         let input = noise(length as u64 + 7, length * rows);
-        let reference = product(Isa::Portable, &wide, &input, length, Rows::From(0), rows);
+        let reference = product(Isa::Portable, &weight, &input, length, Rows::From(0), rows);
         for (index, found) in reference.iter().enumerate() {
             let (row, column) = (index / columns, index % columns);
             let exact: f64 = (0..length)
-                .map(|k| f64::from(input[row * length + k]) * f64::from(wide[column * length + k]))
+                .map(|k| {
+                    f64::from(input[row * length + k]) * f64::from(weight[column * length + k])
+                })
                 .sum();
             assert!(
                 (f64::from(*found) - exact).abs() < 1e-4,
@@ -68,11 +67,119 @@ fn products_are_right_for_every_length_and_equal_on_every_instruction_set() {
         for isa in Isa::available() {
             let all = product(isa, &weight, &input, length, Rows::From(0), rows);
             assert_eq!(all, reference, "{isa:?} {length}");
-            let single = product(isa, &wide, &input, length, Rows::Listed(&[4]), 1);
+            let single = product(isa, &weight, &input, length, Rows::Listed(&[4]), 1);
             assert_eq!(
                 single,
                 reference[4 * columns..5 * columns],
                 "{isa:?} {length}"
+            );
+        }
+    }
+}
+
+/// Bits of the nearest bfloat16 of each value.
+fn narrowed(values: &[f32]) -> Vec<u16> {
+    values
+        .iter()
+        .map(|value| bf16::from_f32(*value).to_bits())
+        .collect()
+}
+
+fn paired(
+    isa: Isa,
+    weight: &[u16],
+    input: &[f32],
+    length: usize,
+    rows: Rows<'_>,
+    indices: std::ops::Range<usize>,
+) -> Vec<f32> {
+    let columns = weight.len() / length;
+    let mut out = vec![f32::NAN; indices.end * columns];
+    // Whatever the last tile left there must not matter.
+    let mut scratch = vec![0x7fc0; PairedProduct::scratch_length(length, indices.len())];
+    let kernel = PairedProduct {
+        weight: weight.as_ptr(),
+        length,
+        columns: 0..columns,
+        input: input.as_ptr(),
+        input_stride: length,
+        rows,
+        indices: indices.clone(),
+        out: out.as_mut_ptr(),
+        out_stride: columns,
+        scratch: &mut scratch,
+    };
+    // SAFETY: the buffers have exactly these sizes.
+    unsafe { isa.run_paired(kernel) };
+    out.split_off(indices.start * columns)
+}
+
+#[test]
+fn paired_products_are_right_for_every_length_and_equal_on_every_instruction_set() {
+    for length in (1..140).chain([200, 256, 257, 1000]) {
+        // Both leave a rest beside the register tiles, and the rows one beside the streams.
+        let (columns, rows) = (21, 15);
+        let weight = narrowed(&noise(length as u64, length * columns));
+        let input = noise(length as u64 + 7, length * rows);
+        let reference = paired(
+            Isa::Portable,
+            &weight,
+            &input,
+            length,
+            Rows::From(0),
+            0..rows,
+        );
+        let wide = |bits: u16| f64::from(bf16::from_bits(bits).to_f32());
+        let rounded = narrowed(&input);
+        for (index, found) in reference.iter().enumerate() {
+            let (row, column) = (index / columns, index % columns);
+            let exact: f64 = (0..length)
+                .map(|k| wide(rounded[row * length + k]) * wide(weight[column * length + k]))
+                .sum();
+            assert!(
+                (f64::from(*found) - exact).abs() < 1e-4,
+                "{length}: {found} {exact}"
+            );
+        }
+        for isa in Isa::available() {
+            let all = paired(isa, &weight, &input, length, Rows::From(0), 0..rows);
+            assert_eq!(all, reference, "{isa:?} {length}");
+            for count in 1..rows {
+                let some = paired(isa, &weight, &input, length, Rows::From(1), 0..count);
+                let expected = &reference[columns..(1 + count) * columns];
+                assert_eq!(some, expected, "{isa:?} {length}: {count} rows");
+            }
+            let listed = paired(isa, &weight, &input, length, Rows::Listed(&[9, 4, 0]), 1..3);
+            let expected = [&reference[4 * columns..5 * columns], &reference[..columns]].concat();
+            assert_eq!(listed, expected, "{isa:?} {length}: listed rows");
+        }
+    }
+}
+
+#[test]
+fn activations_are_rounded_as_bfloat16_is_and_a_nan_stays_one() {
+    let one = [bf16::ONE.to_bits()];
+    let halfway = 1.0 + f32::EPSILON * 32768.0;
+    let below = f32::from_bits(halfway.to_bits() - 1);
+    let values = [
+        halfway,
+        below,
+        -3.2,
+        1e30,
+        f32::INFINITY,
+        f32::NAN,
+        0.0,
+        -65504.0,
+    ];
+    for isa in Isa::available() {
+        for value in values {
+            let [found] = paired(isa, &one, &[value], 1, Rows::From(0), 0..1)[..] else {
+                panic!("one value")
+            };
+            let expected = bf16::from_f32(value).to_f32();
+            assert!(
+                found == expected || found.is_nan() && expected.is_nan(),
+                "{isa:?} {value}: {found} {expected}"
             );
         }
     }
