@@ -9,6 +9,7 @@
 #   make test                           all tests; the end-to-end ones on a real node need root
 #   make check                          format, lints as errors, generated files fresh
 #   make gen                            regenerate the CRD and its reference page
+#   make bench-engine [LLAMA_CPP=no]    the CPU engine against this machine's limits and llama.cpp (built once, five minutes)
 #   make kernels                        rebuild the prebuilt CUDA images (installs a pinned nvcc from PyPI)
 
 MODE ?= node
@@ -31,7 +32,7 @@ up down images tools: .lab/bin/up
 	@mkdir -p .lab/bin
 	@GOWORK=off CGO_ENABLED=0 go build -C e2e/up -buildvcs=false -o "$(CURDIR)/$@" .
 
-.PHONY: test check gen kernels
+.PHONY: test check gen kernels bench-engine
 
 test:
 	@e2e/test.sh
@@ -46,3 +47,14 @@ gen:
 
 kernels:
 	python3 kernels/build.py
+
+LLAMA_CPP ?= yes
+LLAMA = .lab/llama
+
+bench-engine:
+ifeq ($(LLAMA_CPP),yes)
+	python3 engine/bench/llama/build.py --config engine/bench/model/config.json --out $(LLAMA)
+	cargo run --release --quiet -p engine-bench -- --llama-bench $(LLAMA)/build/bin/llama-bench --llama-model $(LLAMA)/model-bf16.gguf
+else
+	cargo run --release --quiet -p engine-bench
+endif

@@ -124,6 +124,7 @@ fn crates_import_only_what_the_architecture_allows() {
         ),
         ("engine-load", &["kube", "axum", "tokio", "operator-"]),
         ("engine-server", &["kube", "operator-"]),
+        ("engine-bench", &["kube", "axum", "tokio", "operator-"]),
         ("engine", &["kube", "operator-"]),
     ];
     let actual = dependencies();
