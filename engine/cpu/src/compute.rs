@@ -22,8 +22,18 @@ const ROW_TILE: usize = 32;
 const ALONE_WORK_MAX: usize = 128 * 1024;
 
 thread_local! {
-    /// Rounded activations of a tile; grows to the longest row a thread has met.
+    /// Rounded activations of a task; grows to the most that a task of this thread has asked for.
     static SCRATCH: RefCell<Vec<u16>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends a task the thread's room for `length` rounded activations, with whatever the last task left there.
+pub(crate) fn with_scratch(length: usize, task: impl FnOnce(&mut [u16])) {
+    SCRATCH.with_borrow_mut(|scratch| {
+        if scratch.len() < length {
+            scratch.resize(length, 0);
+        }
+        task(&mut scratch[..length]);
+    });
 }
 
 /// A pointer that tasks on several threads write through, each to its own part.
@@ -136,11 +146,8 @@ impl Job<'_> {
                 }
                 Values::Bf16(values) => {
                     let weight = values.as_ptr().add(self.first * length);
-                    SCRATCH.with_borrow_mut(|scratch| {
-                        let needed = PairedProduct::scratch_length(length, indices.len());
-                        if scratch.len() < needed {
-                            scratch.resize(needed, 0);
-                        }
+                    let needed = PairedProduct::scratch_length(length, indices.len());
+                    with_scratch(needed, |scratch| {
                         isa.run_paired(self.paired(weight, columns, indices, scratch));
                     });
                 }

@@ -12,6 +12,7 @@
 // Index loops over small register arrays read like the arithmetic they unroll to.
 #![allow(clippy::needless_range_loop)]
 
+pub(crate) mod attend;
 pub(crate) mod paired;
 
 use half::bf16;

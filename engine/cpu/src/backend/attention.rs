@@ -7,9 +7,10 @@
 
 use engine_model::{LatentAttention, Rope, Slot, WeightId};
 
-use super::CpuBackend;
+use super::{CpuBackend, Step};
 use crate::cache::CacheTarget;
-use crate::compute::{Area, Job, Shared};
+use crate::compute::{Area, Job, Shared, with_scratch};
+use crate::kernels::attend::PairedAttend;
 use crate::kernels::{Attend, Element, GROUP, RmsNorm, Rows};
 use crate::pool::WorkerPanic;
 
@@ -25,10 +26,8 @@ impl CpuBackend {
         let query = (self.area(Slot::Query), attention.query_width());
         let absorbed = (self.area(Slot::AbsorbedQuery), attention.latent);
         self.per_head(attention.kv_up, true, heads, query, absorbed)?;
-        match self.cache.layer_mut(layer) {
-            CacheTarget::F32(cache) => self.attend(cache, attention)?,
-            CacheTarget::Bf16(cache) => self.attend(cache, attention)?,
-        }
+        let cache = self.cache.layer_mut(layer);
+        self.attend(cache, attention)?;
         let latent = (self.area(Slot::LatentValue), attention.latent);
         let value = (self.area(Slot::Value), attention.value);
         self.per_head(attention.kv_up, false, heads, latent, value)
@@ -116,42 +115,76 @@ impl CpuBackend {
         unsafe { self.compute.products(&jobs) }
     }
 
-    fn attend<C: Element>(
+    fn attend(
         &mut self,
-        cache: Shared<C>,
+        cache: CacheTarget,
         attention: &LatentAttention,
     ) -> Result<(), WorkerPanic> {
-        let rows = self.rows();
-        let latent_queries = self.area(Slot::AbsorbedQuery);
-        let query = self.area(Slot::Query).skip(attention.nope);
-        let out = self.area(Slot::LatentValue);
-        let groups = attention.heads.div_ceil(GROUP);
-        let block_size = self.cache.block_size();
-        let step = &self.step;
-        let context: usize = step.positions.iter().map(|position| position + 1).sum();
-        let width = attention.latent + attention.rope;
-        let work = context * attention.heads * (attention.latent + width);
-        let kernel = |task: usize| {
-            let row = task / groups;
-            let head = task % groups * GROUP;
-            let (first, end) = step.tables[row];
-            Attend {
-                cache: cache.at(0),
-                blocks: &step.blocks[first..end],
-                block_size,
-                context: step.positions[row] + 1,
-                latent: attention.latent,
-                rope: attention.rope,
-                scale: attention.scale,
-                latent_queries: latent_queries.skip(head * attention.latent).row(row),
-                rotated_queries: query.skip(head * attention.query_width()).row(row),
-                rotated_stride: attention.query_width(),
-                out: out.skip(head * attention.latent).row(row),
-                heads: GROUP.min(attention.heads - head),
-            }
+        let heads = Heads {
+            latent_queries: self.area(Slot::AbsorbedQuery),
+            queries: self.area(Slot::Query),
+            out: self.area(Slot::LatentValue),
+            block_size: self.cache.block_size(),
+            step: &self.step,
+            attention,
         };
-        // SAFETY: blocks were checked to exist and cover the context; each task writes its own heads' output.
-        unsafe { self.compute.kernels(rows * groups, work, &kernel) }
+        let (latent, rope) = (attention.latent, attention.rope);
+        let tasks = self.step.tokens.len() * attention.heads.div_ceil(GROUP);
+        let context: usize = self.step.positions.iter().map(|at| at + 1).sum();
+        let work = context * attention.heads * (2 * latent + rope);
+        let isa = self.compute.isa;
+        match cache {
+            CacheTarget::F32(cache) => {
+                let kernel = |task| heads.task(task, cache);
+                // SAFETY: blocks were checked to exist and cover the context; each task writes its own heads' output.
+                unsafe { self.compute.kernels(tasks, work, &kernel) }
+            }
+            CacheTarget::Bf16(cache) => {
+                let length = PairedAttend::scratch_length(latent, rope);
+                self.compute.region(tasks, work, &|task| {
+                    with_scratch(length, |scratch| {
+                        let of = heads.task(task, cache);
+                        // SAFETY: as above.
+                        unsafe { isa.run_paired(PairedAttend { of, scratch }) };
+                    });
+                })
+            }
+        }
+    }
+}
+
+/// What the tasks of a layer's attention share; a task is [`GROUP`] heads of a row.
+struct Heads<'a> {
+    latent_queries: Area,
+    queries: Area,
+    out: Area,
+    block_size: usize,
+    step: &'a Step,
+    attention: &'a LatentAttention,
+}
+
+impl Heads<'_> {
+    fn task<C>(&self, task: usize, cache: Shared<C>) -> Attend<'_, C> {
+        let attention = self.attention;
+        let groups = attention.heads.div_ceil(GROUP);
+        let row = task / groups;
+        let head = task % groups * GROUP;
+        let (first, end) = self.step.tables[row];
+        let queries = self.queries.skip(head * attention.query_width());
+        Attend {
+            cache: cache.at(0),
+            blocks: &self.step.blocks[first..end],
+            block_size: self.block_size,
+            context: self.step.positions[row] + 1,
+            latent: attention.latent,
+            rope: attention.rope,
+            scale: attention.scale,
+            latent_queries: self.latent_queries.skip(head * attention.latent).row(row),
+            rotated_queries: queries.skip(attention.nope).row(row),
+            rotated_stride: attention.query_width(),
+            out: self.out.skip(head * attention.latent).row(row),
+            heads: GROUP.min(attention.heads - head),
+        }
     }
 }
 

@@ -22,6 +22,13 @@ const TILE: usize = 4;
 /// in flight without it: 22 GB/s became 30 on one core of a Zen 5; 1 to 4 KiB made no difference.
 const AHEAD: usize = 1024;
 
+/// A loop nest written once over pairs.
+pub(crate) trait PairedKernel {
+    /// # Safety
+    /// The CPU has the pairs' features and the kernel's pointers are valid for what it names.
+    unsafe fn run<P: Pairs>(self);
+}
+
 /// `out[index][column] = bf16(input[rows[index]]) · weight[column]` for `index` in `indices` and `column` in `columns`.
 ///
 /// Pointers: `weight` to rows of `length` bfloat16 elements; `input` and `out` to rows `input_stride` and `out_stride`
@@ -45,7 +52,9 @@ impl PairedProduct<'_> {
     pub fn scratch_length(length: usize, count: usize) -> usize {
         length.next_multiple_of(PAIRED) * count
     }
+}
 
+impl PairedKernel for PairedProduct<'_> {
     #[inline(always)]
     unsafe fn run<P: Pairs>(self) {
         let stride = self.length.next_multiple_of(PAIRED);
@@ -85,7 +94,9 @@ impl PairedProduct<'_> {
             }
         }
     }
+}
 
+impl PairedProduct<'_> {
     /// `R` rows by all columns from `first` on, `C` weight rows at a time; returns `R`.
     #[inline(always)]
     unsafe fn stream<P: Pairs, const R: usize, const C: usize>(
@@ -109,7 +120,7 @@ impl PairedProduct<'_> {
         R
     }
 
-    /// The sums of `R` rows with `C` columns; `STREAM` asks the memory for what follows.
+    /// The sums of `R` rows with `C` columns.
     #[inline(always)]
     unsafe fn block<P: Pairs, const R: usize, const C: usize, const STREAM: bool>(
         &self,
@@ -117,29 +128,9 @@ impl PairedProduct<'_> {
         column: usize,
     ) -> [[P; C]; R] {
         unsafe {
-            let weights: [*const u16; C] =
-                std::array::from_fn(|c| self.weight.add((column + c) * self.length));
-            let rows: [*const u16; R] = std::array::from_fn(|r| self.rounded(row + r));
-            let mut sums = [[P::zero(); C]; R];
-            let whole = self.length / PAIRED * PAIRED;
-            let mut at = 0;
-            while at < whole {
-                if STREAM {
-                    for weight in weights {
-                        prefetch(weight.wrapping_add(at + AHEAD));
-                    }
-                }
-                let factors: [P::Elements; C] =
-                    std::array::from_fn(|c| P::load(weights[c].add(at)));
-                step(&mut sums, factors, rows, at);
-                at += PAIRED;
-            }
-            if at < self.length {
-                let factors: [P::Elements; C] =
-                    std::array::from_fn(|c| P::load_part(weights[c].add(at), self.length - at));
-                step(&mut sums, factors, rows, at);
-            }
-            sums
+            let rows = std::array::from_fn(|r| self.rounded(row + r));
+            let weights = std::array::from_fn(|c| self.weight.add((column + c) * self.length));
+            block::<P, R, C, STREAM>(rows, weights, self.length)
         }
     }
 
@@ -183,6 +174,36 @@ impl PairedProduct<'_> {
     }
 }
 
+/// The sums of the products of `R` rows, filled up to whole steps with zeros, with `C` rows of `length` elements.
+/// `STREAM` asks the memory for what follows the latter.
+#[inline(always)]
+pub(super) unsafe fn block<P: Pairs, const R: usize, const C: usize, const STREAM: bool>(
+    rows: [*const u16; R],
+    weights: [*const u16; C],
+    length: usize,
+) -> [[P; C]; R] {
+    unsafe {
+        let mut sums = [[P::zero(); C]; R];
+        let whole = length / PAIRED * PAIRED;
+        let mut at = 0;
+        while at < whole {
+            if STREAM {
+                for weight in weights {
+                    prefetch(weight.wrapping_add(at + AHEAD));
+                }
+            }
+            let factors = std::array::from_fn(|c| P::load(weights[c].add(at)));
+            step(&mut sums, factors, rows, at);
+            at += PAIRED;
+        }
+        if at < length {
+            let factors = std::array::from_fn(|c| P::load_part(weights[c].add(at), length - at));
+            step(&mut sums, factors, rows, at);
+        }
+        sums
+    }
+}
+
 /// Adds the products of one step of `R` rows and `C` columns.
 #[inline(always)]
 unsafe fn step<P: Pairs, const R: usize, const C: usize>(
@@ -215,7 +236,7 @@ fn prefetch(at: *const u16) {
 
 /// Rounds `length` values into `row`, and fills the rest of it with zeros.
 #[inline(always)]
-unsafe fn round<P: Pairs>(from: *const f32, length: usize, row: &mut [u16]) {
+pub(super) unsafe fn round<P: Pairs>(from: *const f32, length: usize, row: &mut [u16]) {
     let whole = length / LANES * LANES;
     let to = row.as_mut_ptr();
     unsafe {
@@ -232,22 +253,21 @@ unsafe fn round<P: Pairs>(from: *const f32, length: usize, row: &mut [u16]) {
 }
 
 impl Isa {
-    /// Runs a product with this instruction set.
+    /// Runs `kernel` with this instruction set's pairs.
     ///
     /// # Safety
-    /// `self` must come from [`Isa::available`] or [`Isa::best`]; the product's pointers must be valid for what it
-    /// names and its scratch long enough.
+    /// `self` must come from [`Isa::available`] or [`Isa::best`]; the kernel's own conditions must hold.
     #[inline]
-    pub(crate) unsafe fn run_paired(self, product: PairedProduct<'_>) {
+    pub(crate) unsafe fn run_paired<K: PairedKernel>(self, kernel: K) {
         unsafe {
             match self {
-                Self::Portable => product.run::<PortablePairs>(),
+                Self::Portable => kernel.run::<PortablePairs>(),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx2 => on_avx2(product),
+                Self::Avx2 => on_avx2(kernel),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512 => on_avx512(product),
+                Self::Avx512 => on_avx512(kernel),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512Bf16 => on_avx512_bf16(product),
+                Self::Avx512Bf16 => on_avx512_bf16(kernel),
             }
         }
     }
@@ -255,18 +275,18 @@ impl Isa {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn on_avx2(product: PairedProduct<'_>) {
-    unsafe { product.run::<Avx2Pairs>() }
+unsafe fn on_avx2<K: PairedKernel>(kernel: K) {
+    unsafe { kernel.run::<Avx2Pairs>() }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-unsafe fn on_avx512(product: PairedProduct<'_>) {
-    unsafe { product.run::<Avx512Pairs>() }
+unsafe fn on_avx512<K: PairedKernel>(kernel: K) {
+    unsafe { kernel.run::<Avx512Pairs>() }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-unsafe fn on_avx512_bf16(product: PairedProduct<'_>) {
-    unsafe { product.run::<Avx512Bf16Pairs>() }
+unsafe fn on_avx512_bf16<K: PairedKernel>(kernel: K) {
+    unsafe { kernel.run::<Avx512Bf16Pairs>() }
 }

@@ -3,6 +3,7 @@
 use engine_core::BlockId;
 use proptest::prelude::*;
 
+use super::attend::PairedAttend;
 use super::paired::PairedProduct;
 use super::*;
 
@@ -324,6 +325,81 @@ fn attend(
     out
 }
 
+fn attend_paired(
+    isa: Isa,
+    shape: &Attention,
+    cache: &[bf16],
+    blocks: &[BlockId],
+    latent: &[f32],
+    rotated: &[f32],
+) -> Vec<f32> {
+    let mut out = vec![f32::NAN; shape.heads * shape.latent];
+    // Whatever the last task left there must not matter.
+    let mut scratch = vec![0x7fc0; PairedAttend::scratch_length(shape.latent, shape.rope)];
+    let kernel = PairedAttend {
+        of: Attend {
+            cache: cache.as_ptr(),
+            blocks,
+            block_size: shape.block_size,
+            context: shape.context,
+            latent: shape.latent,
+            rope: shape.rope,
+            scale: shape.scale,
+            latent_queries: latent.as_ptr(),
+            rotated_queries: rotated.as_ptr(),
+            rotated_stride: shape.rope,
+            out: out.as_mut_ptr(),
+            heads: shape.heads,
+        },
+        scratch: &mut scratch,
+    };
+    // SAFETY: the cache holds all blocks; queries and output hold all heads.
+    unsafe { isa.run_paired(kernel) };
+    out
+}
+
+/// All heads' outputs in float64.
+fn exact_attention(
+    shape: &Attention,
+    cache: &[f32],
+    blocks: &[BlockId],
+    latent: &[f32],
+    rotated: &[f32],
+) -> Vec<f64> {
+    let width = shape.latent + shape.rope;
+    let row = |p: usize| {
+        let slot = blocks[p / shape.block_size].index() * shape.block_size + p % shape.block_size;
+        &cache[slot * width..(slot + 1) * width]
+    };
+    let mut out = Vec::new();
+    for head in 0..shape.heads {
+        let query: Vec<f32> = latent[head * shape.latent..(head + 1) * shape.latent]
+            .iter()
+            .chain(&rotated[head * shape.rope..(head + 1) * shape.rope])
+            .copied()
+            .collect();
+        let scores: Vec<f64> = (0..shape.context)
+            .map(|p| {
+                let dot: f64 = row(p)
+                    .iter()
+                    .zip(&query)
+                    .map(|(k, q)| f64::from(*k) * f64::from(*q))
+                    .sum();
+                dot * f64::from(shape.scale)
+            })
+            .collect();
+        let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let total: f64 = scores.iter().map(|score| (score - highest).exp()).sum();
+        out.extend((0..shape.latent).map(|at| {
+            let terms = scores.iter().enumerate();
+            terms
+                .map(|(p, score)| (score - highest).exp() / total * f64::from(row(p)[at]))
+                .sum::<f64>()
+        }));
+    }
+    out
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
@@ -340,33 +416,37 @@ proptest! {
         for isa in Isa::available() {
             prop_assert_eq!(&attend(isa, &shape, &cache, &blocks, &latent, &rotated), &found);
         }
-        for head in 0..shape.heads {
-            let row = |p: usize| {
-                let slot = blocks[p / shape.block_size].index() * shape.block_size + p % shape.block_size;
-                &cache[slot * width..(slot + 1) * width]
-            };
-            let query: Vec<f32> = latent[head * shape.latent..(head + 1) * shape.latent]
-                .iter()
-                .chain(&rotated[head * shape.rope..(head + 1) * shape.rope])
-                .copied()
-                .collect();
-            let scores: Vec<f64> = (0..shape.context)
-                .map(|p| {
-                    let dot: f64 = row(p).iter().zip(&query).map(|(k, q)| f64::from(*k) * f64::from(*q)).sum();
-                    dot * f64::from(shape.scale)
-                })
-                .collect();
-            let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let total: f64 = scores.iter().map(|score| (score - highest).exp()).sum();
-            for at in 0..shape.latent {
-                let exact: f64 = scores
-                    .iter()
-                    .enumerate()
-                    .map(|(p, score)| (score - highest).exp() / total * f64::from(row(p)[at]))
-                    .sum();
-                let value = f64::from(found[head * shape.latent + at]);
-                prop_assert!((value - exact).abs() < 2e-4, "{} {}", value, exact);
-            }
+        let exact = exact_attention(&shape, &cache, &blocks, &latent, &rotated);
+        for (value, exact) in found.iter().zip(exact) {
+            prop_assert!((f64::from(*value) - exact).abs() < 2e-4, "{} {}", value, exact);
         }
+    }
+
+    #[test]
+    fn paired_attention_is_the_same_softmax_of_rounded_values(shape in attention(), seed in 1u64..1000) {
+        let width = shape.latent + shape.rope;
+        let count = shape.context.div_ceil(shape.block_size);
+        let blocks: Vec<BlockId> = (0..count).map(|n| BlockId((count - n) as u32)).collect();
+        let round = |values: Vec<f32>| -> Vec<bf16> { values.into_iter().map(bf16::from_f32).collect() };
+        let widen = |values: &[bf16]| -> Vec<f32> { values.iter().map(|value| value.to_f32()).collect() };
+        let cache = round(noise(seed, (count + 1) * shape.block_size * width));
+        // Queries that are bfloat16 already, so that only the probabilities are rounded on the way.
+        let latent = widen(&round(noise(seed + 1, shape.heads * shape.latent)));
+        let rotated = widen(&round(noise(seed + 2, shape.heads * shape.rope)));
+        let found = attend_paired(Isa::Portable, &shape, &cache, &blocks, &latent, &rotated);
+        for isa in Isa::available() {
+            prop_assert_eq!(&attend_paired(isa, &shape, &cache, &blocks, &latent, &rotated), &found, "{:?}", isa);
+        }
+        let exact = exact_attention(&shape, &widen(&cache), &blocks, &latent, &rotated);
+        for (value, exact) in found.iter().zip(exact) {
+            // Probabilities have 2^-9 of relative error each, values are below one.
+            prop_assert!((f64::from(*value) - exact).abs() < 4e-3, "{} {}", value, exact);
+        }
+        // A head is the same alone and among others.
+        let last = shape.heads - 1;
+        let alone = Attention { heads: 1, ..shape.clone() };
+        let (latent, rotated) = (&latent[last * shape.latent..], &rotated[last * shape.rope..]);
+        let single = attend_paired(Isa::best(), &alone, &cache, &blocks, latent, rotated);
+        prop_assert_eq!(&single[..], &found[last * shape.latent..]);
     }
 }

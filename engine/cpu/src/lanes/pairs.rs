@@ -14,7 +14,9 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::LANES;
+#[cfg(target_arch = "x86_64")]
+use super::{Avx2, Avx512};
+use super::{LANES, Lanes, Portable};
 
 /// Elements of one step: a pair for each lane.
 pub(crate) const PAIRED: usize = 2 * LANES;
@@ -27,6 +29,8 @@ pub(crate) const PAIRED: usize = 2 * LANES;
 pub(crate) trait Pairs: Copy {
     /// [`PAIRED`] bfloat16 elements.
     type Elements: Copy;
+    /// Float32 lanes of the same instruction set.
+    type Wide: Lanes;
     /// All sums zero.
     unsafe fn zero() -> Self;
     /// Reads [`PAIRED`] elements.
@@ -37,6 +41,14 @@ pub(crate) trait Pairs: Copy {
     unsafe fn add_products(self, a: Self::Elements, b: Self::Elements) -> Self;
     /// The lanes.
     unsafe fn lanes(self) -> [f32; LANES];
+    /// `self * factor`.
+    unsafe fn scale(self, factor: f32) -> Self;
+    /// Reads [`LANES`] sums.
+    unsafe fn load_sums(from: *const f32) -> Self;
+    /// The same pair for every lane: the first element in the low half.
+    unsafe fn splat(pair: u32) -> Self::Elements;
+    /// The pairs `(a[i], b[i])` for the lower and the upper sixteen `i`.
+    unsafe fn interleave(a: Self::Elements, b: Self::Elements) -> [Self::Elements; 2];
     /// Rounds [`LANES`] values to the nearest bfloat16, ties to even; a NaN stays one.
     unsafe fn round(from: *const f32, to: *mut u16);
 
@@ -73,6 +85,7 @@ pub(crate) struct PortablePairs([f32; LANES]);
 // SAFETY (of every body): the caller guarantees the pointers; nothing else is unsafe here.
 impl Pairs for PortablePairs {
     type Elements = [u32; LANES];
+    type Wide = Portable;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -109,6 +122,29 @@ impl Pairs for PortablePairs {
     }
 
     #[inline(always)]
+    unsafe fn scale(self, factor: f32) -> Self {
+        Self(self.0.map(|sum| sum * factor))
+    }
+
+    #[inline(always)]
+    unsafe fn load_sums(from: *const f32) -> Self {
+        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn splat(pair: u32) -> Self::Elements {
+        [pair; LANES]
+    }
+
+    #[inline(always)]
+    unsafe fn interleave(a: Self::Elements, b: Self::Elements) -> [Self::Elements; 2] {
+        let element = |of: &[u32; LANES], at: usize| of[at / 2] >> (16 * (at % 2)) & 0xffff;
+        [0, LANES].map(|from| {
+            std::array::from_fn(|lane| element(&a, from + lane) | element(&b, from + lane) << 16)
+        })
+    }
+
+    #[inline(always)]
     unsafe fn round(from: *const f32, to: *mut u16) {
         for lane in 0..LANES {
             unsafe {
@@ -128,6 +164,7 @@ pub(crate) struct Avx2Pairs([__m256; 2]);
 #[cfg(target_arch = "x86_64")]
 impl Pairs for Avx2Pairs {
     type Elements = [__m256i; 2];
+    type Wide = Avx2;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -175,6 +212,41 @@ impl Pairs for Avx2Pairs {
             _mm256_storeu_ps(lanes.as_mut_ptr().add(LANES / 2), self.0[1]);
         }
         lanes
+    }
+
+    #[inline(always)]
+    unsafe fn scale(self, factor: f32) -> Self {
+        unsafe {
+            Self(
+                self.0
+                    .map(|sums| _mm256_mul_ps(sums, _mm256_set1_ps(factor))),
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_sums(from: *const f32) -> Self {
+        unsafe { Self([_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(LANES / 2))]) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(pair: u32) -> Self::Elements {
+        unsafe { [_mm256_set1_epi32(pair.cast_signed()); 2] }
+    }
+
+    #[inline(always)]
+    unsafe fn interleave(a: Self::Elements, b: Self::Elements) -> [Self::Elements; 2] {
+        unsafe {
+            std::array::from_fn(|half| {
+                // Unpacking works in 128-bit parts: elements 0-3 and 8-11, then 4-7 and 12-15.
+                let outer = _mm256_unpacklo_epi16(a[half], b[half]);
+                let inner = _mm256_unpackhi_epi16(a[half], b[half]);
+                [
+                    _mm256_permute2x128_si256::<0x20>(outer, inner),
+                    _mm256_permute2x128_si256::<0x31>(outer, inner),
+                ]
+            })
+        }
     }
 
     #[inline(always)]
@@ -265,6 +337,38 @@ unsafe fn load512(from: *const u16, count: usize) -> __m512i {
 
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
+unsafe fn as_bf16(pairs: __m512i) -> __m512bh {
+    // SAFETY: both are sixteen pairs of bfloat16 values.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(pairs) }
+}
+
+/// See [`Pairs::interleave`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn interleave512(a: __m512i, b: __m512i) -> [__m512i; 2] {
+    const ORDER: [[u16; PAIRED]; 2] = {
+        let mut order = [[0; PAIRED]; 2];
+        let mut at = 0;
+        while at < LANES {
+            // Indices from 32 on are those of the second operand.
+            order[0][2 * at] = at as u16;
+            order[0][2 * at + 1] = (at + PAIRED) as u16;
+            order[1][2 * at] = (at + LANES) as u16;
+            order[1][2 * at + 1] = (at + LANES + PAIRED) as u16;
+            at += 1;
+        }
+        order
+    };
+    unsafe {
+        ORDER.map(|order| {
+            let order = _mm512_loadu_si512(order.as_ptr().cast());
+            _mm512_permutex2var_epi16(a, order, b)
+        })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
 unsafe fn lanes512(sums: __m512) -> [f32; LANES] {
     let mut lanes = [0.0; LANES];
     unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sums) };
@@ -275,6 +379,7 @@ unsafe fn lanes512(sums: __m512) -> [f32; LANES] {
 #[cfg(target_arch = "x86_64")]
 impl Pairs for Avx512Pairs {
     type Elements = __m512i;
+    type Wide = Avx512;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -308,6 +413,26 @@ impl Pairs for Avx512Pairs {
     }
 
     #[inline(always)]
+    unsafe fn scale(self, factor: f32) -> Self {
+        unsafe { Self(_mm512_mul_ps(self.0, _mm512_set1_ps(factor))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_sums(from: *const f32) -> Self {
+        unsafe { Self(_mm512_loadu_ps(from)) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(pair: u32) -> Self::Elements {
+        unsafe { _mm512_set1_epi32(pair.cast_signed()) }
+    }
+
+    #[inline(always)]
+    unsafe fn interleave(a: Self::Elements, b: Self::Elements) -> [Self::Elements; 2] {
+        unsafe { interleave512(a, b) }
+    }
+
+    #[inline(always)]
     unsafe fn round(from: *const f32, to: *mut u16) {
         unsafe {
             let values = _mm512_loadu_ps(from);
@@ -338,6 +463,7 @@ impl Pairs for Avx512Pairs {
 #[cfg(target_arch = "x86_64")]
 impl Pairs for Avx512Bf16Pairs {
     type Elements = __m512bh;
+    type Wide = Avx512;
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -346,14 +472,12 @@ impl Pairs for Avx512Bf16Pairs {
 
     #[inline(always)]
     unsafe fn load(from: *const u16) -> Self::Elements {
-        // SAFETY: both are sixteen times two bfloat16 values.
-        unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.cast())) }
+        unsafe { as_bf16(_mm512_loadu_si512(from.cast())) }
     }
 
     #[inline(always)]
     unsafe fn load_part(from: *const u16, count: usize) -> Self::Elements {
-        // SAFETY: as for `load`.
-        unsafe { std::mem::transmute::<__m512i, __m512bh>(load512(from, count)) }
+        unsafe { as_bf16(load512(from, count)) }
     }
 
     #[inline(always)]
@@ -364,6 +488,30 @@ impl Pairs for Avx512Bf16Pairs {
     #[inline(always)]
     unsafe fn lanes(self) -> [f32; LANES] {
         unsafe { lanes512(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn scale(self, factor: f32) -> Self {
+        unsafe { Self(_mm512_mul_ps(self.0, _mm512_set1_ps(factor))) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_sums(from: *const f32) -> Self {
+        unsafe { Self(_mm512_loadu_ps(from)) }
+    }
+
+    #[inline(always)]
+    unsafe fn splat(pair: u32) -> Self::Elements {
+        unsafe { as_bf16(_mm512_set1_epi32(pair.cast_signed())) }
+    }
+
+    #[inline(always)]
+    unsafe fn interleave(a: Self::Elements, b: Self::Elements) -> [Self::Elements; 2] {
+        unsafe {
+            // SAFETY: both are sixteen pairs of bfloat16 values.
+            let [a, b] = std::mem::transmute::<[__m512bh; 2], [__m512i; 2]>([a, b]);
+            interleave512(a, b).map(|pairs| as_bf16(pairs))
+        }
     }
 
     #[inline(always)]
