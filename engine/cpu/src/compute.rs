@@ -14,10 +14,12 @@ use crate::kernels::{Isa, Kernel, Product, Rows};
 use crate::pool::{Pool, WorkerPanic};
 use crate::weights::{Matrix, Values};
 
-/// Weight rows of a tile: a sequential stream of some hundred kilobytes in large models.
-const COLUMN_TILE: usize = 32;
-/// Activation rows of a tile: they stay in the second-level cache while the weights pass.
-const ROW_TILE: usize = 32;
+/// Weight rows of a tile under few activation rows: a sequential stream of some hundred kilobytes in large models.
+const COLUMN_TILE_FEW: usize = 32;
+/// The same under many: rounding the activations of a tile is then a few hundredths of its work.
+const COLUMN_TILE_MANY: usize = 128;
+/// Activation rows of a tile: they stay in the first-level cache while the weights pass.
+const ROW_TILE: usize = 16;
 /// Multiply-adds below which a region is not worth a second thread: about ten microseconds.
 const ALONE_WORK_MAX: usize = 128 * 1024;
 
@@ -118,9 +120,17 @@ impl<'a> Job<'a> {
 }
 
 impl Job<'_> {
+    fn column_tile(&self) -> usize {
+        if self.count < ROW_TILE {
+            COLUMN_TILE_FEW
+        } else {
+            COLUMN_TILE_MANY
+        }
+    }
+
     fn tiles(&self) -> (usize, usize) {
         (
-            self.columns.div_ceil(COLUMN_TILE),
+            self.columns.div_ceil(self.column_tile()),
             self.count.div_ceil(ROW_TILE),
         )
     }
@@ -249,9 +259,10 @@ impl Compute {
                     continue;
                 }
                 let (columns, _) = job.tiles();
-                let column = tile % columns * COLUMN_TILE;
+                let width = job.column_tile();
+                let column = tile % columns * width;
                 let row = tile / columns * ROW_TILE;
-                let columns = column..job.columns.min(column + COLUMN_TILE);
+                let columns = column..job.columns.min(column + width);
                 let rows = row..job.count.min(row + ROW_TILE);
                 // SAFETY: the caller's promise, and each tile of a job is visited once.
                 unsafe { job.run(isa, columns, rows) }

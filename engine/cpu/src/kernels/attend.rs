@@ -12,7 +12,7 @@
 
 use half::bf16;
 
-use super::paired::{PairedKernel, block, round};
+use super::paired::{AHEAD, PairedKernel, block, round};
 use super::{Attend, CHUNK, GROUP, fold};
 use crate::lanes::{LANES, PAIRED, Pairs};
 
@@ -133,7 +133,7 @@ impl PairedAttend<'_> {
             unsafe {
                 // Rows beyond the count repeat the last one; their scores are dropped.
                 let four = std::array::from_fn(|offset| rows[at + offset]);
-                let sums = block::<P, H, WIDE, true>(queries, four, width);
+                let sums = block::<P, H, WIDE, true>(queries, four, width, AHEAD);
                 let products = totals::<P, H, WIDE>(sums);
                 for offset in 0..WIDE.min(count - at) {
                     for head in 0..H {
