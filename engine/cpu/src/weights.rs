@@ -93,8 +93,9 @@ impl Weights {
         };
         let mut absorbed: Vec<Option<&LatentAttention>> = vec![None; model.tensors.len()];
         for layer in &model.layers {
-            let Attention::Latent(attention) = &layer.attention;
-            absorbed[attention.kv_up.index()] = Some(attention);
+            if let Attention::Latent(attention) = &layer.attention {
+                absorbed[attention.kv_up.index()] = Some(attention);
+            }
         }
         progress.begin(checkpoint.expected_bytes());
         let slots: Vec<OnceLock<Weight>> = model.tensors.iter().map(|_| OnceLock::new()).collect();

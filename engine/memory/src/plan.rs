@@ -3,7 +3,7 @@
 use std::fmt;
 
 use engine_spec::engine_config::MAX_MODEL_LEN_DEFAULT;
-use engine_spec::{Device, Dtype, EngineConfig, ModelConfig, Parallelism};
+use engine_spec::{AttentionConfig, Device, Dtype, EngineConfig, ModelConfig, Parallelism};
 use serde::{Deserialize, Serialize};
 
 use crate::misfit::{Misfit, Nearest};
@@ -194,11 +194,18 @@ fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest) -> RankBytes {
     }
 }
 
-/// Bytes of one cached token on the fullest rank: the latent and the rotated key of each layer.
+/// Bytes of one cached token on the fullest rank: of each layer the latent and the rotated key, or the
+/// keys and values of the rank's heads.
 fn kv_bytes_per_token(config: &ModelConfig, request: &MemoryRequest) -> u64 {
     let dtype = resident_dtype(request.dtype, config, request.device);
-    let layers = u64::from(config.layers.div_ceil(request.parallelism.pipeline));
-    layers * u64::from(config.attention.cached_width()) * dtype.kv_bytes()
+    let Parallelism {
+        tensor, pipeline, ..
+    } = request.parallelism;
+    let width = match &config.attention {
+        AttentionConfig::Latent(mla) => mla.cached_width(),
+        AttentionConfig::Grouped(gqa) => 2 * gqa.kv_heads_per_rank(tensor) * gqa.head_dim,
+    };
+    u64::from(config.layers.div_ceil(pipeline)) * u64::from(width) * dtype.kv_bytes()
 }
 
 fn check_parallelism(config: &ModelConfig, parallelism: Parallelism) -> Result<(), Misfit> {
@@ -214,13 +221,23 @@ fn check_parallelism(config: &ModelConfig, parallelism: Parallelism) -> Result<(
             reason,
         })
     };
-    let heads = config.attention.heads;
+    let heads = config.attention.heads();
     if tensor == 0 || !heads.is_multiple_of(tensor) {
         return indivisible(
             "tensor",
             tensor,
             format!("must divide the model's {heads} heads"),
         );
+    }
+    if let AttentionConfig::Grouped(gqa) = &config.attention
+        && !gqa.kv_heads.is_multiple_of(tensor)
+        && !tensor.is_multiple_of(gqa.kv_heads)
+    {
+        let reason = format!(
+            "must divide the model's {} key-value heads or be a multiple of them",
+            gqa.kv_heads
+        );
+        return indivisible("tensor", tensor, reason);
     }
     let experts = config.moe.as_ref().map_or(1, |moe| moe.routed_experts);
     if expert == 0 || !experts.is_multiple_of(expert) {
@@ -281,7 +298,7 @@ fn nearest(
             })
         });
     let tensor = std::iter::successors(Some(request.parallelism.tensor * 2), |n| Some(n * 2))
-        .take_while(|n| *n <= config.attention.heads.min(64))
+        .take_while(|n| *n <= config.attention.heads().min(64))
         .find(|n| {
             let expert = if request.parallelism.expert > 1 {
                 *n

@@ -1,6 +1,9 @@
 //! The numbers are those of `deepseek-ai` model cards and README_WEIGHTS, not of this code.
 
+use serde_json::Map;
+
 use super::*;
+use crate::model_config::AttentionConfig;
 
 /// DeepSeek-R1's published config, cosmetic fields left out.
 const R1: &str = r#"{"architectures":["DeepseekV3ForCausalLM"],"attention_bias":false,"bos_token_id":0,
@@ -46,7 +49,10 @@ fn yarn_scales_are_those_of_the_reference() {
     let scaling = r1.rope_scaling.as_ref().unwrap();
     assert!((scaling.softmax_multiplier() - 1.873_854).abs() < 1e-6);
     assert_eq!(scaling.cos_sin_multiplier(), 1.0);
-    let scale = scaling.softmax_multiplier() / f64::from(r1.attention.qk_head_dim()).sqrt();
+    let AttentionConfig::Latent(mla) = &r1.attention else {
+        panic!("R1 has latent attention");
+    };
+    let scale = scaling.softmax_multiplier() / f64::from(mla.qk_head_dim()).sqrt();
     assert!((scale - 0.135_233_8).abs() < 1e-7);
 }
 
