@@ -34,7 +34,8 @@ fn allocations_are_those_of_the_memory_plan() {
             // which the joined one needs a single row.
             let logits = request.max_num_seqs * config.vocab_size;
             let shared = config.moe.as_ref().map_or(1, |moe| moe.shared_experts);
-            let joined = (shared - 1) * config.hidden_size * request.max_num_batched_tokens;
+            let joined =
+                shared.saturating_sub(1) * config.hidden_size * request.max_num_batched_tokens;
             let elsewhere = u64::from(logits + joined) * 4;
             assert_eq!(
                 held.workspace + elsewhere,
@@ -78,15 +79,17 @@ fn a_batch_that_breaks_the_contract_is_refused_and_harms_nothing() {
 
 #[test]
 fn only_the_wanted_rows_are_computed() {
-    let mut executor = load(&folder("v2-lite"), limits(ResidentDtype::Bfloat16));
-    let alone = prefill(&mut executor, &[9, 8]);
-    let mut silent = entry(2, &[3, 4, 5], 0, &[10]);
-    silent.wants_logits = false;
-    let entries = vec![silent, entry(1, &[9, 8], 0, &[0])];
-    let mut logits = Logits::default();
-    executor.execute(&Batch { entries }, &mut logits).unwrap();
-    assert_eq!(logits.rows(), 1);
-    assert_eq!(logits.row(0), alone);
-    executor.execute(&Batch::default(), &mut logits).unwrap();
-    assert_eq!(logits.rows(), 0);
+    for model in ["v2-lite", "qwen3-moe"] {
+        let mut executor = load(&folder(model), limits(ResidentDtype::Bfloat16));
+        let alone = prefill(&mut executor, &[9, 8]);
+        let mut silent = entry(2, &[3, 4, 5], 0, &[10]);
+        silent.wants_logits = false;
+        let entries = vec![silent, entry(1, &[9, 8], 0, &[0])];
+        let mut logits = Logits::default();
+        executor.execute(&Batch { entries }, &mut logits).unwrap();
+        assert_eq!(logits.rows(), 1);
+        assert_eq!(logits.row(0), alone);
+        executor.execute(&Batch::default(), &mut logits).unwrap();
+        assert_eq!(logits.rows(), 0);
+    }
 }
