@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine_spec::{Device, Dtype};
 
-/// Serves DeepSeek-family models over the OpenAI API.
+/// Serves models of the DeepSeek, Qwen and Llama families over the OpenAI API.
 #[derive(Debug, Parser)]
 #[command(name = "engine", version, max_term_width = 100)]
 pub struct Cli {

@@ -18,7 +18,7 @@ pub enum Architecture {
     DeepseekV3,
     /// Qwen2 and Qwen2.5, with the R1 distills made of them.
     Qwen2,
-    /// Llama 2 and 3, with the R1 distills made of them.
+    /// Llama 3 and checkpoints of its shape, with the R1 distills made of them.
     Llama,
     /// Qwen3, dense.
     Qwen3,
