@@ -217,6 +217,34 @@ fn inspect_reports_facts_and_plan_prints_bytes() {
 }
 
 #[test]
+fn a_config_alone_is_served_with_random_weights_of_its_seed() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = json!({"model_type": "qwen3_moe", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "rope_theta": 10000.0});
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let answer = |seed: &str| {
+        let path = dir.path().to_str().unwrap();
+        let engine = Engine::start(&[
+            "--model",
+            path,
+            "--served-model-name",
+            "m",
+            "--load-format",
+            "dummy",
+            "--seed",
+            seed,
+        ]);
+        let from_ids = engine.complete(&json!([104, 105]), 64);
+        assert_eq!(engine.complete(&"hi".into(), 64), from_ids);
+        from_ids
+    };
+    let first = answer("1");
+    assert_eq!(answer("1"), first);
+    assert_ne!(answer("2"), first);
+}
+
+#[test]
 fn a_family_that_is_not_served_is_refused_with_those_that_are() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("config.json"), r#"{"model_type": "mamba"}"#).unwrap();

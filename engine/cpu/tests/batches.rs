@@ -3,8 +3,8 @@
 mod support;
 
 use engine_core::{Batch, ExecuteError, Executor, Logits};
-use engine_cpu::CpuLimits;
-use engine_load::read_config;
+use engine_cpu::{CpuExecutor, CpuLimits};
+use engine_load::{Progress, read_config};
 use engine_memory::{MemoryRequest, ResidentDtype, memory_plan};
 use engine_spec::{Device, Dtype, Parallelism};
 use support::{MODELS, entry, folder, limits, load, prefill};
@@ -43,6 +43,30 @@ fn allocations_are_those_of_the_memory_plan() {
                 "{model} workspace"
             );
         }
+    }
+}
+
+#[test]
+fn random_weights_run_any_config_and_their_seed_names_them() {
+    for model in MODELS {
+        let config = read_config(&folder(model)).unwrap();
+        let run = |seed, threads| {
+            let mut limits = limits(ResidentDtype::Bfloat16);
+            limits.threads = threads;
+            let progress = Progress::default();
+            let mut executor = CpuExecutor::dummy(&config, seed, limits, &progress).unwrap();
+            assert_eq!(progress.done(), progress.total());
+            let dir_held = load(&folder(model), limits).allocated_bytes();
+            assert_eq!(executor.allocated_bytes(), dir_held, "{model}");
+            prefill(&mut executor, &[3, 1, 4, 1, 5])
+        };
+        let row = run(1, 1);
+        assert_eq!(run(1, 2), row, "{model}");
+        assert_ne!(run(2, 1), row, "{model}");
+        let largest = row
+            .iter()
+            .fold(0f32, |largest, value| largest.max(value.abs()));
+        assert!((0.1..50.0).contains(&largest), "{model}: {largest}");
     }
 }
 
