@@ -108,7 +108,7 @@ MODELS = {
         published=NO_WINDOW),
     "llama": dict(
         family="llama", seed=18, stored="bf16", shards=1, config="transformers",
-        fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=20, rms_norm_eps=1e-5,
+        fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=36, rms_norm_eps=1e-5,
                     tie_word_embeddings=False, rope_parameters=llama3(8.0, 32)),
         published=dict(attention_bias=False, mlp_bias=False)),
     "llama-tied": dict(
@@ -118,7 +118,7 @@ MODELS = {
         published=dict(attention_bias=False, mlp_bias=False)),
     "qwen3": dict(
         family="qwen3", seed=20, stored="bf16", shards=1, config="published",
-        fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=1, head_dim=34,
+        fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=18, num_key_value_heads=1, head_dim=10,
                     tie_word_embeddings=True, rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0,
                                                                    original_max_position_embeddings=32)),
         published=dict(NO_WINDOW, attention_bias=False)),
