@@ -77,7 +77,10 @@ impl RankBytes {
             workspace_bytes,
             runtime_bytes,
         } = self;
-        weights_bytes + kv_bytes + workspace_bytes + runtime_bytes
+        // A cache of absurd size may fill a u64 by itself.
+        [*kv_bytes, *workspace_bytes, *runtime_bytes]
+            .into_iter()
+            .fold(*weights_bytes, u64::saturating_add)
     }
 }
 
@@ -150,7 +153,7 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
             let left = capacity.saturating_sub(fixed.total());
             let blocks = (left / block_bytes).min(blocks_wanted);
             if blocks < blocks_per_sequence {
-                let kv_bytes = blocks_per_sequence * block_bytes;
+                let kv_bytes = blocks_per_sequence.saturating_mul(block_bytes);
                 return Err(does_not_fit(config, request, fixed, kv_bytes, capacity));
             }
             blocks
@@ -159,7 +162,7 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
     let kv_blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
     Ok(MemoryPlan {
         per_rank: RankBytes {
-            kv_bytes: u64::from(kv_blocks) * block_bytes,
+            kv_bytes: u64::from(kv_blocks).saturating_mul(block_bytes),
             ..fixed
         },
         ranks: request.parallelism.ranks(),
@@ -263,7 +266,7 @@ fn does_not_fit(
     capacity_bytes: u64,
 ) -> Misfit {
     Misfit::DoesNotFit {
-        needed_bytes: fixed.total() + kv_bytes,
+        needed_bytes: fixed.total().saturating_add(kv_bytes),
         capacity_bytes,
         weights_bytes: fixed.weights_bytes,
         kv_bytes,

@@ -230,3 +230,31 @@ fn a_dense_width_that_no_layer_has_takes_no_workspace() {
     }
     assert!(workspace(&config) > before);
 }
+
+/// The largest config and request that are let in.
+#[test]
+fn the_plan_of_an_absurd_model_is_a_number_and_no_panic() {
+    let mut config = llama_8b();
+    config.layers = 1024;
+    config.max_positions = 1 << 24;
+    config.attention = engine_spec::AttentionConfig::Grouped(engine_spec::GqaConfig {
+        heads: 4096,
+        kv_heads: 4096,
+        head_dim: 256,
+        qkv_bias: true,
+        qk_norm: true,
+    });
+    let mut request = MemoryRequest {
+        dtype: Dtype::Float32,
+        max_model_len: Some(1 << 24),
+        max_num_seqs: 4096,
+        block_size: 1024,
+        max_num_batched_tokens: 1 << 20,
+        ..on_gpus(1, None)
+    };
+    let plan = memory_plan(&config, &request).unwrap();
+    assert_eq!(plan.total_bytes(), u64::MAX);
+    request.capacity_bytes = Some(80 * GIB);
+    let text = memory_plan(&config, &request).unwrap_err().to_string();
+    assert!(text.contains("no setting makes it fit"), "{text}");
+}

@@ -11,6 +11,10 @@ const LAYERS_MAX: u32 = 1024;
 const POSITIONS_MAX: u32 = 1 << 24;
 const HEADS_MAX: u32 = 4096;
 const HEAD_WIDTH_MAX: u32 = 4096;
+/// Experts of one token; published models use up to 22.
+const CHOSEN_EXPERTS_MAX: u32 = 1024;
+/// Parameters of all routed experts: a thousand times the largest published model's.
+const ROUTED_PARAMETERS_MAX: u128 = 1 << 50;
 /// Keeps a model's facts within a pod's termination message.
 const DENSE_LAYERS_MAX: usize = 256;
 
@@ -57,6 +61,18 @@ fn even(field: &'static str, value: u32) -> Result<(), ConfigError> {
     Err(ConfigError::invalid(field, value, expected))
 }
 
+/// The width of all heads together.
+fn joined(heads: u32, width: u32) -> Result<(), ConfigError> {
+    if heads * width <= SIZE_MAX {
+        return Ok(());
+    }
+    let expected = format!(
+        "heads of width {width} must be at most {} in number",
+        SIZE_MAX / width
+    );
+    Err(ConfigError::invalid("num_attention_heads", heads, expected))
+}
+
 fn check_attention(attention: &AttentionConfig) -> Result<(), ConfigError> {
     within("num_attention_heads", attention.heads(), HEADS_MAX)?;
     match attention {
@@ -68,12 +84,14 @@ fn check_attention(attention: &AttentionConfig) -> Result<(), ConfigError> {
             within("qk_nope_head_dim", mla.qk_nope_head_dim, HEAD_WIDTH_MAX)?;
             within("qk_rope_head_dim", mla.qk_rope_head_dim, HEAD_WIDTH_MAX)?;
             within("v_head_dim", mla.v_head_dim, HEAD_WIDTH_MAX)?;
-            even("qk_rope_head_dim", mla.qk_rope_head_dim)
+            even("qk_rope_head_dim", mla.qk_rope_head_dim)?;
+            joined(mla.heads, mla.qk_head_dim().max(mla.v_head_dim))
         }
         AttentionConfig::Grouped(gqa) => {
             within("num_key_value_heads", gqa.kv_heads, HEADS_MAX)?;
             within("head_dim", gqa.head_dim, HEAD_WIDTH_MAX)?;
             even("head_dim", gqa.head_dim)?;
+            joined(gqa.heads, gqa.head_dim)?;
             if gqa.heads.is_multiple_of(gqa.kv_heads) {
                 return Ok(());
             }
@@ -163,9 +181,28 @@ fn check_moe(c: &ModelConfig, moe: &MoeConfig) -> Result<(), ConfigError> {
         "num_experts_per_tok",
         moe.experts_per_token,
         1,
-        moe.routed_experts,
+        moe.routed_experts.min(CHOSEN_EXPERTS_MAX),
     )?;
     range("moe_intermediate_size", moe.intermediate_size, 1, SIZE_MAX)?;
+    let routed: u128 = [
+        c.layers,
+        moe.routed_experts,
+        3,
+        c.hidden_size,
+        moe.intermediate_size,
+    ]
+    .into_iter()
+    .map(u128::from)
+    .product();
+    if routed > ROUTED_PARAMETERS_MAX {
+        return Err(ConfigError::invalid(
+            experts,
+            moe.routed_experts,
+            format!(
+                "the experts would have {routed} parameters; at most {ROUTED_PARAMETERS_MAX} are served"
+            ),
+        ));
+    }
     range(frequency, moe.layer_frequency, 1, LAYERS_MAX)?;
     if moe.dense_layers.len() > DENSE_LAYERS_MAX {
         return Err(ConfigError::invalid(

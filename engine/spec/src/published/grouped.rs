@@ -188,4 +188,4 @@ fn moe(f: &Fields<'_>) -> Result<Option<MoeConfig>, ConfigError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

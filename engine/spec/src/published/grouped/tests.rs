@@ -51,6 +51,17 @@ fn qwen3_30b_a3b() -> Value {
     config
 }
 
+/// A published config of each family.
+pub(in super::super) fn published() -> [String; 4] {
+    [
+        qwen2(3584, 18_944, 28, 4, 152_064, false),
+        llama_8b(),
+        qwen3(1024, 3072, 28, 16, true),
+        qwen3_30b_a3b(),
+    ]
+    .map(|config| config.to_string())
+}
+
 fn read(config: &Value) -> ModelConfig {
     ModelConfig::from_hf_json(&config.to_string()).unwrap()
 }
@@ -235,6 +246,10 @@ fn fp8_files_keep_norms_biases_and_gates_wide() {
 fn what_is_not_served_is_named_with_a_way_out() {
     let mut windowed = qwen3_30b_a3b();
     windowed["sliding_window"] = 4096.into();
+    let mut crowded = qwen3_30b_a3b();
+    crowded["num_experts"] = 65_536.into();
+    let mut many_headed = llama_8b();
+    many_headed["num_attention_heads"] = 512.into();
     let cases = [
         (
             windowed,
