@@ -14,6 +14,8 @@ use engine_server::{LoadFailure, Loaded, StartupHandle};
 use engine_spec::{Device, EngineConfig, ModelConfig, StartupPhase};
 use engine_text::{Text, TextFiles};
 
+use crate::dummy;
+
 fn failure(reason: &str, message: impl Into<String>) -> LoadFailure {
     LoadFailure {
         reason: reason.to_owned(),
@@ -26,10 +28,20 @@ fn from_load_error(error: &LoadError) -> LoadFailure {
     failure(reason, error.chain())
 }
 
+/// Where the weights come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Weights {
+    /// The model's files.
+    Files,
+    /// Random numbers of a seed.
+    Random(u64),
+}
+
 /// Loads what `config` names; runs on the engine's thread.
 pub fn load(
     config: &EngineConfig,
     cache_dir: PathBuf,
+    weights: Weights,
     startup: &StartupHandle,
 ) -> Result<Loaded, LoadFailure> {
     if config.device == Device::Nvidia {
@@ -40,10 +52,10 @@ pub fn load(
     }
     let fetched = Arc::new(Progress::default());
     startup.enter(StartupPhase::Fetching, bytes_of(&fetched));
-    let settings = FetchSettings::from_lookup(cache_dir, |name| std::env::var(name).ok());
-    let revision = config.model.revision.as_deref();
-    let directory = engine_load::resolve(&config.model.source, revision, &settings, &fetched)
-        .map_err(|error| from_load_error(&error))?;
+    let directory = match weights {
+        Weights::Files => fetch(config, cache_dir, &fetched)?,
+        Weights::Random(_) => dummy::directory(config)?,
+    };
     let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
     let plan = plan(config, &model)?;
     tracing::info!(
@@ -54,13 +66,28 @@ pub fn load(
         max_model_len = plan.max_model_len,
         "memory planned"
     );
-    let text = read_text(&directory)?;
+    let text = read_text(&directory, |directory| match weights {
+        Weights::Files => {
+            let message = format!(
+                "{} has no tokenizer.json; a model needs one to be served",
+                directory.display()
+            );
+            Err(failure("ModelConfigInvalid", message))
+        }
+        Weights::Random(_) => dummy::tokenizer(&model),
+    })?;
     let loaded = Arc::new(Progress::default());
     startup.enter(StartupPhase::Loading, bytes_of(&loaded));
     let limits = CpuLimits::from_plan(&plan, config.max_num_seqs, config.max_num_batched_tokens);
     tracing::info!(threads = limits.threads, isa = ?limits.isa, resident = ?limits.resident, "loading");
-    let executor = CpuExecutor::load(&directory, &model, limits, &loaded)
-        .map_err(|error| from_load_error(&error))?;
+    let executor = match weights {
+        Weights::Files => CpuExecutor::load(&directory, &model, limits, &loaded),
+        Weights::Random(seed) => {
+            tracing::warn!(seed, "the weights are random: answers mean nothing");
+            CpuExecutor::dummy(&model, seed, limits, &loaded)
+        }
+    }
+    .map_err(|error| from_load_error(&error))?;
     let limits = Limits {
         vocabulary: executor.vocabulary(),
         max_model_len: plan.max_model_len as usize,
@@ -75,6 +102,17 @@ pub fn load(
         text,
         limits,
     })
+}
+
+fn fetch(
+    config: &EngineConfig,
+    cache_dir: PathBuf,
+    fetched: &Progress,
+) -> Result<PathBuf, LoadFailure> {
+    let settings = FetchSettings::from_lookup(cache_dir, |name| std::env::var(name).ok());
+    let revision = config.model.revision.as_deref();
+    engine_load::resolve(&config.model.source, revision, &settings, fetched)
+        .map_err(|error| from_load_error(&error))
 }
 
 fn bytes_of(progress: &Arc<Progress>) -> impl Fn() -> (u64, u64) + Send + Sync + 'static {
@@ -116,7 +154,11 @@ fn available_bytes() -> Option<u64> {
     group.into_iter().chain(machine).min()
 }
 
-fn read_text(directory: &Path) -> Result<Text, LoadFailure> {
+/// The text side of a model; `absent` stands in for a tokenizer.json that is not there.
+fn read_text(
+    directory: &Path,
+    absent: impl FnOnce(&Path) -> Result<String, LoadFailure>,
+) -> Result<Text, LoadFailure> {
     let optional = |name: &str| -> Result<Option<String>, LoadFailure> {
         let path = directory.join(name);
         match std::fs::read_to_string(&path) {
@@ -128,13 +170,10 @@ fn read_text(directory: &Path) -> Result<Text, LoadFailure> {
             }
         }
     };
-    let tokenizer = optional("tokenizer.json")?.ok_or_else(|| {
-        let message = format!(
-            "{} has no tokenizer.json; a model needs one to be served",
-            directory.display()
-        );
-        failure("ModelConfigInvalid", message)
-    })?;
+    let tokenizer = match optional("tokenizer.json")? {
+        Some(tokenizer) => tokenizer,
+        None => absent(directory)?,
+    };
     let files = TextFiles {
         tokenizer: tokenizer.into_bytes(),
         tokenizer_config: optional("tokenizer_config.json")?,

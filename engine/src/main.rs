@@ -4,6 +4,7 @@
 
 mod cli;
 mod configure;
+mod dummy;
 mod inspect;
 mod load;
 mod plan;

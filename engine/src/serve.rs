@@ -7,7 +7,8 @@ use engine_server::{LoadFailure, Loader, ServerOptions, StartupHandle, serve};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli::ServeArguments;
+use crate::cli::{LoadFormat, ServeArguments};
+use crate::load::Weights;
 use crate::{configure, load, telemetry};
 
 /// Threads for HTTP; the backend has its own.
@@ -39,8 +40,12 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
         options.drain_timeout = Duration::from_secs(config.drain_timeout_seconds.into());
         options.failure_linger = Duration::from_secs(arguments.failure_linger_seconds.into());
         let cache_dir = arguments.engine.cache_dir.clone();
+        let weights = match arguments.load_format {
+            LoadFormat::Auto => Weights::Files,
+            LoadFormat::Dummy => Weights::Random(arguments.seed),
+        };
         let loader: Loader = Box::new(move |startup: &StartupHandle| -> Result<_, LoadFailure> {
-            load::load(&config, cache_dir, startup)
+            load::load(&config, cache_dir, weights, startup)
         });
         let shutdown = async move {
             tokio::select! {
