@@ -555,13 +555,15 @@ unsafe fn fold<L: Lanes>(
     total: &mut f32,
 ) -> f32 {
     unsafe {
-        let mut highest = *maximum;
-        for &score in scores.iter().take(count) {
-            // A NaN fails every comparison and would vanish: keep it, so that it reaches the logits and is noticed.
-            if score > highest || score.is_nan() {
-                highest = score;
-            }
+        let mut lanes = L::splat(*maximum);
+        for part in 0..CHUNK / LANES {
+            // Unused positions are minus infinity.
+            lanes = lanes.max(L::load(scores.as_ptr().add(part * LANES)));
         }
+        let mut parts = [0.0f32; LANES];
+        lanes.store(parts.as_mut_ptr());
+        // A NaN is never the larger one here; its own exponential stays NaN, so it reaches the logits all the same.
+        let highest = parts.into_iter().fold(*maximum, f32::max);
         let mut before = [0.0f32; LANES];
         exp(L::splat(*maximum - highest)).store(before.as_mut_ptr());
         let rescale = if *maximum == f32::NEG_INFINITY {

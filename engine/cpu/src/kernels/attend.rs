@@ -193,8 +193,8 @@ unsafe fn add_values<P: Pairs, const H: usize>(
         for position in (0..count).step_by(2) {
             let values = P::interleave(load(rows[position]), load(rows[position + 1]));
             for head in 0..H {
-                let [a, b] = [0, 1].map(|offset| u32::from(weights[head][position + offset]));
-                let weight = P::splat(a | b << 16);
+                let [a, b] = [weights[head][position], weights[head][position + 1]];
+                let weight = P::splat(u32::from(a) | u32::from(b) << 16);
                 for half in 0..2 {
                     sums[head][half] = sums[head][half].add_products(values[half], weight);
                 }

@@ -76,13 +76,16 @@ impl PairedKernel for PairedProduct<'_> {
         unsafe {
             for column in (self.columns.start..whole).step_by(TILE) {
                 for row in (0..tiled).step_by(TILE) {
-                    let sums = if row == 0 {
+                    // The sums stay in registers only if each branch uses its own.
+                    if row == 0 {
                         // Meanwhile the next four weight rows come in.
-                        self.block::<P, TILE, TILE, true>(row, column, TILE * self.length)
+                        let ahead = TILE * self.length;
+                        let sums = self.block::<P, TILE, TILE, true>(row, column, ahead);
+                        self.put(row, column, sums);
                     } else {
-                        self.block::<P, TILE, TILE, false>(row, column, 0)
-                    };
-                    self.put::<P, TILE, TILE>(row, column, sums);
+                        let sums = self.block::<P, TILE, TILE, false>(row, column, 0);
+                        self.put(row, column, sums);
+                    }
                 }
             }
             for row in (0..tiled).step_by(TILE) {
@@ -113,12 +116,12 @@ impl PairedProduct<'_> {
         unsafe {
             while column + C <= self.columns.end {
                 let sums = self.block::<P, R, C, true>(row, column, AHEAD);
-                self.put::<P, R, C>(row, column, sums);
+                self.put(row, column, sums);
                 column += C;
             }
             while column < self.columns.end {
                 let sums = self.block::<P, R, 1, true>(row, column, AHEAD);
-                self.put::<P, R, 1>(row, column, sums);
+                self.put(row, column, sums);
                 column += 1;
             }
         }

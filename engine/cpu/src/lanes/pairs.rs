@@ -360,10 +360,13 @@ unsafe fn interleave512(a: __m512i, b: __m512i) -> [__m512i; 2] {
         order
     };
     unsafe {
-        ORDER.map(|order| {
-            let order = _mm512_loadu_si512(order.as_ptr().cast());
-            _mm512_permutex2var_epi16(a, order, b)
-        })
+        let [lower, upper] = &ORDER;
+        let lower = _mm512_loadu_si512(lower.as_ptr().cast());
+        let upper = _mm512_loadu_si512(upper.as_ptr().cast());
+        [
+            _mm512_permutex2var_epi16(a, lower, b),
+            _mm512_permutex2var_epi16(a, upper, b),
+        ]
     }
 }
 
@@ -510,7 +513,8 @@ impl Pairs for Avx512Bf16Pairs {
         unsafe {
             // SAFETY: both are sixteen pairs of bfloat16 values.
             let [a, b] = std::mem::transmute::<[__m512bh; 2], [__m512i; 2]>([a, b]);
-            interleave512(a, b).map(|pairs| as_bf16(pairs))
+            let [lower, upper] = interleave512(a, b);
+            [as_bf16(lower), as_bf16(upper)]
         }
     }
 
