@@ -152,7 +152,7 @@ pub(crate) fn measure(
     let mut decode = 0.0;
     for sequences in BATCHES {
         let seconds = loaded.decode(sequences, CONTEXT)?;
-        let name = format!("decode of {sequences} sequences, bfloat16, context {CONTEXT}");
+        let name = format!("decode of a batch of {sequences}, bfloat16, context {CONTEXT}");
         report.push(Row::plain(&name, sequences as f64 / seconds, "tokens/s"));
         if sequences == 1 {
             decode = 1.0 / seconds;
