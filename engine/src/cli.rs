@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine_spec::{Device, Dtype};
+use engine_text::ToolCallParser;
 
 /// Serves DeepSeek-family models over the OpenAI API.
 #[derive(Debug, Parser)]
@@ -89,6 +90,14 @@ pub struct ServeArguments {
     /// Seconds that a failed engine keeps answering probes, so that someone can read why
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub failure_linger_seconds: u32,
+    /// How the model writes calls of tools: auto, deepseek_v3, deepseek_v31, hermes, llama3_json or none
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        env = "ENGINE_TOOL_CALL_PARSER",
+        default_value = "auto"
+    )]
+    pub tool_call_parser: ToolCallParser,
     /// Form of the log
     #[arg(long, value_enum, env = "ENGINE_LOG_FORMAT", default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

@@ -38,9 +38,12 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
         options.version = env!("CARGO_PKG_VERSION").to_owned();
         options.drain_timeout = Duration::from_secs(config.drain_timeout_seconds.into());
         options.failure_linger = Duration::from_secs(arguments.failure_linger_seconds.into());
+        let tool_call_parser = arguments.tool_call_parser;
         let cache_dir = arguments.engine.cache_dir.clone();
         let loader: Loader = Box::new(move |startup: &StartupHandle| -> Result<_, LoadFailure> {
-            load::load(&config, cache_dir, startup)
+            let mut loaded = load::load(&config, cache_dir, startup)?;
+            loaded.text.set_tool_call_parser(tool_call_parser);
+            Ok(loaded)
         });
         let shutdown = async move {
             tokio::select! {

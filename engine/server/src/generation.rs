@@ -265,7 +265,8 @@ impl Generation {
                         request: event.request,
                         choice: event.choice,
                     });
-                    return Ok(Some(self.update(index, delta, Some("stop"))));
+                    let finish = stop_reason(&choice.parser);
+                    return Ok(Some(self.update(index, delta, Some(finish))));
                 }
                 if delta.is_empty() {
                     return Ok(None);
@@ -273,8 +274,9 @@ impl Generation {
                 Ok(Some(self.update(index, delta, None)))
             }
             EventKind::Finished(reason) => {
+                let delta = choice.parser.finish();
                 let finish = match reason {
-                    FinishReason::Stop => "stop",
+                    FinishReason::Stop => stop_reason(&choice.parser),
                     FinishReason::Length => "length",
                     FinishReason::Abort => {
                         let message =
@@ -289,7 +291,6 @@ impl Generation {
                 };
                 choice.done = true;
                 self.open -= 1;
-                let delta = choice.parser.finish();
                 Ok(Some(self.update(index, delta, Some(finish))))
             }
         }
@@ -302,6 +303,14 @@ impl Generation {
             logprobs: std::mem::take(&mut self.choices[index].logprobs),
             finish,
         }
+    }
+}
+
+/// OpenAI's word for an answer that ended by itself.
+fn stop_reason(parser: &OutputParser) -> &'static str {
+    match parser.has_calls() {
+        true => "tool_calls",
+        false => "stop",
     }
 }
 

@@ -5,11 +5,14 @@
 //! through bounded channels and own nothing of it. Invariant: a request is never waited for by that thread, and never
 //! outlives its client by more than a step.
 
+mod chat;
+mod completion;
 mod error;
 mod fields;
 mod generation;
 mod health;
 mod http;
+mod messages;
 mod metrics;
 mod request;
 mod respond;
@@ -17,6 +20,7 @@ mod routes;
 mod serve;
 mod startup;
 mod state;
+mod tools;
 mod worker;
 
 pub use serve::{ServeError, serve};

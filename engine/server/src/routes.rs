@@ -17,12 +17,16 @@ use engine_spec::{LoadReport, StartupPhase};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
+use crate::chat::ChatRequest;
+use crate::completion::{CompletionRequest, Prompt};
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::generation::{Generation, Prepared};
-use crate::request::{ChatRequest, CompletionRequest, Prompt, check_model, messages, tokens};
+use crate::messages::messages;
+use crate::request::{check_model, tokens};
 use crate::respond::{Envelope, Route, json_response, stream, whole};
 use crate::state::{Model, Shared, unix_seconds};
+use crate::tools::{ToolChoice, Tools};
 
 const REQUEST_ID: &str = "x-request-id";
 /// Longest request id that is taken over from a client.
@@ -162,16 +166,18 @@ async fn chat(
         messages,
         variables,
         add_generation_prompt,
+        tools,
     } = request;
+    check_tools(&model, &tools)?;
     let stops = asked.stops.clone();
     let prepared = blocking(move || {
         let prompt = reader
             .text
-            .render(&messages, add_generation_prompt, &variables)
+            .render(&messages, tools.shown(), add_generation_prompt, &variables)
             .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
         Ok(Prepared {
             tokens: encode(&reader, &prompt, false, "messages")?,
-            parser: reader.text.chat_parser(&prompt, stops),
+            parser: reader.text.chat_parser(&prompt, stops, tools.allowed()),
         })
     })
     .await?;
@@ -189,6 +195,21 @@ async fn chat(
     } else {
         whole(generation, envelope).await
     }
+}
+
+/// Tools need a model whose calls can be told from its text.
+fn check_tools(model: &Model, tools: &Tools) -> Result<(), ApiError> {
+    if !matches!(tools.choice, ToolChoice::None | ToolChoice::Auto) {
+        let message =
+            "tool_choice asks for a call, but this engine cannot force one yet; use \"auto\"";
+        return Err(ApiError::unsupported("tool_choice", message));
+    }
+    if tools.shown().is_empty() || model.text.tool_format().is_some() {
+        return Ok(());
+    }
+    let message = "tools are declared, but how this model writes calls is not known; \
+        start the engine with --tool-call-parser, or send tool_choice \"none\"";
+    Err(ApiError::unsupported("tools", message))
 }
 
 async fn completions(
@@ -262,6 +283,7 @@ fn envelope(
         model,
         logprobs,
         offsets: vec![0; generation.choices()],
+        call_seed: shared.random(),
     }
 }
 
@@ -310,9 +332,10 @@ async fn tokenize(
         Some(prompt) => encode(&model, prompt, add_special, "prompt"),
         None => {
             let messages = messages(&fields, limit)?;
+            let tools = Tools::parse(&fields)?;
             let prompt = model
                 .text
-                .render(&messages, true, &serde_json::Map::new())
+                .render(&messages, tools.shown(), true, &serde_json::Map::new())
                 .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
             encode(&model, &prompt, false, "messages")
         }
