@@ -3,6 +3,7 @@
 use thiserror::Error;
 
 use crate::batch::TokenId;
+use crate::mask::Constraint;
 use crate::sampling::{ParameterError, Sampled, SamplingParameters};
 
 /// Names a request within one engine process.
@@ -26,6 +27,8 @@ pub struct Request {
     pub stop_tokens: Vec<TokenId>,
     /// Requests share cached prefixes only under the same salt (one salt per tenant).
     pub cache_salt: String,
+    /// What the output must be; absent leaves it free.
+    pub constraint: Option<Constraint>,
 }
 
 /// Why a sequence ended.

@@ -37,6 +37,8 @@ pub struct Counters {
     pub generation_tokens: u64,
     /// Sequences that ended because a logit was not finite.
     pub corrupted: u64,
+    /// Sequences that ended because their mask failed.
+    pub mask_failures: u64,
 }
 
 /// The queue, the running batch and the blocks.

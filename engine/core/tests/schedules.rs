@@ -5,10 +5,12 @@
 mod toy;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use engine_core::{
-    BlockId, Engine, Event, EventKind, FinishReason, Limits, Rejection, Request, RequestId,
-    SampleContext, Sampler, SamplingParameters, TokenId, run_canary,
+    BlockId, Constraint, Engine, Event, EventKind, FinishReason, Limits, MaskError, MaskSource,
+    Rejection, Request, RequestId, Restriction, SampleContext, Sampled, Sampler,
+    SamplingParameters, TokenId, TokenMask, run_canary,
 };
 use proptest::prelude::*;
 use toy::{Toy, logits_after};
@@ -31,6 +33,48 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: usize, seed: u64) -> Request {
         },
         stop_tokens: vec![EOS],
         cache_salt: String::new(),
+        constraint: (seed % 7 == 1).then(|| Constraint(Arc::new(Sums))),
+    }
+}
+
+/// Allows tokens by the sum of the output, ends at a sum over 120; keeps state like a grammar does.
+#[derive(Debug)]
+struct Sums;
+
+#[derive(Debug, Default)]
+struct SumsMask {
+    seen: usize,
+    sum: u32,
+}
+
+impl MaskSource for Sums {
+    fn start(&self) -> Box<dyn TokenMask> {
+        Box::<SumsMask>::default()
+    }
+}
+
+impl TokenMask for SumsMask {
+    fn restrict(&mut self, output: &[TokenId], row: &mut [f32]) -> Result<Restriction, MaskError> {
+        for token in &output[self.seen..] {
+            assert!(self.allows(token.0), "{token} after a sum of {}", self.sum);
+            self.sum += token.0;
+        }
+        self.seen = output.len();
+        if self.sum > 120 {
+            return Ok(Restriction::Complete);
+        }
+        for (index, logit) in row.iter_mut().enumerate() {
+            if !self.allows(index as u32) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Ok(Restriction::Masked)
+    }
+}
+
+impl SumsMask {
+    fn allows(&self, token: u32) -> bool {
+        (self.sum + token) % 3 != 2
     }
 }
 
@@ -38,6 +82,7 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: usize, seed: u64) -> Request {
 fn expected(request: &Request, choice: u32, max_model_len: usize) -> (Vec<TokenId>, FinishReason) {
     let mut tokens = request.prompt.clone();
     let mut row = vec![0.0; VOCABULARY];
+    let mut mask = request.constraint.as_ref().map(|c| c.0.start());
     loop {
         logits_after(&tokens, &mut row);
         let context = SampleContext {
@@ -45,10 +90,17 @@ fn expected(request: &Request, choice: u32, max_model_len: usize) -> (Vec<TokenI
             prompt_len: request.prompt.len(),
             choice,
         };
-        let token = Sampler::default()
-            .sample(&row, &request.parameters, context)
-            .unwrap()
-            .token;
+        let mut sampler = Sampler::default();
+        let sampled = match mask.as_deref_mut() {
+            Some(mask) => sampler.sample_within(&row, &request.parameters, context, mask),
+            None => sampler
+                .sample(&row, &request.parameters, context)
+                .map(Some)
+                .map_err(Into::into),
+        };
+        let Some(Sampled { token, .. }) = sampled.unwrap() else {
+            return (tokens.split_off(request.prompt.len()), FinishReason::Stop);
+        };
         tokens.push(token);
         let generated = tokens.len() - request.prompt.len();
         let finish = if !request.parameters.ignore_eos && token == EOS {

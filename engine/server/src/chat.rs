@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::format::Format;
 use crate::messages::messages;
 use crate::request::{Asked, Unserved, check_logprobs, is_empty, refuse_unserved};
 use crate::state::ServerOptions;
@@ -18,9 +19,10 @@ pub struct ChatRequest {
     pub variables: Map<String, Value>,
     pub add_generation_prompt: bool,
     pub tools: Tools,
+    pub format: Option<Format>,
 }
 
-const UNSERVED_IN_CHAT: [Unserved; 8] = [
+const UNSERVED_IN_CHAT: [Unserved; 6] = [
     (
         "functions",
         is_empty,
@@ -31,12 +33,6 @@ const UNSERVED_IN_CHAT: [Unserved; 8] = [
         |v| v == "none" || v == "auto",
         "use tool_choice, which took its place",
     ),
-    (
-        "response_format",
-        |v| v["type"] == "text",
-        "ask for the format in a message, or leave it out",
-    ),
-    ("structured_outputs", is_empty, "leave it out"),
     (
         "modalities",
         |v| v == &serde_json::json!(["text"]),
@@ -83,6 +79,7 @@ impl ChatRequest {
                 .unwrap_or_default(),
             add_generation_prompt,
             tools: Tools::parse(fields)?,
+            format: Format::parse(fields)?,
         })
     }
 }
@@ -160,11 +157,6 @@ mod tests {
                 format!(r#"{{{user},"functions":[{{}}]}}"#),
                 "functions",
                 "as tools",
-            ),
-            (
-                format!(r#"{{{user},"response_format":{{"type":"json_object"}}}}"#),
-                "response_format",
-                "ask for the format",
             ),
             (
                 format!(r#"{{{user},"temperature":3}}"#),

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use crate::error::ApiError;
 use crate::fields::{Fields, wrong};
+use crate::format::Format;
 use crate::request::{Asked, Unserved, check_logprobs, refuse_unserved, tokens};
 use crate::state::ServerOptions;
 
@@ -14,6 +15,7 @@ use crate::state::ServerOptions;
 pub struct CompletionRequest {
     pub asked: Asked,
     pub prompts: Vec<Prompt>,
+    pub format: Option<Format>,
 }
 
 /// A prompt as it was given.
@@ -23,7 +25,7 @@ pub enum Prompt {
     Tokens(Vec<TokenId>),
 }
 
-const UNSERVED_IN_COMPLETIONS: [Unserved; 4] = [
+const UNSERVED_IN_COMPLETIONS: [Unserved; 3] = [
     ("suffix", |v| v == "", "leave it out"),
     (
         "echo",
@@ -35,7 +37,6 @@ const UNSERVED_IN_COMPLETIONS: [Unserved; 4] = [
         |_| false,
         "send text or token ids as prompt",
     ),
-    ("response_format", |v| v["type"] == "text", "leave it out"),
 ];
 
 impl CompletionRequest {
@@ -73,7 +74,11 @@ impl CompletionRequest {
             );
             return Err(ApiError::invalid("prompt", message));
         }
-        Ok(Self { asked, prompts })
+        Ok(Self {
+            asked,
+            prompts,
+            format: Format::parse(fields)?,
+        })
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::mpsc::TrySendError;
 use std::time::Instant;
 
 use engine_core::{
-    Event, EventKind, FinishReason, Logprobs, Rejection, Request, RequestId, TokenId,
+    Constraint, Event, EventKind, FinishReason, Logprobs, Rejection, Request, RequestId, TokenId,
 };
 use engine_text::{Delta, OutputParser};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -23,6 +23,8 @@ use crate::worker::Command;
 pub struct Prepared {
     pub tokens: Vec<TokenId>,
     pub parser: OutputParser,
+    /// What the answer must be.
+    pub constraint: Option<Constraint>,
 }
 
 /// News about one choice.
@@ -98,20 +100,18 @@ impl Generation {
         let arrived = Instant::now();
         let per_request = asked.choices as usize;
         let mut plans = Vec::with_capacity(prompts.len());
-        for Prepared { tokens, parser } in prompts {
+        for prepared in prompts {
             let room = model
                 .limits
                 .max_model_len
-                .saturating_sub(tokens.len())
+                .saturating_sub(prepared.tokens.len())
                 .max(1);
-            plans.push((tokens, parser, asked.max_tokens.unwrap_or(room)));
+            plans.push((prepared, asked.max_tokens.unwrap_or(room)));
         }
         // Started, each token, finished; what the engine refuses as too long needs no room.
         let capacity: usize = plans
             .iter()
-            .map(|(_, _, max_tokens)| {
-                (max_tokens.min(&model.limits.max_model_len) + 2) * per_request
-            })
+            .map(|(_, max_tokens)| (max_tokens.min(&model.limits.max_model_len) + 2) * per_request)
             .sum();
         let (sender, events) = mpsc::channel(capacity);
         let mut generation = Self {
@@ -125,8 +125,14 @@ impl Generation {
             usage: Usage::default(),
             _in_flight: in_flight,
         };
-        for (tokens, parser, max_tokens) in plans {
-            let request = generation.request(model, tokens, max_tokens, asked);
+        for (prepared, max_tokens) in plans {
+            let Prepared {
+                tokens,
+                parser,
+                constraint,
+            } = prepared;
+            let mut request = generation.request(model, tokens, max_tokens, asked);
+            request.constraint = constraint;
             generation.usage.prompt += request.prompt.len();
             generation.requests.push(request.id);
             generation
@@ -161,6 +167,7 @@ impl Generation {
             parameters: asked.parameters.clone(),
             stop_tokens,
             cache_salt: asked.cache_salt.clone(),
+            constraint: None,
         }
     }
 
@@ -285,7 +292,7 @@ impl Generation {
                     }
                     FinishReason::Error => {
                         let message =
-                            "the backend failed while it worked on this request; send it again";
+                            "the engine failed while it worked on this request; send it again";
                         return Err(ApiError::engine_failed(message));
                     }
                 };

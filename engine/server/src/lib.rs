@@ -7,8 +7,10 @@
 
 mod chat;
 mod completion;
+mod constraint;
 mod error;
 mod fields;
+mod format;
 mod generation;
 mod health;
 mod http;

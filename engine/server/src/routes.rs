@@ -12,21 +12,24 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router};
-use engine_core::TokenId;
+use engine_core::{Constraint, TokenId};
 use engine_spec::{LoadReport, StartupPhase};
+use engine_text::{Grammar, GrammarError};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
 use crate::chat::ChatRequest;
 use crate::completion::{CompletionRequest, Prompt};
+use crate::constraint::constraint;
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::format::answer_rule;
 use crate::generation::{Generation, Prepared};
 use crate::messages::messages;
 use crate::request::{check_model, tokens};
 use crate::respond::{Envelope, Route, json_response, stream, whole};
 use crate::state::{Model, Shared, unix_seconds};
-use crate::tools::{ToolChoice, Tools};
+use crate::tools::Tools;
 
 const REQUEST_ID: &str = "x-request-id";
 /// Longest request id that is taken over from a client.
@@ -167,8 +170,10 @@ async fn chat(
         variables,
         add_generation_prompt,
         tools,
+        format,
     } = request;
     check_tools(&model, &tools)?;
+    let rule = answer_rule(format, &tools);
     let stops = asked.stops.clone();
     let prepared = blocking(move || {
         let prompt = reader
@@ -177,6 +182,9 @@ async fn chat(
             .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
         Ok(Prepared {
             tokens: encode(&reader, &prompt, false, "messages")?,
+            constraint: rule
+                .map(|(rule, field)| compiled(reader.text.chat_grammar(&prompt, &rule), field))
+                .transpose()?,
             parser: reader.text.chat_parser(&prompt, stops, tools.allowed()),
         })
     })
@@ -197,13 +205,15 @@ async fn chat(
     }
 }
 
+/// A grammar for the engine, or what is wrong with the field that asked for it.
+fn compiled(grammar: Result<Grammar, GrammarError>, field: &str) -> Result<Constraint, ApiError> {
+    grammar
+        .map(constraint)
+        .map_err(|error| ApiError::invalid(field, format!("{field} cannot be used: {error}")))
+}
+
 /// Tools need a model whose calls can be told from its text.
 fn check_tools(model: &Model, tools: &Tools) -> Result<(), ApiError> {
-    if !matches!(tools.choice, ToolChoice::None | ToolChoice::Auto) {
-        let message =
-            "tool_choice asks for a call, but this engine cannot force one yet; use \"auto\"";
-        return Err(ApiError::unsupported("tool_choice", message));
-    }
     if tools.shown().is_empty() || model.text.tool_format().is_some() {
         return Ok(());
     }
@@ -223,10 +233,18 @@ async fn completions(
     check_model(&fields, &shared.options.model_name)?;
     let seed = shared.random();
     let request = CompletionRequest::parse(&fields, &shared.options, model.text.defaults(), seed)?;
-    let CompletionRequest { mut asked, prompts } = request;
+    let CompletionRequest {
+        mut asked,
+        prompts,
+        format,
+    } = request;
+    let rule = answer_rule(format, &Tools::default());
     let reader = model.clone();
     let stops = asked.stops.clone();
     let prepared = blocking(move || {
+        let constraint = rule
+            .map(|(rule, field)| compiled(reader.text.plain_grammar(&rule), field))
+            .transpose()?;
         prompts
             .into_iter()
             .map(|prompt| {
@@ -236,6 +254,7 @@ async fn completions(
                         Prompt::Tokens(tokens) => tokens,
                     },
                     parser: reader.text.plain_parser(stops.clone()),
+                    constraint: constraint.clone(),
                 })
             })
             .collect::<Result<Vec<_>, ApiError>>()

@@ -138,3 +138,75 @@ fn only_calls_leave_no_content() {
     assert_eq!(answer["choices"][0]["message"]["content"], Value::Null);
     assert_eq!(calls(&answer["choices"][0]["message"]).len(), 1);
 }
+
+#[test]
+fn a_forced_call_is_made_whatever_the_model_prefers() {
+    let server = server("I would rather talk.");
+    let schema = json!({"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"],
+        "additionalProperties": false});
+    let tools = json!([
+        {"type": "function", "function": {"name": "f", "parameters": schema}},
+        {"type": "function", "function": {"name": "g", "parameters": schema}},
+    ]);
+    for (choice, names) in [
+        (json!("required"), &["f", "g"][..]),
+        (
+            json!({"type": "function", "function": {"name": "g"}}),
+            &["g"][..],
+        ),
+    ] {
+        let body = ask(
+            json!({"tools": tools, "tool_choice": choice, "parallel_tool_calls": false, "n": 3}),
+        );
+        let answer = server.post("/v1/chat/completions", &body).json();
+        for choice in answer["choices"].as_array().unwrap() {
+            assert_eq!(choice["finish_reason"], "tool_calls", "{answer}");
+            assert_eq!(choice["message"]["reasoning_content"], "hm");
+            let calls = calls(&choice["message"]);
+            assert_eq!(calls.len(), 1);
+            assert!(names.contains(&calls[0].0.as_str()), "{calls:?}");
+            let arguments: Value = serde_json::from_str(&calls[0].1).unwrap();
+            assert!(arguments == json!({"n": 1}) || arguments == json!({"n": 2}));
+        }
+    }
+}
+
+#[test]
+fn an_answer_has_the_form_that_was_asked_for() {
+    let server = server("I would rather talk.");
+    let schema = json!({"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"], "additionalProperties": false});
+    let form = json!({"type": "json_schema", "json_schema": {"name": "c", "schema": schema, "strict": true}});
+    let body = ask(json!({"tools": null, "response_format": form}));
+    let whole = server.post("/v1/chat/completions", &body).json();
+    let message = &whole["choices"][0]["message"];
+    let content: Value = serde_json::from_str(message["content"].as_str().unwrap()).unwrap();
+    assert!(
+        content == json!({"colour": "red"}) || content == json!({"colour": "blue"}),
+        "{content}"
+    );
+    assert_eq!(
+        (
+            &message["reasoning_content"],
+            &whole["choices"][0]["finish_reason"]
+        ),
+        (&json!("hm"), &json!("stop"))
+    );
+
+    let body = json!({"prompt": "q", "structured_outputs": {"choice": ["left", "right"]}, "n": 2, "stop": ["zzz"]});
+    let chosen = server.post("/v1/completions", &body).json();
+    for choice in chosen["choices"].as_array().unwrap() {
+        assert!(
+            choice["text"] == "left" || choice["text"] == "right",
+            "{choice}"
+        );
+        assert_eq!(choice["finish_reason"], "stop");
+    }
+
+    let refused = server.post(
+        "/v1/completions",
+        &json!({"prompt": "q", "structured_outputs": {"regex": "("}}),
+    );
+    assert_eq!(refused.status, 400);
+    assert_eq!(refused.json()["error"]["param"], "structured_outputs");
+}

@@ -1,4 +1,4 @@
-//! Tokenizer, chat template, detokeniser, stop strings, reasoning and tool parsers.
+//! Tokenizer, chat template, detokeniser, stop strings, reasoning and tool parsers, grammars.
 //!
 //! Text goes in through [`Text::render`] and [`Text::encode`]; tokens come out through an [`OutputParser`], one for
 //! each choice of a request. Invariant: what a client receives does not depend on how the token stream was cut into
@@ -9,6 +9,7 @@
 mod bytes;
 mod detokenizer;
 mod generation;
+mod grammar;
 mod json_scan;
 mod output;
 mod reasoning;
@@ -22,6 +23,10 @@ mod tool_prompt;
 pub use bytes::TokenBytes;
 pub use detokenizer::Detokenizer;
 pub use generation::GenerationDefaults;
+pub use grammar::{
+    Allowed, AnswerRule, CallRule, ContentRule, GRAMMAR_BYTES_MAX, Grammar, GrammarError,
+    GrammarState,
+};
 pub use output::{Delta, OutputParser};
 pub use reasoning::{REASONING_END, REASONING_START, ReasoningParser};
 pub use stop::StopStrings;

@@ -8,6 +8,7 @@ use tokenizers::Tokenizer;
 
 use crate::bytes::TokenBytes;
 use crate::generation::GenerationDefaults;
+use crate::grammar::{AnswerRule, Grammar, GrammarError, Grammars, Thought};
 use crate::output::OutputParser;
 use crate::reasoning::{REASONING_END, REASONING_START, ReasoningParser};
 use crate::stop::StopStrings;
@@ -108,6 +109,7 @@ pub struct Text {
     eos_tokens: Vec<u32>,
     reasons: bool,
     tool_format: Option<ToolFormat>,
+    grammars: Grammars,
     defaults: GenerationDefaults,
 }
 
@@ -159,9 +161,11 @@ impl Text {
         let tool_format = ToolFormat::detect(source.as_deref(), |token| {
             tokenizer.token_to_id(token).is_some()
         });
+        let bytes = Arc::new(TokenBytes::new(&tokenizer));
         Ok(Self {
             tool_format,
-            bytes: Arc::new(TokenBytes::new(&tokenizer)),
+            grammars: Grammars::new(bytes.clone(), eos_tokens.clone()),
+            bytes,
             reasons: [REASONING_START, REASONING_END]
                 .iter()
                 .all(|tag| tokenizer.token_to_id(tag).is_some()),
@@ -265,6 +269,30 @@ impl Text {
     /// How the model's makers want it sampled.
     pub fn defaults(&self) -> &GenerationDefaults {
         &self.defaults
+    }
+
+    /// Compiles what the answer to a conversation with this prompt must be.
+    ///
+    /// # Errors
+    /// The rule is wrong, too large, or needs what the model does not have.
+    pub fn chat_grammar(&self, prompt: &str, rule: &AnswerRule) -> Result<Grammar, GrammarError> {
+        let prompt = prompt.trim_end();
+        let thought = if !self.reasons || prompt.ends_with(REASONING_END) {
+            Thought::None
+        } else if prompt.ends_with(REASONING_START) {
+            Thought::Open
+        } else {
+            Thought::Possible
+        };
+        self.grammars.compile(rule, self.tool_format, thought)
+    }
+
+    /// Compiles what the continuation of a plain prompt must be.
+    ///
+    /// # Errors
+    /// See [`Self::chat_grammar`].
+    pub fn plain_grammar(&self, rule: &AnswerRule) -> Result<Grammar, GrammarError> {
+        self.grammars.compile(rule, self.tool_format, Thought::None)
     }
 
     /// A parser for the answer to a conversation with this prompt.
