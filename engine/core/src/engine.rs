@@ -8,7 +8,7 @@ use crate::batch::{Batch, ExecuteError, Executor, Logits};
 use crate::limits::{Limits, LimitsError};
 use crate::request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};
 use crate::sampling::{SampleContext, SampleError, Sampled, Sampler};
-use crate::scheduler::{Counters, Scheduler};
+use crate::scheduler::{Admission, Counters, Scheduler};
 use crate::sequence::Sequence;
 
 /// A scheduler with the buffers of a step.
@@ -38,6 +38,8 @@ pub struct Load {
     pub waiting: usize,
     /// Of those, waiting for another choice of their own request.
     pub deferred: usize,
+    /// Tokens that the waiting requests may compute and generate.
+    pub queued_tokens: usize,
     /// Blocks held by sequences.
     pub blocks_used: usize,
     /// Blocks in total.
@@ -63,6 +65,11 @@ impl Engine {
         })
     }
 
+    /// Bounds the queue further than [`Limits`] does.
+    pub fn set_admission(&mut self, admission: Admission) {
+        self.scheduler.admission = admission;
+    }
+
     /// Puts a request into the queue.
     ///
     /// # Errors
@@ -75,6 +82,12 @@ impl Engine {
     pub fn cancel(&mut self, request: RequestId, events: &mut Vec<Event>) {
         self.scheduler
             .finish_request(request, FinishReason::Abort, events);
+    }
+
+    /// Ends a request whose time is over, waiting or running.
+    pub fn expire(&mut self, request: RequestId, events: &mut Vec<Event>) {
+        self.scheduler
+            .finish_request(request, FinishReason::Deadline, events);
     }
 
     /// Ends one choice whose text reached a stop string.
@@ -104,6 +117,7 @@ impl Engine {
             running: self.scheduler.running(),
             waiting: self.scheduler.waiting(),
             deferred: self.scheduler.deferred(),
+            queued_tokens: self.scheduler.queued_tokens(),
             blocks_used: self.scheduler.blocks.used(),
             blocks_total: self.scheduler.blocks.count(),
             draining: self.scheduler.is_draining(),

@@ -11,6 +11,7 @@ mod canary;
 mod engine;
 mod limits;
 mod mask;
+mod queue;
 mod random;
 mod request;
 mod sampling;
@@ -29,5 +30,5 @@ pub use sampling::{
     Logprobs, NonFiniteLogit, ParameterError, SampleContext, SampleError, Sampled, Sampler,
     SamplingParameters, TOP_LOGPROBS_MAX, argmax,
 };
-pub use scheduler::{Counters, Scheduler};
+pub use scheduler::{Admission, Counters, Scheduler};
 pub use sequence::Sequence;

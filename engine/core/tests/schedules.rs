@@ -8,8 +8,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use engine_core::{
-    BlockId, Constraint, Engine, Event, EventKind, FinishReason, Limits, MaskError, MaskSource,
-    Rejection, Request, RequestId, Restriction, SampleContext, Sampled, Sampler,
+    Admission, BlockId, Constraint, Engine, Event, EventKind, FinishReason, Limits, MaskError,
+    MaskSource, Rejection, Request, RequestId, Restriction, SampleContext, Sampled, Sampler,
     SamplingParameters, TokenId, TokenMask, run_canary,
 };
 use proptest::prelude::*;
@@ -33,6 +33,8 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: usize, seed: u64) -> Request {
         },
         stop_tokens: vec![EOS],
         cache_salt: String::new(),
+        priority: (seed % 3) as i64 - 1,
+        tenant: ["", "a", "b"][(seed % 11) as usize % 3].to_owned(),
         constraint: (seed % 7 == 1).then(|| Constraint(Arc::new(Sums))),
     }
 }
@@ -199,6 +201,7 @@ enum Act {
         choices: u32,
     },
     Cancel(usize),
+    Expire(usize),
     Steps(usize),
 }
 
@@ -217,7 +220,8 @@ fn act() -> impl Strategy<Value = Act> {
             seed,
             choices,
         });
-    prop_oneof![4 => submit, 1 => any::<usize>().prop_map(Act::Cancel), 4 => (1usize..6).prop_map(Act::Steps)]
+    prop_oneof![4 => submit, 1 => any::<usize>().prop_map(Act::Cancel),
+        1 => any::<usize>().prop_map(Act::Expire), 4 => (1usize..6).prop_map(Act::Steps)]
 }
 
 proptest! {
@@ -237,7 +241,7 @@ proptest! {
         let mut events = Vec::new();
         let mut answers = Answers::default();
         let mut requests: Vec<Request> = Vec::new();
-        let mut cancelled = Vec::new();
+        let (mut cancelled, mut expired) = (Vec::new(), Vec::new());
         for act in acts {
             match act {
                 Act::Submit { family, extra, max_tokens, seed, choices } => {
@@ -254,7 +258,12 @@ proptest! {
                     engine.cancel(RequestId(id), &mut events);
                     cancelled.push(id);
                 }
-                Act::Cancel(_) => {}
+                Act::Expire(index) if !requests.is_empty() => {
+                    let id = (index % requests.len()) as u64;
+                    engine.expire(RequestId(id), &mut events);
+                    expired.push(id);
+                }
+                Act::Cancel(_) | Act::Expire(_) => {}
                 Act::Steps(count) => {
                     for _ in 0..count {
                         let report = engine.step(&mut executor, &mut events).unwrap();
@@ -282,6 +291,10 @@ proptest! {
                 match answers.finished[&key] {
                     FinishReason::Abort => {
                         prop_assert!(cancelled.contains(&request.id.0));
+                        prop_assert_eq!(&tokens[..found.len()], &found[..]);
+                    }
+                    FinishReason::Deadline => {
+                        prop_assert!(expired.contains(&request.id.0));
                         prop_assert_eq!(&tokens[..found.len()], &found[..]);
                     }
                     finished => {
@@ -404,6 +417,90 @@ fn decoding_goes_on_while_a_long_prompt_is_prefilled() {
             .iter()
             .any(|e| e.request.0 == 2 && matches!(e.kind, EventKind::Token(_)))
     );
+}
+
+/// Requests in the order in which they started.
+fn starts(engine: &mut Engine, executor: &mut Toy) -> Vec<u64> {
+    let mut started = Vec::new();
+    let mut events = Vec::new();
+    while !engine.is_idle() {
+        engine.step(executor, &mut events).unwrap();
+        for event in events.drain(..) {
+            if matches!(event.kind, EventKind::Started { .. }) {
+                started.push(event.request.0);
+            }
+        }
+    }
+    started
+}
+
+#[test]
+fn tenants_take_turns_and_priorities_go_first() {
+    let limits = limits(4, 1, 16, 20);
+    let mut engine = Engine::new(limits).unwrap();
+    let mut submit = |id: u64, tenant: &str, priority: i64| {
+        let mut request = request(id, vec![1, 2, 3], 5, 3);
+        (request.tenant, request.priority) = (tenant.to_owned(), priority);
+        engine.submit(request).unwrap();
+    };
+    for id in 0..8 {
+        submit(id, "flood", 0);
+    }
+    submit(20, "other", 0);
+    submit(21, "other", 0);
+    submit(30, "flood", -1);
+    let started = starts(&mut engine, &mut toy(&limits));
+    let at = |id| started.iter().position(|other| *other == id).unwrap();
+    assert_eq!((started.len(), at(30)), (11, 0));
+    assert!(at(20) <= 5 && at(21) <= 6, "{started:?}");
+    assert!(at(7) > at(21), "{started:?}");
+}
+
+#[test]
+fn a_queue_is_bounded_by_tokens_and_a_tenant_by_its_share() {
+    let mut limits = limits(4, 1, 64, 0);
+    limits.max_queued_requests = 7;
+    let mut engine = Engine::new(limits).unwrap();
+    engine.set_admission(Admission {
+        max_queued_tokens: Some(100),
+    });
+    let from = |id: u64, tenant: &str, max_tokens: usize| {
+        let mut request = request(id, vec![1, 2], max_tokens, 3);
+        request.tenant = tenant.to_owned();
+        request
+    };
+    engine.submit(from(0, "a", 38)).unwrap();
+    engine.submit(from(1, "b", 8)).unwrap();
+    let over = engine.submit(from(2, "a", 18)).unwrap_err();
+    assert!(
+        matches!(over, Rejection::OverShare { waiting: 1, .. }),
+        "{over}"
+    );
+    assert!(over.is_retryable());
+    engine.submit(from(3, "b", 28)).unwrap();
+    assert_eq!(
+        engine.submit(from(4, "c", 28)).unwrap_err(),
+        Rejection::TokensQueued {
+            waiting: 80,
+            cost: 30,
+            limit: 100
+        }
+    );
+    assert_eq!(engine.load().queued_tokens, 80);
+    // By count: of eight places half are taken, and "b" has two of them.
+    engine.set_admission(Admission::default());
+    for id in 10..12 {
+        engine.submit(from(id, "b", 1)).unwrap();
+    }
+    let over = engine.submit(from(12, "b", 1)).unwrap_err();
+    assert_eq!(
+        over,
+        Rejection::OverShare {
+            waiting: 4,
+            share: 4
+        }
+    );
+    engine.submit(from(13, "c", 1)).unwrap();
 }
 
 #[test]

@@ -72,6 +72,28 @@ impl ApiError {
         }
     }
 
+    /// No API key, or an unknown one.
+    pub fn unauthorized(message: impl Into<String>) -> Self {
+        Self {
+            code: Some("invalid_api_key"),
+            ..Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message)
+        }
+    }
+
+    /// The request's time was over before its answer was.
+    pub fn deadline_exceeded(seconds: f64) -> Self {
+        Self {
+            code: Some("deadline_exceeded"),
+            ..Self::new(
+                StatusCode::GATEWAY_TIMEOUT,
+                "timeout_error",
+                format!(
+                    "the answer was not complete within {seconds} s; ask for fewer tokens or allow more time"
+                ),
+            )
+        }
+    }
+
     /// There is no such path or method here.
     pub fn no_route(method: &str, path: &str) -> Self {
         Self::new(
@@ -127,7 +149,9 @@ impl ApiError {
         let message = rejection.to_string();
         match rejection {
             Rejection::Draining => Self::unavailable("draining", message + "; send it again", 1),
-            Rejection::QueueFull { .. } => Self {
+            Rejection::QueueFull { .. }
+            | Rejection::TokensQueued { .. }
+            | Rejection::OverShare { .. } => Self {
                 code: Some("rate_limit_exceeded"),
                 retry_after_seconds: Some(retry_after_seconds),
                 ..Self::new(

@@ -69,6 +69,14 @@ impl Fields {
         self.typed(name, "a whole number of at least 0", Value::as_u64)
     }
 
+    /// A whole number.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn integer(&self, name: &str) -> Result<Option<i64>, ApiError> {
+        self.typed(name, "a whole number", Value::as_i64)
+    }
+
     /// Any whole number, its bits.
     ///
     /// # Errors

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::TrySendError;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use engine_core::{
     Constraint, Event, EventKind, FinishReason, Logprobs, Rejection, Request, RequestId, TokenId,
@@ -80,6 +80,7 @@ pub struct Generation {
     choices: Vec<Choice>,
     open: usize,
     usage: Usage,
+    timeout: Option<Duration>,
     /// The last field: the response counts as unfinished until the channel is closed.
     _in_flight: InFlight,
 }
@@ -123,6 +124,7 @@ impl Generation {
             choices: Vec::new(),
             open: 0,
             usage: Usage::default(),
+            timeout: asked.timeout,
             _in_flight: in_flight,
         };
         for (prepared, max_tokens) in plans {
@@ -168,6 +170,8 @@ impl Generation {
             stop_tokens,
             cache_salt: asked.cache_salt.clone(),
             constraint: None,
+            priority: asked.priority,
+            tenant: asked.tenant.clone(),
         }
     }
 
@@ -180,7 +184,8 @@ impl Generation {
     ) -> Result<(), ApiError> {
         let (reply, answer) = oneshot::channel();
         let command = Command::Submit {
-            request,
+            request: Box::new(request),
+            deadline: self.timeout.map(|timeout| arrived + timeout),
             arrived,
             events: events.clone(),
             reply,
@@ -289,6 +294,10 @@ impl Generation {
                         let message =
                             "this replica had to end before the answer did; send the request again";
                         return Err(ApiError::unavailable("aborted", message, 1));
+                    }
+                    FinishReason::Deadline => {
+                        let seconds = self.timeout.unwrap_or_default().as_secs_f64();
+                        return Err(ApiError::deadline_exceeded(seconds));
                     }
                     FinishReason::Error => {
                         let message =

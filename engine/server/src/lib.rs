@@ -5,6 +5,7 @@
 //! through bounded channels and own nothing of it. Invariant: a request is never waited for by that thread, and never
 //! outlives its client by more than a step.
 
+mod caller;
 mod chat;
 mod completion;
 mod constraint;
@@ -25,6 +26,7 @@ mod state;
 mod tools;
 mod worker;
 
+pub use caller::ApiKeys;
 pub use serve::{ServeError, serve};
 pub use startup::{LoadFailure, Loaded, Loader, StartupHandle};
 pub use state::ServerOptions;

@@ -4,6 +4,7 @@
 //! that nobody knows are ignored.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use engine_core::{SamplingParameters, TOP_LOGPROBS_MAX, TokenId};
 use engine_text::GenerationDefaults;
@@ -31,6 +32,12 @@ pub struct Asked {
     pub stops: Vec<String>,
     pub stop_tokens: Vec<TokenId>,
     pub cache_salt: String,
+    /// Lower goes first; vLLM's field.
+    pub priority: i64,
+    /// Whose request this is.
+    pub tenant: String,
+    /// How long it may take, waiting included.
+    pub timeout: Option<Duration>,
 }
 
 /// A known field that is not served, when it asks for nothing, and the way out.
@@ -115,6 +122,9 @@ impl Asked {
             stops,
             stop_tokens: token_list(fields, "stop_token_ids")?,
             cache_salt: fields.string("cache_salt")?.unwrap_or_default().to_owned(),
+            priority: fields.integer("priority")?.unwrap_or(0),
+            tenant: String::new(),
+            timeout: None,
         })
     }
 }

@@ -18,6 +18,7 @@ use engine_text::{Grammar, GrammarError};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
+use crate::caller::Caller;
 use crate::chat::ChatRequest;
 use crate::completion::{CompletionRequest, Prompt};
 use crate::constraint::constraint;
@@ -36,10 +37,6 @@ const REQUEST_ID: &str = "x-request-id";
 const REQUEST_ID_MAX: usize = 128;
 
 type AppState = State<Arc<Shared>>;
-
-/// The name a request goes by in logs and in its answer.
-#[derive(Clone, Debug)]
-struct RequestName(String);
 
 /// All routes.
 pub fn router(shared: Arc<Shared>) -> Router {
@@ -83,8 +80,18 @@ async fn observe(State(shared): AppState, mut request: Request, next: Next) -> R
         .get::<MatchedPath>()
         .map_or("none", |path| path.as_str())
         .to_owned();
-    request.extensions_mut().insert(RequestName(name.clone()));
-    let mut response = next.run(request).await;
+    let key = match needs_key(request.uri().path()) {
+        true => shared.options.api_keys.check(request.headers()),
+        false => Ok(None),
+    };
+    let mut response = match key {
+        Ok(key) => {
+            let name = name.clone();
+            request.extensions_mut().insert(Caller { name, key });
+            next.run(request).await
+        }
+        Err(error) => error.into_response(),
+    };
     let status = response.status().as_u16();
     shared.metrics.count_http(&handler, method.as_str(), status);
     let seconds = began.elapsed().as_secs_f64();
@@ -97,6 +104,11 @@ async fn observe(State(shared): AppState, mut request: Request, next: Next) -> R
         response.headers_mut().insert(REQUEST_ID, name);
     }
     response
+}
+
+/// Probes, metrics and the load report stay open: whoever asks for them has no key.
+fn needs_key(path: &str) -> bool {
+    path.starts_with("/v1/") || path == "/tokenize" || path == "/detokenize"
 }
 
 async fn no_route(method: Method, uri: Uri) -> ApiError {
@@ -154,18 +166,18 @@ fn encode(
 
 async fn chat(
     State(shared): AppState,
-    Extension(name): Extension<RequestName>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let model = shared.serving()?.clone();
+    let model = shared.admitting()?.clone();
     let fields = read(&shared, &headers, body).await?;
     check_model(&fields, &shared.options.model_name)?;
     let seed = shared.random();
     let request = ChatRequest::parse(&fields, &shared.options, model.text.defaults(), seed)?;
     let reader = model.clone();
     let ChatRequest {
-        asked,
+        mut asked,
         messages,
         variables,
         add_generation_prompt,
@@ -173,6 +185,7 @@ async fn chat(
         format,
     } = request;
     check_tools(&model, &tools)?;
+    caller.mark(&mut asked, &headers, &fields, &shared.options)?;
     let rule = answer_rule(format, &tools);
     let stops = asked.stops.clone();
     let prepared = blocking(move || {
@@ -194,7 +207,7 @@ async fn chat(
         &shared,
         model,
         Route::Chat,
-        &name,
+        &caller,
         &generation,
         asked.parameters.logprobs.is_some(),
     );
@@ -224,11 +237,11 @@ fn check_tools(model: &Model, tools: &Tools) -> Result<(), ApiError> {
 
 async fn completions(
     State(shared): AppState,
-    Extension(name): Extension<RequestName>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let model = shared.serving()?.clone();
+    let model = shared.admitting()?.clone();
     let fields = read(&shared, &headers, body).await?;
     check_model(&fields, &shared.options.model_name)?;
     let seed = shared.random();
@@ -238,6 +251,7 @@ async fn completions(
         prompts,
         format,
     } = request;
+    caller.mark(&mut asked, &headers, &fields, &shared.options)?;
     let rule = answer_rule(format, &Tools::default());
     let reader = model.clone();
     let stops = asked.stops.clone();
@@ -271,7 +285,7 @@ async fn completions(
         &shared,
         model,
         Route::Completion,
-        &name,
+        &caller,
         &generation,
         asked.parameters.logprobs.is_some(),
     );
@@ -286,7 +300,7 @@ fn envelope(
     shared: &Shared,
     model: Arc<Model>,
     route: Route,
-    name: &RequestName,
+    caller: &Caller,
     generation: &Generation,
     logprobs: bool,
 ) -> Envelope {
@@ -296,7 +310,7 @@ fn envelope(
     };
     Envelope {
         route,
-        id: format!("{prefix}-{}", name.0),
+        id: format!("{prefix}-{}", caller.name),
         created_unix_seconds: unix_seconds(),
         model_name: shared.options.model_name.clone(),
         model,
