@@ -25,6 +25,60 @@ pub struct ApiError {
     pub retry_after_seconds: Option<u64>,
 }
 
+/// Paths that clients know from elsewhere, and what to do instead.
+const REFUSED: [(&str, &str); 14] = [
+    (
+        "/v1/embeddings",
+        "this engine serves generation only; run an embedding model beside it",
+    ),
+    (
+        "/v1/rerank",
+        "this engine serves generation only; run a reranking model beside it",
+    ),
+    (
+        "/v1/score",
+        "this engine serves generation only; run a scoring model beside it",
+    ),
+    (
+        "/v1/moderations",
+        "this engine serves generation only; ask the model in a chat",
+    ),
+    ("/v1/audio", "this engine reads and writes text only"),
+    ("/v1/images", "this engine reads and writes text only"),
+    (
+        "/v1/files",
+        "this engine stores nothing; send the text with the request",
+    ),
+    (
+        "/v1/batches",
+        "this engine stores nothing; send the requests, they are batched while they run",
+    ),
+    (
+        "/v1/fine_tuning",
+        "this engine does not train; serve the trained model as one of its own",
+    ),
+    (
+        "/v1/assistants",
+        "this engine stores nothing; use POST /v1/responses or /v1/chat/completions",
+    ),
+    (
+        "/v1/threads",
+        "this engine stores nothing; use POST /v1/responses or /v1/chat/completions",
+    ),
+    (
+        "/v1/conversations",
+        "this engine stores nothing; send the whole conversation as input",
+    ),
+    (
+        "/v1/responses/",
+        "this engine stores no responses; keep what POST /v1/responses returned",
+    ),
+    (
+        "/v1/messages",
+        "use POST /v1/chat/completions with OpenAI's messages",
+    ),
+];
+
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
         Self {
@@ -96,13 +150,19 @@ impl ApiError {
 
     /// There is no such path or method here.
     pub fn no_route(method: &str, path: &str) -> Self {
-        Self::new(
-            StatusCode::NOT_FOUND,
-            "invalid_request_error",
-            format!(
-                "there is no {method} {path} here; see GET /v1/models and POST /v1/chat/completions"
-            ),
-        )
+        let refused = REFUSED.iter().find(|(prefix, _)| path.starts_with(prefix));
+        let (code, way_out) = match refused {
+            Some((_, way_out)) => (Some("unsupported_endpoint"), *way_out),
+            None => (None, "see GET /v1/models and POST /v1/chat/completions"),
+        };
+        Self {
+            code,
+            ..Self::new(
+                StatusCode::NOT_FOUND,
+                "invalid_request_error",
+                format!("there is no {method} {path} here; {way_out}"),
+            )
+        }
     }
 
     /// The body is larger than the limit.
@@ -173,6 +233,13 @@ impl ApiError {
             Rejection::OutOfRange { field, .. } => Self::invalid(*field, message),
             Rejection::Parameter(error) => Self::invalid(error.field, message),
         }
+    }
+
+    /// The same error where the client calls a field by another name.
+    pub fn renamed(mut self, from: &str, to: &str) -> Self {
+        self.message = self.message.replace(from, to);
+        self.param = self.param.map(|param| param.replace(from, to));
+        self
     }
 
     /// The JSON of the error.

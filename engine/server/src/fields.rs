@@ -15,6 +15,12 @@ pub struct Fields {
     map: Map<String, Value>,
 }
 
+impl From<Map<String, Value>> for Fields {
+    fn from(map: Map<String, Value>) -> Self {
+        Self { map }
+    }
+}
+
 impl Fields {
     /// Parses a body.
     ///

@@ -43,6 +43,8 @@ pub struct Usage {
     pub prompt: usize,
     pub cached: usize,
     pub completion: usize,
+    /// Of those, tokens of reasoning.
+    pub reasoning: usize,
 }
 
 #[derive(Debug)]
@@ -269,6 +271,7 @@ impl Generation {
                     choice.logprobs.push((sampled.token, logprobs));
                 }
                 let delta = choice.parser.push(sampled.token.0);
+                self.usage.reasoning += usize::from(choice.parser.is_reasoning());
                 if delta.stopped {
                     choice.done = true;
                     self.open -= 1;

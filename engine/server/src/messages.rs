@@ -135,7 +135,7 @@ fn tool_call(call: &Value, name: &str) -> Result<ToolCall, ApiError> {
 }
 
 /// A string, or a list of text parts.
-fn text_of(content: &Value, name: &str) -> Result<String, ApiError> {
+pub fn text_of(content: &Value, name: &str) -> Result<String, ApiError> {
     match content {
         Value::String(text) => Ok(text.clone()),
         Value::Array(parts) => {
@@ -143,8 +143,10 @@ fn text_of(content: &Value, name: &str) -> Result<String, ApiError> {
             for (index, part) in parts.iter().enumerate() {
                 let name = format!("{name}[{index}]");
                 match (part["type"].as_str(), part["text"].as_str()) {
-                    (Some("text"), Some(part)) => text.push_str(part),
-                    (Some(kind), _) if kind != "text" => {
+                    (Some("text" | "input_text" | "output_text"), Some(part)) => {
+                        text.push_str(part)
+                    }
+                    (Some(kind), _) if !kind.ends_with("text") => {
                         let message = format!(
                             "{name}.type is \"{kind}\", but this engine reads text only; leave it out"
                         );

@@ -226,6 +226,7 @@ fn usage_json(usage: Usage) -> Value {
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     })
 }
 
@@ -361,7 +362,12 @@ pub fn stream(generation: Generation, envelope: Envelope, include_usage: bool) -
         let text = events.next().await?;
         Some((Ok::<_, std::convert::Infallible>(text), events))
     });
-    let mut response = Response::new(Body::from_stream(body));
+    event_stream(Body::from_stream(body))
+}
+
+/// Server-sent events as a response.
+pub fn event_stream(body: Body) -> Response {
+    let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(
         CONTENT_TYPE,

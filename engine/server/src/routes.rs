@@ -12,23 +12,22 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router};
-use engine_core::{Constraint, TokenId};
 use engine_spec::{LoadReport, StartupPhase};
-use engine_text::{Grammar, GrammarError};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
 use crate::caller::Caller;
 use crate::chat::ChatRequest;
 use crate::completion::{CompletionRequest, Prompt};
-use crate::constraint::constraint;
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::format::answer_rule;
 use crate::generation::{Generation, Prepared};
 use crate::messages::messages;
+use crate::prepare::{blocking, compiled, encode, prepare_chat};
 use crate::request::{check_model, tokens};
 use crate::respond::{Envelope, Route, json_response, stream, whole};
+use crate::responses::{ResponseAnswer, responses_request};
 use crate::state::{Model, Shared, unix_seconds};
 use crate::tools::Tools;
 
@@ -43,6 +42,7 @@ pub fn router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
+        .route("/v1/responses", post(responses))
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*name}", get(get_model))
         .route("/tokenize", post(tokenize))
@@ -142,28 +142,6 @@ async fn read(shared: &Shared, headers: &HeaderMap, body: Body) -> Result<Fields
     Fields::parse(&bytes)
 }
 
-/// Tokenizing a long prompt takes a while; it must not hold up the health probes.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-) -> Result<T, ApiError> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
-        ApiError::engine_failed(format!("the request could not be read: {error}"))
-    })?
-}
-
-fn encode(
-    model: &Model,
-    text: &str,
-    add_special: bool,
-    param: &str,
-) -> Result<Vec<TokenId>, ApiError> {
-    let ids = model
-        .text
-        .encode(text, add_special)
-        .map_err(|error| ApiError::invalid(param, error.to_string()))?;
-    Ok(ids.into_iter().map(TokenId).collect())
-}
-
 async fn chat(
     State(shared): AppState,
     Extension(caller): Extension<Caller>,
@@ -175,33 +153,8 @@ async fn chat(
     check_model(&fields, &shared.options.model_name)?;
     let seed = shared.random();
     let request = ChatRequest::parse(&fields, &shared.options, model.text.defaults(), seed)?;
-    let reader = model.clone();
-    let ChatRequest {
-        mut asked,
-        messages,
-        variables,
-        add_generation_prompt,
-        tools,
-        format,
-    } = request;
-    check_tools(&model, &tools)?;
-    caller.mark(&mut asked, &headers, &fields, &shared.options)?;
-    let rule = answer_rule(format, &tools);
-    let stops = asked.stops.clone();
-    let prepared = blocking(move || {
-        let prompt = reader
-            .text
-            .render(&messages, tools.shown(), add_generation_prompt, &variables)
-            .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
-        Ok(Prepared {
-            tokens: encode(&reader, &prompt, false, "messages")?,
-            constraint: rule
-                .map(|(rule, field)| compiled(reader.text.chat_grammar(&prompt, &rule), field))
-                .transpose()?,
-            parser: reader.text.chat_parser(&prompt, stops, tools.allowed()),
-        })
-    })
-    .await?;
+    let (asked, prepared) =
+        prepare_chat(&model, request, &caller, &headers, &fields, &shared).await?;
     let generation = Generation::begin(&shared, &model, vec![prepared], &asked, "messages").await?;
     let envelope = envelope(
         &shared,
@@ -218,21 +171,33 @@ async fn chat(
     }
 }
 
-/// A grammar for the engine, or what is wrong with the field that asked for it.
-fn compiled(grammar: Result<Grammar, GrammarError>, field: &str) -> Result<Constraint, ApiError> {
-    grammar
-        .map(constraint)
-        .map_err(|error| ApiError::invalid(field, format!("{field} cannot be used: {error}")))
-}
-
-/// Tools need a model whose calls can be told from its text.
-fn check_tools(model: &Model, tools: &Tools) -> Result<(), ApiError> {
-    if tools.shown().is_empty() || model.text.tool_format().is_some() {
-        return Ok(());
+async fn responses(
+    State(shared): AppState,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let model = shared.admitting()?.clone();
+    let fields = read(&shared, &headers, body).await?;
+    check_model(&fields, &shared.options.model_name)?;
+    let seed = shared.random();
+    let (request, echo) = responses_request(&fields, &shared.options, model.text.defaults(), seed)?;
+    let (asked, prepared) = prepare_chat(&model, request, &caller, &headers, &fields, &shared)
+        .await
+        .map_err(|error| error.renamed("messages", "input"))?;
+    let is_streamed = asked.stream;
+    let generation = Generation::begin(&shared, &model, vec![prepared], &asked, "input").await?;
+    let answer = ResponseAnswer::new(
+        &caller.name,
+        shared.random(),
+        echo,
+        &shared.options.model_name,
+    );
+    if is_streamed {
+        Ok(answer.stream(generation))
+    } else {
+        answer.whole(generation).await
     }
-    let message = "tools are declared, but how this model writes calls is not known; \
-        start the engine with --tool-call-parser, or send tool_choice \"none\"";
-    Err(ApiError::unsupported("tools", message))
 }
 
 async fn completions(

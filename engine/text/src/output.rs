@@ -60,6 +60,11 @@ impl OutputParser {
         self.tools.calls() > 0
     }
 
+    /// Whether the answer is inside its reasoning.
+    pub fn is_reasoning(&self) -> bool {
+        self.reasoning.is_inside()
+    }
+
     /// Takes the next token.
     pub fn push(&mut self, token: u32) -> Delta {
         let mut text = String::new();
