@@ -33,6 +33,8 @@ pub struct Request {
     pub priority: i64,
     /// Requests of different tenants take turns.
     pub tenant: String,
+    /// Output that was generated elsewhere already; only for one choice. It counts towards `max_tokens`.
+    pub resumed: Vec<TokenId>,
 }
 
 impl Request {

@@ -41,7 +41,7 @@ impl Sequence {
     pub fn new(id: SequenceId, request: Arc<Request>, choice: u32, root: PrefixHash) -> Self {
         Self {
             id,
-            tokens: request.prompt.clone(),
+            tokens: [request.prompt.as_slice(), &request.resumed].concat(),
             mask: request
                 .constraint
                 .as_ref()

@@ -35,6 +35,7 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: usize, seed: u64) -> Request {
         cache_salt: String::new(),
         priority: (seed % 3) as i64 - 1,
         tenant: ["", "a", "b"][(seed % 11) as usize % 3].to_owned(),
+        resumed: Vec::new(),
         constraint: (seed % 7 == 1).then(|| Constraint(Arc::new(Sums))),
     }
 }
@@ -304,6 +305,29 @@ proptest! {
                 }
             }
         }
+    }
+}
+
+proptest! {
+    /// An answer that is cut off anywhere and continued by another engine is the answer.
+    #[test]
+    fn a_resumed_answer_goes_on_as_if_nothing_had_happened(
+        prompt in proptest::collection::vec(0u32..VOCABULARY as u32, 1..12),
+        max_tokens in 2usize..20,
+        seed in any::<u64>(),
+        cut in any::<proptest::sample::Index>(),
+        block_size in 1usize..7,
+    ) {
+        let limits = limits(block_size, 2, 5, 8);
+        let mut request = request(1, prompt, max_tokens, seed);
+        let (tokens, reason) = expected(&request, 0, limits.max_model_len);
+        let cut = cut.index(tokens.len().max(1));
+        request.resumed = tokens[..cut].to_vec();
+        let mut engine = Engine::new(limits).unwrap();
+        engine.submit(request).unwrap();
+        let mut answers = drive(&mut engine, &mut toy(&limits));
+        prop_assert_eq!(answers.finished[&(1, 0)], reason);
+        prop_assert_eq!(answers.tokens.remove(&(1, 0)).unwrap_or_default(), &tokens[cut..]);
     }
 }
 

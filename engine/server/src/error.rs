@@ -8,6 +8,8 @@ use axum::response::{IntoResponse, Response};
 use engine_core::Rejection;
 use serde_json::{Value, json};
 
+use crate::resume::FIELD;
+
 /// An answer that is not an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
@@ -23,6 +25,8 @@ pub struct ApiError {
     pub code: Option<&'static str>,
     /// When to try again.
     pub retry_after_seconds: Option<u64>,
+    /// The state with which the request can go on elsewhere.
+    pub resume: Option<Box<Value>>,
 }
 
 /// Paths that clients know from elsewhere, and what to do instead.
@@ -88,6 +92,7 @@ impl ApiError {
             param: None,
             code: None,
             retry_after_seconds: None,
+            resume: None,
         }
     }
 
@@ -244,12 +249,16 @@ impl ApiError {
 
     /// The JSON of the error.
     pub fn body(&self) -> Value {
-        json!({"error": {
+        let mut body = json!({"error": {
             "message": self.message,
             "type": self.kind,
             "param": self.param,
             "code": self.code,
-        }})
+        }});
+        if let Some(resume) = &self.resume {
+            body[FIELD] = (**resume).clone();
+        }
+        body
     }
 }
 

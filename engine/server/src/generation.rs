@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::ApiError;
 use crate::request::Asked;
+use crate::resume::{FIELD, Resume, fingerprint};
 use crate::state::{Model, Shared};
 use crate::worker::Command;
 
@@ -51,6 +52,8 @@ pub struct Usage {
 struct Choice {
     parser: OutputParser,
     done: bool,
+    /// Output so far.
+    tokens: Vec<TokenId>,
     logprobs: Vec<(TokenId, Logprobs)>,
 }
 
@@ -83,6 +86,11 @@ pub struct Generation {
     open: usize,
     usage: Usage,
     timeout: Option<Duration>,
+    seed: u64,
+    /// Of the only request; none when the answer could not be continued elsewhere.
+    fingerprint: Option<String>,
+    /// The engine had to end; said after all that came before.
+    aborted: Option<ApiError>,
     /// The last field: the response counts as unfinished until the channel is closed.
     _in_flight: InFlight,
 }
@@ -116,6 +124,7 @@ impl Generation {
             .iter()
             .map(|(_, max_tokens)| (max_tokens.min(&model.limits.max_model_len) + 2) * per_request)
             .sum();
+        let is_single = plans.len() == 1 && per_request == 1;
         let (sender, events) = mpsc::channel(capacity);
         let mut generation = Self {
             shared: shared.clone(),
@@ -127,16 +136,32 @@ impl Generation {
             open: 0,
             usage: Usage::default(),
             timeout: asked.timeout,
+            seed: asked.parameters.seed,
+            fingerprint: None,
+            aborted: None,
             _in_flight: in_flight,
         };
         for (prepared, max_tokens) in plans {
             let Prepared {
                 tokens,
-                parser,
+                mut parser,
                 constraint,
             } = prepared;
+            if is_single {
+                let fingerprint =
+                    fingerprint(&shared.options.model_name, &tokens, &asked.parameters);
+                generation.fingerprint = Some(fingerprint);
+            }
+            let resumed = generation.resumed(asked, max_tokens)?;
+            for token in &resumed {
+                // The client has this text already.
+                parser.push(token.0);
+                generation.usage.reasoning += usize::from(parser.is_reasoning());
+            }
+            generation.usage.completion += resumed.len();
             let mut request = generation.request(model, tokens, max_tokens, asked);
             request.constraint = constraint;
+            request.resumed.clone_from(&resumed);
             generation.usage.prompt += request.prompt.len();
             generation.requests.push(request.id);
             generation
@@ -146,12 +171,42 @@ impl Generation {
                 generation.choices.push(Choice {
                     parser: parser.clone(),
                     done: false,
+                    tokens: resumed.clone(),
                     logprobs: Vec::new(),
                 });
             }
         }
         generation.open = generation.choices.len();
         Ok(generation)
+    }
+
+    /// Output that a request brings along, once it is clear that it is its own.
+    fn resumed(&self, asked: &Asked, max_tokens: usize) -> Result<Vec<TokenId>, ApiError> {
+        let Some(resume) = &asked.resume else {
+            return Ok(Vec::new());
+        };
+        let Some(fingerprint) = &self.fingerprint else {
+            let message = format!("{FIELD} is given, but there are several prompts; send one");
+            return Err(ApiError::invalid(FIELD, message));
+        };
+        resume.check(fingerprint, max_tokens)?;
+        Ok(resume.tokens.clone())
+    }
+
+    /// The error of a request that the engine could not finish, with what it takes to go on elsewhere.
+    fn abort(&self, index: usize) -> ApiError {
+        let message = "this replica had to end before the answer did; send the request again";
+        let mut error = ApiError::unavailable("aborted", message, 1);
+        if let Some(request) = &self.fingerprint {
+            let resume = Resume {
+                seed: self.seed,
+                tokens: self.choices[index].tokens.clone(),
+                request: request.clone(),
+            };
+            error.message += &format!(", with {FIELD} to go on where it stopped");
+            error.resume = Some(Box::new(resume.to_json()));
+        }
+        error
     }
 
     fn request(
@@ -174,6 +229,7 @@ impl Generation {
             constraint: None,
             priority: asked.priority,
             tenant: asked.tenant.clone(),
+            resumed: Vec::new(),
         }
     }
 
@@ -219,6 +275,9 @@ impl Generation {
     /// # Errors
     /// The backend failed, or the drain ran out of time.
     pub async fn next(&mut self) -> Option<Result<Update, ApiError>> {
+        if let Some(error) = self.aborted.take() {
+            return Some(Err(error));
+        }
         while self.open > 0 {
             let event = tokio::select! {
                 biased;
@@ -236,6 +295,11 @@ impl Generation {
             }
         }
         None
+    }
+
+    /// The answer has a form that cannot go on elsewhere.
+    pub fn forbid_resuming(&mut self) {
+        self.fingerprint = None;
     }
 
     /// Tokens so far.
@@ -267,6 +331,7 @@ impl Generation {
             }
             EventKind::Token(sampled) => {
                 self.usage.completion += 1;
+                choice.tokens.push(sampled.token);
                 if let Some(logprobs) = sampled.logprobs {
                     choice.logprobs.push((sampled.token, logprobs));
                 }
@@ -294,9 +359,13 @@ impl Generation {
                     FinishReason::Stop => stop_reason(&choice.parser),
                     FinishReason::Length => "length",
                     FinishReason::Abort => {
-                        let message =
-                            "this replica had to end before the answer did; send the request again";
-                        return Err(ApiError::unavailable("aborted", message, 1));
+                        let error = self.abort(index);
+                        if self.choices[index].logprobs.is_empty() {
+                            return Err(error);
+                        }
+                        // Those of text that is held back would be lost: nobody computes them again.
+                        self.aborted = Some(error);
+                        return Ok(Some(self.update(index, Delta::default(), None)));
                     }
                     FinishReason::Deadline => {
                         let seconds = self.timeout.unwrap_or_default().as_secs_f64();

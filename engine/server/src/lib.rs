@@ -21,6 +21,7 @@ mod prepare;
 mod request;
 mod respond;
 mod responses;
+mod resume;
 mod routes;
 mod serve;
 mod startup;

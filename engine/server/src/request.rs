@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 use crate::fields::{Fields, show, wrong};
+use crate::resume::{FIELD, Resume};
 
 /// Stop strings a request may have; OpenAI takes 4, vLLM any number.
 const STOPS_MAX: usize = 16;
@@ -38,6 +39,8 @@ pub struct Asked {
     pub tenant: String,
     /// How long it may take, waiting included.
     pub timeout: Option<Duration>,
+    /// Continue this answer.
+    pub resume: Option<Resume>,
 }
 
 /// A known field that is not served, when it asks for nothing, and the way out.
@@ -113,18 +116,29 @@ impl Asked {
             );
             return Err(ApiError::invalid("stop", message));
         }
+        let mut parameters = parameters(fields, defaults, seed)?;
+        let resume = Resume::parse(fields)?;
+        if let Some(resume) = &resume {
+            if choices != 1 {
+                let message =
+                    format!("{FIELD} is given, but n is {choices}; only one answer can go on");
+                return Err(ApiError::invalid(FIELD, message));
+            }
+            parameters.seed = resume.seed;
+        }
         Ok(Self {
             stream,
             include_usage,
             choices,
             max_tokens: max_tokens.map(|count| usize::try_from(count).unwrap_or(usize::MAX)),
-            parameters: parameters(fields, defaults, seed)?,
+            parameters,
             stops,
             stop_tokens: token_list(fields, "stop_token_ids")?,
             cache_salt: fields.string("cache_salt")?.unwrap_or_default().to_owned(),
             priority: fields.integer("priority")?.unwrap_or(0),
             tenant: String::new(),
             timeout: None,
+            resume,
         })
     }
 }

@@ -24,7 +24,12 @@ use crate::tools::Tools;
 /// A comment is sent after so long without news.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-const UNSERVED: [Unserved; 11] = [
+const UNSERVED: [Unserved; 12] = [
+    (
+        "cachalot_resume",
+        |_| false,
+        "send it to POST /v1/chat/completions",
+    ),
     (
         "previous_response_id",
         |_| false,

@@ -186,7 +186,9 @@ async fn responses(
         .await
         .map_err(|error| error.renamed("messages", "input"))?;
     let is_streamed = asked.stream;
-    let generation = Generation::begin(&shared, &model, vec![prepared], &asked, "input").await?;
+    let mut generation =
+        Generation::begin(&shared, &model, vec![prepared], &asked, "input").await?;
+    generation.forbid_resuming();
     let answer = ResponseAnswer::new(
         &caller.name,
         shared.random(),

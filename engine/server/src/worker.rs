@@ -426,8 +426,9 @@ impl Worker {
                 }
             }
         }
-        self.clients.clear();
+        // First why, then that: a client that finds its channel closed looks for the reason.
         self.shared.problem.send_replace(Some(failure));
+        self.clients.clear();
         // The scheduler may be in any state after a panic: it is not used again.
         self.shared.set_load(engine_core::Load {
             draining: true,
