@@ -33,13 +33,14 @@ stage() {
   return 0
 }
 
-# count LOG : cargo ("test result: … N passed; M failed; K ignored"), go test -v, unittest.
+# count LOG : cargo ("test result: … N passed; M failed; K ignored"), go test -v, unittest, node --test.
 count() {
   local sums
   sums=$(awk '
     /^test result:/ { for (i = 1; i < NF; i++) { if ($(i+1) ~ /^passed/) p += $i; if ($(i+1) ~ /^failed/) f += $i; if ($(i+1) ~ /^ignored/) s += $i } }
     /^SKIPPED/ { s++ }
     /^--- PASS/ { p++ } /^--- FAIL/ { f++ } /^--- SKIP/ { s++ }
+    /^# pass [0-9]+$/ { p += $3 } /^# (fail|cancelled) [0-9]+$/ { f += $3 } /^# (skipped|todo) [0-9]+$/ { s += $3 }
     /^Ran [0-9]+ test/ { ran = $2 }
     /^(OK|FAILED)( \(|$)/ && ran != "" {
       bad = 0; skip = 0; line = $0
@@ -70,6 +71,20 @@ venv() {
   fi
 }
 
+# The official JavaScript client, where there is a Node to run it.
+javascript() {
+  local wanted=e2e/sdk/js/package-lock.json
+  if ! command -v node >/dev/null || ! command -v npm >/dev/null; then
+    echo "SKIPPED: the OpenAI JavaScript client needs node and npm (20 or newer) in PATH"
+    return 0
+  fi
+  if ! cmp -s "$wanted" .lab/js/package-lock.json || [ ! -d .lab/js/node_modules/openai ]; then
+    mkdir -p .lab/js && cp e2e/sdk/js/package.json "$wanted" .lab/js/ &&
+      npm ci --prefix .lab/js --ignore-scripts --no-audit --no-fund || return 1
+  fi
+  node --test --test-reporter=tap e2e/sdk/js/openai.test.mjs
+}
+
 if [ "$mode" != fast ]; then
   stage "tools" make --no-print-directory tools
   stage "python environment" venv
@@ -81,6 +96,7 @@ stage "model scripts" python3 -m unittest discover -s e2e/models/tiny-r1 -p 'tes
 if [ "$mode" != fast ]; then
   stage "engine build" cargo build --release --locked -p engine -p operator
   stage "openai sdk" "$python" -m unittest discover -s e2e/sdk -p 'test_*.py'
+  stage "openai sdk javascript" javascript
   stage "control plane" cargo test --locked --no-fail-fast -p e2e --features lab --test 'control_plane_*' -- --test-threads=2
   if [ "$(id -u)" -eq 0 ]; then
     stage "make up" make --no-print-directory up

@@ -14,13 +14,25 @@ import time
 import unittest
 import urllib.error
 import urllib.request
+from typing import Annotated, Literal
 
 import openai
+import pydantic
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TARGET = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
 ENGINE = pathlib.Path(os.environ.get("ENGINE", TARGET / "release/engine"))
 MODEL = ROOT / "e2e/models/tiny-r1"
+
+
+class Painting(pydantic.BaseModel):
+    """What a forced form must be; bounded, since the model was never taught to write JSON."""
+
+    colour: Literal["red", "blue"]
+    size: Annotated[int, pydantic.Field(ge=0, le=99)]
+
+
+PAINT = openai.pydantic_function_tool(Painting, name="paint", description="Paints.")
 
 
 def free_port() -> int:
@@ -140,6 +152,76 @@ class OpenAIPython(unittest.TestCase):
         with self.assertRaises(openai.BadRequestError) as long:
             self.ask("What is 1 + 1? " * 2000)
         self.assertEqual(long.exception.code, "context_length_exceeded")
+
+    def test_an_answer_is_parsed_into_the_form_that_was_asked_for(self) -> None:
+        answer = self.client.chat.completions.parse(
+            model="tiny-r1", temperature=0, response_format=Painting,
+            messages=[{"role": "user", "content": "What is 1 + 1?"}],
+        )
+        self.assertIsInstance(answer.choices[0].message.parsed, Painting)
+        self.assertTrue(answer.choices[0].message.reasoning_content)
+        for seed in range(5):
+            chosen = self.ask(
+                "What is 2 + 2?", seed=seed,
+                extra_body={"structured_outputs": {"choice": ["four", "five"]}, "temperature": 1},
+            )
+            self.assertIn(chosen.choices[0].message.content, ["four", "five"])
+        with self.assertRaises(openai.BadRequestError) as wrong:
+            self.ask("hi", extra_body={"structured_outputs": {"regex": "("}})
+        self.assertEqual(wrong.exception.param, "structured_outputs")
+
+    def test_a_forced_call_is_streamed_like_it_is_returned(self) -> None:
+        request = dict(
+            model="tiny-r1", temperature=0, tools=[PAINT], parallel_tool_calls=False,
+            tool_choice={"type": "function", "function": {"name": "paint"}},
+            messages=[{"role": "user", "content": "What is 1 + 1?"}],
+        )
+        whole = self.client.chat.completions.parse(**request)
+        call = whole.choices[0].message.tool_calls[0]
+        self.assertEqual(whole.choices[0].finish_reason, "tool_calls")
+        self.assertIsInstance(call.function.parsed_arguments, Painting)
+        with self.client.chat.completions.stream(**request) as stream:
+            for _ in stream:
+                pass
+            streamed = stream.get_final_completion().choices[0].message.tool_calls[0]
+        self.assertEqual(streamed.function.arguments, call.function.arguments)
+        # The call and its result go back; the model only has to answer something.
+        after = self.client.chat.completions.create(
+            model="tiny-r1", max_tokens=5,
+            messages=[
+                {"role": "user", "content": "Paint."},
+                {"role": "assistant", "content": None, "tool_calls": [call.model_dump(exclude={"function": {"parsed_arguments"}})]},
+                {"role": "tool", "tool_call_id": call.id, "content": "done"},
+            ],
+        )
+        self.assertEqual(after.usage.completion_tokens, 5)
+
+    def test_log_probabilities(self) -> None:
+        answer = self.ask("What is 1 + 1?", logprobs=True, top_logprobs=3, max_tokens=6)
+        entries = answer.choices[0].logprobs.content
+        self.assertEqual(len(entries), 6)
+        for entry in entries:
+            self.assertLessEqual(entry.logprob, 0)
+            self.assertEqual(entry.top_logprobs[0].token, entry.token)
+
+    def test_responses_whole_and_streamed(self) -> None:
+        request = dict(model="tiny-r1", temperature=0, input="What is 123 + 456?")
+        whole = self.client.responses.create(**request)
+        self.assertIn("\\boxed{579}", whole.output_text)
+        self.assertEqual([item.type for item in whole.output], ["reasoning", "message"])
+        with self.client.responses.stream(**request) as stream:
+            kinds = [event.type for event in stream]
+            final = stream.get_final_response()
+        self.assertEqual(final.output_text, whole.output_text)
+        self.assertEqual((kinds[0], kinds[-1]), ("response.created", "response.completed"))
+        with self.assertRaises(openai.BadRequestError) as stored:
+            self.client.responses.create(previous_response_id="resp_1", **request)
+        self.assertEqual(stored.exception.param, "previous_response_id")
+
+    def test_what_is_not_served_is_refused_with_a_way_out(self) -> None:
+        with self.assertRaises(openai.NotFoundError) as refused:
+            self.client.embeddings.create(model="tiny-r1", input="x")
+        self.assertIn("embedding model", str(refused.exception))
 
     def test_a_client_that_leaves_frees_its_place(self) -> None:
         stream = self.client.chat.completions.create(

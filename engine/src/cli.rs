@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine_spec::{Device, Dtype};
+use engine_text::ToolCallParser;
 
 /// Serves models of the DeepSeek, Qwen and Llama families over the OpenAI API.
 #[derive(Debug, Parser)]
@@ -83,6 +84,15 @@ pub struct ServeArguments {
     /// Requests that may wait; one more is answered with 429 [default: 256]
     #[arg(long, value_name = "COUNT")]
     pub max_queued_requests: Option<u32>,
+    /// Tokens that waiting requests may cost together, prompts and answers; more are answered with 429
+    #[arg(long, value_name = "TOKENS", env = "ENGINE_MAX_QUEUED_TOKENS")]
+    pub max_queued_tokens: Option<u32>,
+    /// Longest time that a request may take, waiting included; a client's x-request-timeout may be shorter
+    #[arg(long, value_name = "SECONDS", env = "ENGINE_REQUEST_TIMEOUT_SECONDS")]
+    pub request_timeout_seconds: Option<u32>,
+    /// File with API keys, one NAME:KEY or KEY on each line; health and metrics need none
+    #[arg(long, value_name = "FILE", env = "ENGINE_API_KEY_FILE")]
+    pub api_key_file: Option<PathBuf>,
     /// Seconds after SIGTERM in which running requests may finish [default: 60]
     #[arg(long, value_name = "SECONDS")]
     pub drain_timeout_seconds: Option<u32>,
@@ -95,6 +105,14 @@ pub struct ServeArguments {
     /// Seed of random weights
     #[arg(long, value_name = "NUMBER", default_value_t = 0)]
     pub seed: u64,
+    /// How the model writes calls of tools: auto, deepseek_v3, deepseek_v31, hermes, llama3_json or none
+    #[arg(
+        long,
+        value_name = "FORMAT",
+        env = "ENGINE_TOOL_CALL_PARSER",
+        default_value = "auto"
+    )]
+    pub tool_call_parser: ToolCallParser,
     /// Form of the log
     #[arg(long, value_enum, env = "ENGINE_LOG_FORMAT", default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use engine_server::{LoadFailure, Loader, ServerOptions, StartupHandle, serve};
+use engine_server::{ApiKeys, LoadFailure, Loader, ServerOptions, StartupHandle, serve};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -17,6 +17,13 @@ const HTTP_THREADS: usize = 2;
 /// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
 pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
     let config = configure::for_serve(&arguments)?;
+    let api_keys = match &arguments.api_key_file {
+        None => ApiKeys::default(),
+        Some(file) => std::fs::read_to_string(file)
+            .map_err(anyhow::Error::from)
+            .and_then(|text| ApiKeys::parse(&text).map_err(anyhow::Error::msg))
+            .with_context(|| format!("--api-key-file {}", file.display()))?,
+    };
     telemetry::start(arguments.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(HTTP_THREADS)
@@ -38,14 +45,22 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
         let mut options = ServerOptions::new(config.served_name());
         options.version = env!("CARGO_PKG_VERSION").to_owned();
         options.drain_timeout = Duration::from_secs(config.drain_timeout_seconds.into());
+        options.max_queued_tokens = arguments.max_queued_tokens.map(|tokens| tokens as usize);
+        options.request_timeout = arguments
+            .request_timeout_seconds
+            .map(|seconds| Duration::from_secs(seconds.into()));
+        options.api_keys = api_keys;
         options.failure_linger = Duration::from_secs(arguments.failure_linger_seconds.into());
+        let tool_call_parser = arguments.tool_call_parser;
         let cache_dir = arguments.engine.cache_dir.clone();
         let weights = match arguments.load_format {
             LoadFormat::Auto => Weights::Files,
             LoadFormat::Dummy => Weights::Random(arguments.seed),
         };
         let loader: Loader = Box::new(move |startup: &StartupHandle| -> Result<_, LoadFailure> {
-            load::load(&config, cache_dir, weights, startup)
+            let mut loaded = load::load(&config, cache_dir, weights, startup)?;
+            loaded.text.set_tool_call_parser(tool_call_parser);
+            Ok(loaded)
         });
         let shutdown = async move {
             tokio::select! {

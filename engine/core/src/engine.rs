@@ -7,8 +7,9 @@
 use crate::batch::{Batch, ExecuteError, Executor, Logits};
 use crate::limits::{Limits, LimitsError};
 use crate::request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};
-use crate::sampling::{SampleContext, Sampler};
-use crate::scheduler::{Counters, Scheduler};
+use crate::sampling::{SampleContext, SampleError, Sampled, Sampler};
+use crate::scheduler::{Admission, Counters, Scheduler};
+use crate::sequence::Sequence;
 
 /// A scheduler with the buffers of a step.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub struct Load {
     pub waiting: usize,
     /// Of those, waiting for another choice of their own request.
     pub deferred: usize,
+    /// Tokens that the waiting requests may compute and generate.
+    pub queued_tokens: usize,
     /// Blocks held by sequences.
     pub blocks_used: usize,
     /// Blocks in total.
@@ -62,6 +65,11 @@ impl Engine {
         })
     }
 
+    /// Bounds the queue further than [`Limits`] does.
+    pub fn set_admission(&mut self, admission: Admission) {
+        self.scheduler.admission = admission;
+    }
+
     /// Puts a request into the queue.
     ///
     /// # Errors
@@ -74,6 +82,12 @@ impl Engine {
     pub fn cancel(&mut self, request: RequestId, events: &mut Vec<Event>) {
         self.scheduler
             .finish_request(request, FinishReason::Abort, events);
+    }
+
+    /// Ends a request whose time is over, waiting or running.
+    pub fn expire(&mut self, request: RequestId, events: &mut Vec<Event>) {
+        self.scheduler
+            .finish_request(request, FinishReason::Deadline, events);
     }
 
     /// Ends one choice whose text reached a stop string.
@@ -103,6 +117,7 @@ impl Engine {
             running: self.scheduler.running(),
             waiting: self.scheduler.waiting(),
             deferred: self.scheduler.deferred(),
+            queued_tokens: self.scheduler.queued_tokens(),
             blocks_used: self.scheduler.blocks.used(),
             blocks_total: self.scheduler.blocks.count(),
             draining: self.scheduler.is_draining(),
@@ -190,26 +205,22 @@ impl Engine {
                 continue;
             }
             row += 1;
-            let Some(sequence) = self.scheduler.sequences.get(&entry.sequence) else {
+            let Some(sequence) = self.scheduler.sequences.get_mut(&entry.sequence) else {
                 continue;
             };
-            let context = SampleContext {
-                tokens: &sequence.tokens,
-                prompt_len: sequence.request.prompt.len(),
-                choice: sequence.choice,
-            };
-            let parameters = &sequence.request.parameters;
-            let finish = match self
-                .sampler
-                .sample(self.logits.row(row - 1), parameters, context)
-            {
-                Ok(sampled) => {
+            let finish = match sample(&mut self.sampler, self.logits.row(row - 1), sequence) {
+                Ok(Some(sampled)) => {
                     let token = sampled.token;
                     events.push(sequence.event(EventKind::Token(sampled)));
                     self.scheduler.append(entry.sequence, token)
                 }
-                Err(_) => {
+                Ok(None) => Some(FinishReason::Stop),
+                Err(SampleError::Logit(_)) => {
                     self.scheduler.counters.corrupted += 1;
+                    Some(FinishReason::Error)
+                }
+                Err(SampleError::Mask(_)) => {
+                    self.scheduler.counters.mask_failures += 1;
                     Some(FinishReason::Error)
                 }
             };
@@ -218,4 +229,25 @@ impl Engine {
             }
         }
     }
+}
+
+/// The sequence's next token; none when its mask says that the output is complete.
+fn sample(
+    sampler: &mut Sampler,
+    row: &[f32],
+    sequence: &mut Sequence,
+) -> Result<Option<Sampled>, SampleError> {
+    let mut mask = sequence.mask.take();
+    let context = SampleContext {
+        tokens: &sequence.tokens,
+        prompt_len: sequence.request.prompt.len(),
+        choice: sequence.choice,
+    };
+    let parameters = &sequence.request.parameters;
+    let sampled = match mask.as_deref_mut() {
+        Some(mask) => sampler.sample_within(row, parameters, context, mask),
+        None => Ok(Some(sampler.sample(row, parameters, context)?)),
+    };
+    sequence.mask = mask;
+    sampled
 }

@@ -10,6 +10,8 @@ mod blocks;
 mod canary;
 mod engine;
 mod limits;
+mod mask;
+mod queue;
 mod random;
 mod request;
 mod sampling;
@@ -21,11 +23,12 @@ pub use blocks::{BlockManager, PrefixHash};
 pub use canary::{CanaryError, CanaryReport, run_canary};
 pub use engine::{Engine, Load, StepReport};
 pub use limits::{Limits, LimitsError};
+pub use mask::{Constraint, MaskError, MaskSource, Restriction, TokenMask};
 pub use random::uniform;
 pub use request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};
 pub use sampling::{
-    Logprobs, NonFiniteLogit, ParameterError, SampleContext, Sampled, Sampler, SamplingParameters,
-    TOP_LOGPROBS_MAX, argmax,
+    Logprobs, NonFiniteLogit, ParameterError, SampleContext, SampleError, Sampled, Sampler,
+    SamplingParameters, TOP_LOGPROBS_MAX, argmax,
 };
-pub use scheduler::{Counters, Scheduler};
+pub use scheduler::{Admission, Counters, Scheduler};
 pub use sequence::Sequence;

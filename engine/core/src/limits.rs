@@ -116,9 +116,18 @@ impl Limits {
                 limit: self.max_model_len,
             });
         }
+        if !request.resumed.is_empty() {
+            within("n", request.choices as usize, 1)?;
+            within(
+                "resumed tokens",
+                request.resumed.len(),
+                request.max_tokens - 1,
+            )?;
+        }
         if let Some(token) = request
             .prompt
             .iter()
+            .chain(&request.resumed)
             .find(|token| token.index() >= self.vocabulary)
         {
             return Err(Rejection::UnknownToken {

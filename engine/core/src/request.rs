@@ -3,6 +3,7 @@
 use thiserror::Error;
 
 use crate::batch::TokenId;
+use crate::mask::Constraint;
 use crate::sampling::{ParameterError, Sampled, SamplingParameters};
 
 /// Names a request within one engine process.
@@ -26,6 +27,21 @@ pub struct Request {
     pub stop_tokens: Vec<TokenId>,
     /// Requests share cached prefixes only under the same salt (one salt per tenant).
     pub cache_salt: String,
+    /// What the output must be; absent leaves it free.
+    pub constraint: Option<Constraint>,
+    /// Lower goes first; 0 unless asked otherwise.
+    pub priority: i64,
+    /// Requests of different tenants take turns.
+    pub tenant: String,
+    /// Output that was generated elsewhere already; only for one choice. It counts towards `max_tokens`.
+    pub resumed: Vec<TokenId>,
+}
+
+impl Request {
+    /// Tokens that it may compute and generate, all choices together.
+    pub fn cost(&self) -> usize {
+        self.prompt.len() + self.max_tokens * self.choices as usize
+    }
 }
 
 /// Why a sequence ended.
@@ -37,6 +53,8 @@ pub enum FinishReason {
     Length,
     /// The client went away or the drain ran out of time.
     Abort,
+    /// The request's own time was over.
+    Deadline,
     /// The backend failed.
     Error,
 }
@@ -47,7 +65,8 @@ impl FinishReason {
         match self {
             Self::Stop => "stop",
             Self::Length => "length",
-            Self::Abort => "abort",
+            // vLLM has no word of its own for it.
+            Self::Abort | Self::Deadline => "abort",
             Self::Error => "error",
         }
     }
@@ -92,6 +111,28 @@ pub enum Rejection {
         /// How many it holds.
         limit: usize,
     },
+    /// What waits costs too many tokens.
+    #[error(
+        "requests of {waiting} tokens are waiting already, this one has {cost} and at most {limit} may wait"
+    )]
+    TokensQueued {
+        /// Tokens in the queue.
+        waiting: usize,
+        /// Tokens of this request.
+        cost: usize,
+        /// How many may wait.
+        limit: usize,
+    },
+    /// The queue fills up and this tenant has more than its share of it.
+    #[error(
+        "{waiting} requests of this tenant are waiting already, its share of the queue is {share}"
+    )]
+    OverShare {
+        /// Sequences of the tenant in the queue.
+        waiting: usize,
+        /// How many it may have while others wait.
+        share: usize,
+    },
     /// Nothing to continue.
     #[error("the prompt is empty")]
     EmptyPrompt,
@@ -135,6 +176,12 @@ pub enum Rejection {
 impl Rejection {
     /// Whether the same request may be admitted later or elsewhere.
     pub fn is_retryable(&self) -> bool {
-        matches!(self, Self::Draining | Self::QueueFull { .. })
+        matches!(
+            self,
+            Self::Draining
+                | Self::QueueFull { .. }
+                | Self::TokensQueued { .. }
+                | Self::OverShare { .. }
+        )
     }
 }

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use thiserror::Error;
 
 use crate::batch::TokenId;
+use crate::mask::{MaskError, Restriction, TokenMask};
 use crate::random;
 
 /// Temperatures below this are greedy: dividing by less would overflow f32 logits.
@@ -196,6 +197,17 @@ pub struct NonFiniteLogit {
     pub token: TokenId,
 }
 
+/// Why no token could be chosen.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum SampleError {
+    /// The model is broken.
+    #[error(transparent)]
+    Logit(#[from] NonFiniteLogit),
+    /// The mask is.
+    #[error(transparent)]
+    Mask(#[from] MaskError),
+}
+
 /// The sequence that a token is sampled for.
 #[derive(Clone, Copy, Debug)]
 pub struct SampleContext<'a> {
@@ -225,11 +237,7 @@ impl Sampler {
         parameters: &SamplingParameters,
         context: SampleContext<'_>,
     ) -> Result<Sampled, NonFiniteLogit> {
-        if let Some(index) = row.iter().position(|logit| !logit.is_finite()) {
-            return Err(NonFiniteLogit {
-                token: TokenId(index as u32),
-            });
-        }
+        check_finite(row)?;
         let mut scratch = std::mem::take(&mut self.scratch);
         let adjusted = if parameters.changes_logits() {
             scratch.clear();
@@ -239,18 +247,65 @@ impl Sampler {
         } else {
             row
         };
-        let token = if parameters.is_greedy() {
-            argmax(adjusted)
-        } else {
-            let draw =
-                random::uniform(parameters.seed, context.choice, context.tokens.len() as u64);
-            self.draw(adjusted, parameters, draw)
-        };
+        let token = self.choose(adjusted, parameters, context);
         self.scratch = scratch;
+        Ok(self.report(row, parameters, token))
+    }
+
+    /// Chooses among the tokens that `mask` allows; none when the output is complete.
+    ///
+    /// # Errors
+    /// A logit is not finite, or the mask failed.
+    pub fn sample_within(
+        &mut self,
+        row: &[f32],
+        parameters: &SamplingParameters,
+        context: SampleContext<'_>,
+        mask: &mut dyn TokenMask,
+    ) -> Result<Option<Sampled>, SampleError> {
+        check_finite(row)?;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.clear();
+        scratch.extend_from_slice(row);
+        if parameters.changes_logits() {
+            adjust(&mut scratch, parameters, context);
+        }
+        let output = &context.tokens[context.prompt_len..];
+        let restricted = mask.restrict(output, &mut scratch);
+        let token = match restricted {
+            Ok(Restriction::Complete) | Err(_) => None,
+            Ok(Restriction::Free | Restriction::Masked) => {
+                Some(self.choose(&scratch, parameters, context))
+            }
+        };
+        // Without an allowed token the best one is still a forbidden one.
+        let token = token.filter(|token| scratch[token.index()] != f32::NEG_INFINITY);
+        self.scratch = scratch;
+        match (token, restricted?) {
+            (Some(token), _) => Ok(Some(self.report(row, parameters, token))),
+            (None, Restriction::Complete) => Ok(None),
+            (None, _) => Err(MaskError("no token is allowed".to_owned()).into()),
+        }
+    }
+
+    fn choose(
+        &mut self,
+        row: &[f32],
+        parameters: &SamplingParameters,
+        context: SampleContext<'_>,
+    ) -> TokenId {
+        if parameters.is_greedy() {
+            return argmax(row);
+        }
+        let draw = random::uniform(parameters.seed, context.choice, context.tokens.len() as u64);
+        self.draw(row, parameters, draw)
+    }
+
+    fn report(&mut self, row: &[f32], parameters: &SamplingParameters, token: TokenId) -> Sampled {
         let logprobs = parameters
             .logprobs
             .map(|count| logprobs(row, token, count as usize, &mut self.candidates));
-        Ok(Sampled { token, logprobs })
+        Sampled { token, logprobs }
     }
 
     /// Draws from the truncated distribution: `top_k` and `min_p` first, then `top_p` of what is left.
@@ -283,6 +338,15 @@ impl Sampler {
         let kept = &self.candidates[..kept];
         let index = pick(kept.iter().map(|&(logit, _)| weight(logit)), draw);
         TokenId(kept[index.index()].1)
+    }
+}
+
+fn check_finite(row: &[f32]) -> Result<(), NonFiniteLogit> {
+    match row.iter().position(|logit| !logit.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(NonFiniteLogit {
+            token: TokenId(index as u32),
+        }),
     }
 }
 

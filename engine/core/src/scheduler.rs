@@ -5,18 +5,19 @@
 //! waiting or finished sequence holds no block.
 //!
 //! Rules: every decoding sequence gets its token first, then unfinished prefills get chunks in order of arrival, then
-//! waiting sequences enter in order of arrival. A sequence enters with the blocks of all its known tokens, so only
-//! decoding ever runs out of blocks; then the youngest running sequence gives all of its blocks back and returns to
-//! the head of the queue, to compute its tokens again (most of them found in the prefix cache).
+//! waiting sequences enter as [`crate::queue`] lets them. A sequence enters with the blocks of all its known tokens, so only
+//! decoding ever runs out of blocks; then the youngest running sequence of the lowest priority gives all of its blocks
+//! back and returns to the head of the queue, to compute its tokens again (most of them found in the prefix cache).
 //!
 //! Surprise: nothing here decides what a token is. Sampling by (seed, position) in [`crate::engine`] makes the answer
 //! independent of all the choices made here.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use crate::batch::{Batch, BatchEntry, BlockId, SequenceId, TokenId};
 use crate::blocks::{BlockManager, PrefixHash};
 use crate::limits::Limits;
+use crate::queue::{Queue, Ticket};
 use crate::request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};
 use crate::sequence::Sequence;
 
@@ -37,6 +38,15 @@ pub struct Counters {
     pub generation_tokens: u64,
     /// Sequences that ended because a logit was not finite.
     pub corrupted: u64,
+    /// Sequences that ended because their mask failed.
+    pub mask_failures: u64,
+}
+
+/// Bounds of the queue beside the count of its sequences.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Admission {
+    /// Tokens that waiting requests may cost together; absent does not bound them.
+    pub max_queued_tokens: Option<usize>,
 }
 
 /// The queue, the running batch and the blocks.
@@ -45,9 +55,9 @@ pub struct Scheduler {
     pub(crate) limits: Limits,
     pub(crate) blocks: BlockManager,
     pub(crate) sequences: BTreeMap<SequenceId, Sequence>,
-    /// Head first; preempted sequences stand before those that never ran.
-    waiting: VecDeque<SequenceId>,
-    /// In order of arrival.
+    pub(crate) admission: Admission,
+    waiting: Queue,
+    /// By priority, then in order of arrival.
     running: Vec<SequenceId>,
     next_sequence: u64,
     draining: bool,
@@ -59,9 +69,10 @@ impl Scheduler {
     pub fn new(limits: Limits) -> Self {
         Self {
             blocks: BlockManager::new(limits.block_count),
+            waiting: Queue::new(limits.max_num_batched_tokens),
             limits,
+            admission: Admission::default(),
             sequences: BTreeMap::new(),
-            waiting: VecDeque::new(),
             running: Vec::new(),
             next_sequence: 0,
             draining: false,
@@ -76,13 +87,19 @@ impl Scheduler {
     pub fn submit(&mut self, request: Request) -> Result<(), Rejection> {
         self.admit(&request)?;
         let root = PrefixHash::root(&request.cache_salt);
+        self.waiting.push(Ticket {
+            sequence: SequenceId(self.next_sequence),
+            priority: request.priority,
+            tenant: request.tenant.clone(),
+            cost: request.cost(),
+            further: request.choices - 1,
+        });
         let request = std::sync::Arc::new(request);
         for choice in 0..request.choices {
             let id = SequenceId(self.next_sequence);
             self.next_sequence += 1;
             self.sequences
                 .insert(id, Sequence::new(id, request.clone(), choice, root));
-            self.waiting.push_back(id);
         }
         Ok(())
     }
@@ -99,6 +116,41 @@ impl Scheduler {
                 waiting: self.waiting.len(),
                 limit: self.limits.max_queued_requests,
             });
+        }
+        self.admit_tokens(request)?;
+        self.admit_share(request, limit)
+    }
+
+    /// An empty queue takes any request that can run at all.
+    fn admit_tokens(&self, request: &Request) -> Result<(), Rejection> {
+        let waiting = self.waiting.tokens();
+        match self.admission.max_queued_tokens {
+            Some(limit) if waiting > 0 && waiting + request.cost() > limit => {
+                Err(Rejection::TokensQueued {
+                    waiting,
+                    cost: request.cost(),
+                    limit,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// In a queue that is more than half full, no tenant has more than its part while others wait.
+    fn admit_share(&self, request: &Request, limit: usize) -> Result<(), Rejection> {
+        let (waiting, tokens, tenants) = self.waiting.share(&request.tenant);
+        if tenants < 2 || waiting == 0 {
+            return Ok(());
+        }
+        let share = limit.div_ceil(tenants);
+        let half_full = (self.waiting.len() + request.choices as usize) * 2 > limit;
+        let over_count = half_full && waiting + request.choices as usize > share;
+        let over_tokens = self.admission.max_queued_tokens.is_some_and(|most| {
+            (self.waiting.tokens() + request.cost()) * 2 > most
+                && tokens + request.cost() > most.div_ceil(tenants)
+        });
+        if over_count || over_tokens {
+            return Err(Rejection::OverShare { waiting, share });
         }
         Ok(())
     }
@@ -154,7 +206,15 @@ impl Scheduler {
         };
         sequence.release(&mut self.blocks);
         self.running.retain(|other| *other != id);
-        self.waiting.retain(|other| *other != id);
+        self.waiting.remove(id);
+        let request = &sequence.request;
+        // Only what entered was charged.
+        let unused = match sequence.started {
+            true => request.max_tokens.saturating_sub(sequence.generated()),
+            false => 0,
+        };
+        self.waiting
+            .refund(request.priority, &request.tenant, unused);
         events.push(sequence.event(EventKind::Finished(reason)));
     }
 
@@ -195,10 +255,12 @@ impl Scheduler {
 
     /// Sequences in the queue that wait for another choice of their own request, not for room.
     pub fn deferred(&self) -> usize {
-        self.waiting
-            .iter()
-            .filter(|id| self.is_deferred(**id))
-            .count()
+        self.waiting.deferred()
+    }
+
+    /// Tokens that the waiting requests may compute and generate.
+    pub fn queued_tokens(&self) -> usize {
+        self.waiting.tokens()
     }
 
     /// Fills `batch` with the next step and reports sequences that start with it.
@@ -228,7 +290,7 @@ impl Scheduler {
                 *budget -= 1;
                 index += 1;
             } else {
-                // The youngest gives way; that may be the very sequence that needs the block.
+                // The last in the order gives way; that may be the very sequence that needs the block.
                 preempted = true;
                 if let Some(victim) = self.running.pop() {
                     self.preempt(victim);
@@ -260,7 +322,7 @@ impl Scheduler {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.release(&mut self.blocks);
             self.counters.preemptions += 1;
-            self.waiting.push_front(id);
+            self.waiting.push_preempted(id, sequence.request.priority);
         }
     }
 
@@ -278,37 +340,30 @@ impl Scheduler {
     }
 
     fn schedule_waiting(&mut self, batch: &mut Batch, budget: &mut usize, events: &mut Vec<Event>) {
-        let mut index = 0;
-        while index < self.waiting.len()
-            && *budget > 0
+        // A further choice waits until the first one has computed the prompt that they share.
+        let sequences = &self.sequences;
+        self.waiting.release(|first| {
+            sequences
+                .get(&first)
+                .is_none_or(|first| first.computed >= first.request.prompt.len())
+        });
+        while *budget > 0
             && self.running.len() < self.limits.max_num_seqs
+            && let Some(id) = self.waiting.peek()
         {
-            let id = self.waiting[index];
-            if self.is_deferred(id) {
-                index += 1;
-                continue;
-            }
             if !self.enter(id, events) {
                 break;
             }
-            self.waiting.remove(index);
-            let position = self.running.partition_point(|other| *other < id);
+            self.waiting.take(id);
+            let order = |id: SequenceId| (self.sequences[&id].request.priority, id);
+            let position = self
+                .running
+                .partition_point(|other| order(*other) < order(id));
             self.running.insert(position, id);
             let count = self.sequences[&id].remaining().min(*budget);
             self.push_entry(batch, id, count);
             *budget -= count;
         }
-    }
-
-    /// A further choice waits until the first one has computed the prompt that they share.
-    fn is_deferred(&self, id: SequenceId) -> bool {
-        let sequence = &self.sequences[&id];
-        let first = SequenceId(id.0 - u64::from(sequence.choice));
-        sequence.choice > 0
-            && self
-                .sequences
-                .get(&first)
-                .is_some_and(|first| first.computed < first.request.prompt.len())
     }
 
     /// Takes the blocks of all known tokens, cached ones as far as they reach.

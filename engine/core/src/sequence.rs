@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::batch::{BlockId, SequenceId, TokenId};
 use crate::blocks::{BlockManager, PrefixHash};
+use crate::mask::TokenMask;
 use crate::request::{Event, EventKind, Request};
 
 /// One choice of a request.
@@ -30,6 +31,8 @@ pub struct Sequence {
     pub published: usize,
     /// Whether it ever ran.
     pub started: bool,
+    /// Which tokens may come next; absent leaves them free.
+    pub mask: Option<Box<dyn TokenMask>>,
     root: PrefixHash,
 }
 
@@ -38,7 +41,11 @@ impl Sequence {
     pub fn new(id: SequenceId, request: Arc<Request>, choice: u32, root: PrefixHash) -> Self {
         Self {
             id,
-            tokens: request.prompt.clone(),
+            tokens: [request.prompt.as_slice(), &request.resumed].concat(),
+            mask: request
+                .constraint
+                .as_ref()
+                .map(|constraint| constraint.0.start()),
             request,
             choice,
             computed: 0,

@@ -5,10 +5,12 @@
 mod toy;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use engine_core::{
-    BlockId, Engine, Event, EventKind, FinishReason, Limits, Rejection, Request, RequestId,
-    SampleContext, Sampler, SamplingParameters, TokenId, run_canary,
+    Admission, BlockId, Constraint, Engine, Event, EventKind, FinishReason, Limits, MaskError,
+    MaskSource, Rejection, Request, RequestId, Restriction, SampleContext, Sampled, Sampler,
+    SamplingParameters, TokenId, TokenMask, run_canary,
 };
 use proptest::prelude::*;
 use toy::{Toy, logits_after};
@@ -31,6 +33,51 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: usize, seed: u64) -> Request {
         },
         stop_tokens: vec![EOS],
         cache_salt: String::new(),
+        priority: (seed % 3) as i64 - 1,
+        tenant: ["", "a", "b"][(seed % 11) as usize % 3].to_owned(),
+        resumed: Vec::new(),
+        constraint: (seed % 7 == 1).then(|| Constraint(Arc::new(Sums))),
+    }
+}
+
+/// Allows tokens by the sum of the output, ends at a sum over 120; keeps state like a grammar does.
+#[derive(Debug)]
+struct Sums;
+
+#[derive(Debug, Default)]
+struct SumsMask {
+    seen: usize,
+    sum: u32,
+}
+
+impl MaskSource for Sums {
+    fn start(&self) -> Box<dyn TokenMask> {
+        Box::<SumsMask>::default()
+    }
+}
+
+impl TokenMask for SumsMask {
+    fn restrict(&mut self, output: &[TokenId], row: &mut [f32]) -> Result<Restriction, MaskError> {
+        for token in &output[self.seen..] {
+            assert!(self.allows(token.0), "{token} after a sum of {}", self.sum);
+            self.sum += token.0;
+        }
+        self.seen = output.len();
+        if self.sum > 120 {
+            return Ok(Restriction::Complete);
+        }
+        for (index, logit) in row.iter_mut().enumerate() {
+            if !self.allows(index as u32) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Ok(Restriction::Masked)
+    }
+}
+
+impl SumsMask {
+    fn allows(&self, token: u32) -> bool {
+        (self.sum + token) % 3 != 2
     }
 }
 
@@ -38,6 +85,7 @@ fn request(id: u64, prompt: Vec<u32>, max_tokens: usize, seed: u64) -> Request {
 fn expected(request: &Request, choice: u32, max_model_len: usize) -> (Vec<TokenId>, FinishReason) {
     let mut tokens = request.prompt.clone();
     let mut row = vec![0.0; VOCABULARY];
+    let mut mask = request.constraint.as_ref().map(|c| c.0.start());
     loop {
         logits_after(&tokens, &mut row);
         let context = SampleContext {
@@ -45,10 +93,17 @@ fn expected(request: &Request, choice: u32, max_model_len: usize) -> (Vec<TokenI
             prompt_len: request.prompt.len(),
             choice,
         };
-        let token = Sampler::default()
-            .sample(&row, &request.parameters, context)
-            .unwrap()
-            .token;
+        let mut sampler = Sampler::default();
+        let sampled = match mask.as_deref_mut() {
+            Some(mask) => sampler.sample_within(&row, &request.parameters, context, mask),
+            None => sampler
+                .sample(&row, &request.parameters, context)
+                .map(Some)
+                .map_err(Into::into),
+        };
+        let Some(Sampled { token, .. }) = sampled.unwrap() else {
+            return (tokens.split_off(request.prompt.len()), FinishReason::Stop);
+        };
         tokens.push(token);
         let generated = tokens.len() - request.prompt.len();
         let finish = if !request.parameters.ignore_eos && token == EOS {
@@ -147,6 +202,7 @@ enum Act {
         choices: u32,
     },
     Cancel(usize),
+    Expire(usize),
     Steps(usize),
 }
 
@@ -165,7 +221,8 @@ fn act() -> impl Strategy<Value = Act> {
             seed,
             choices,
         });
-    prop_oneof![4 => submit, 1 => any::<usize>().prop_map(Act::Cancel), 4 => (1usize..6).prop_map(Act::Steps)]
+    prop_oneof![4 => submit, 1 => any::<usize>().prop_map(Act::Cancel),
+        1 => any::<usize>().prop_map(Act::Expire), 4 => (1usize..6).prop_map(Act::Steps)]
 }
 
 proptest! {
@@ -185,7 +242,7 @@ proptest! {
         let mut events = Vec::new();
         let mut answers = Answers::default();
         let mut requests: Vec<Request> = Vec::new();
-        let mut cancelled = Vec::new();
+        let (mut cancelled, mut expired) = (Vec::new(), Vec::new());
         for act in acts {
             match act {
                 Act::Submit { family, extra, max_tokens, seed, choices } => {
@@ -202,7 +259,12 @@ proptest! {
                     engine.cancel(RequestId(id), &mut events);
                     cancelled.push(id);
                 }
-                Act::Cancel(_) => {}
+                Act::Expire(index) if !requests.is_empty() => {
+                    let id = (index % requests.len()) as u64;
+                    engine.expire(RequestId(id), &mut events);
+                    expired.push(id);
+                }
+                Act::Cancel(_) | Act::Expire(_) => {}
                 Act::Steps(count) => {
                     for _ in 0..count {
                         let report = engine.step(&mut executor, &mut events).unwrap();
@@ -232,6 +294,10 @@ proptest! {
                         prop_assert!(cancelled.contains(&request.id.0));
                         prop_assert_eq!(&tokens[..found.len()], &found[..]);
                     }
+                    FinishReason::Deadline => {
+                        prop_assert!(expired.contains(&request.id.0));
+                        prop_assert_eq!(&tokens[..found.len()], &found[..]);
+                    }
                     finished => {
                         prop_assert_eq!(finished, reason);
                         prop_assert_eq!(tokens, found);
@@ -239,6 +305,29 @@ proptest! {
                 }
             }
         }
+    }
+}
+
+proptest! {
+    /// An answer that is cut off anywhere and continued by another engine is the answer.
+    #[test]
+    fn a_resumed_answer_goes_on_as_if_nothing_had_happened(
+        prompt in proptest::collection::vec(0u32..VOCABULARY as u32, 1..12),
+        max_tokens in 2usize..20,
+        seed in any::<u64>(),
+        cut in any::<proptest::sample::Index>(),
+        block_size in 1usize..7,
+    ) {
+        let limits = limits(block_size, 2, 5, 8);
+        let mut request = request(1, prompt, max_tokens, seed);
+        let (tokens, reason) = expected(&request, 0, limits.max_model_len);
+        let cut = cut.index(tokens.len().max(1));
+        request.resumed = tokens[..cut].to_vec();
+        let mut engine = Engine::new(limits).unwrap();
+        engine.submit(request).unwrap();
+        let mut answers = drive(&mut engine, &mut toy(&limits));
+        prop_assert_eq!(answers.finished[&(1, 0)], reason);
+        prop_assert_eq!(answers.tokens.remove(&(1, 0)).unwrap_or_default(), &tokens[cut..]);
     }
 }
 
@@ -352,6 +441,90 @@ fn decoding_goes_on_while_a_long_prompt_is_prefilled() {
             .iter()
             .any(|e| e.request.0 == 2 && matches!(e.kind, EventKind::Token(_)))
     );
+}
+
+/// Requests in the order in which they started.
+fn starts(engine: &mut Engine, executor: &mut Toy) -> Vec<u64> {
+    let mut started = Vec::new();
+    let mut events = Vec::new();
+    while !engine.is_idle() {
+        engine.step(executor, &mut events).unwrap();
+        for event in events.drain(..) {
+            if matches!(event.kind, EventKind::Started { .. }) {
+                started.push(event.request.0);
+            }
+        }
+    }
+    started
+}
+
+#[test]
+fn tenants_take_turns_and_priorities_go_first() {
+    let limits = limits(4, 1, 16, 20);
+    let mut engine = Engine::new(limits).unwrap();
+    let mut submit = |id: u64, tenant: &str, priority: i64| {
+        let mut request = request(id, vec![1, 2, 3], 5, 3);
+        (request.tenant, request.priority) = (tenant.to_owned(), priority);
+        engine.submit(request).unwrap();
+    };
+    for id in 0..8 {
+        submit(id, "flood", 0);
+    }
+    submit(20, "other", 0);
+    submit(21, "other", 0);
+    submit(30, "flood", -1);
+    let started = starts(&mut engine, &mut toy(&limits));
+    let at = |id| started.iter().position(|other| *other == id).unwrap();
+    assert_eq!((started.len(), at(30)), (11, 0));
+    assert!(at(20) <= 5 && at(21) <= 6, "{started:?}");
+    assert!(at(7) > at(21), "{started:?}");
+}
+
+#[test]
+fn a_queue_is_bounded_by_tokens_and_a_tenant_by_its_share() {
+    let mut limits = limits(4, 1, 64, 0);
+    limits.max_queued_requests = 7;
+    let mut engine = Engine::new(limits).unwrap();
+    engine.set_admission(Admission {
+        max_queued_tokens: Some(100),
+    });
+    let from = |id: u64, tenant: &str, max_tokens: usize| {
+        let mut request = request(id, vec![1, 2], max_tokens, 3);
+        request.tenant = tenant.to_owned();
+        request
+    };
+    engine.submit(from(0, "a", 38)).unwrap();
+    engine.submit(from(1, "b", 8)).unwrap();
+    let over = engine.submit(from(2, "a", 18)).unwrap_err();
+    assert!(
+        matches!(over, Rejection::OverShare { waiting: 1, .. }),
+        "{over}"
+    );
+    assert!(over.is_retryable());
+    engine.submit(from(3, "b", 28)).unwrap();
+    assert_eq!(
+        engine.submit(from(4, "c", 28)).unwrap_err(),
+        Rejection::TokensQueued {
+            waiting: 80,
+            cost: 30,
+            limit: 100
+        }
+    );
+    assert_eq!(engine.load().queued_tokens, 80);
+    // By count: of eight places half are taken, and "b" has two of them.
+    engine.set_admission(Admission::default());
+    for id in 10..12 {
+        engine.submit(from(id, "b", 1)).unwrap();
+    }
+    let over = engine.submit(from(12, "b", 1)).unwrap_err();
+    assert_eq!(
+        over,
+        Rejection::OverShare {
+            waiting: 4,
+            share: 4
+        }
+    );
+    engine.submit(from(13, "c", 1)).unwrap();
 }
 
 #[test]

@@ -8,6 +8,8 @@ use axum::response::{IntoResponse, Response};
 use engine_core::Rejection;
 use serde_json::{Value, json};
 
+use crate::resume::FIELD;
+
 /// An answer that is not an answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
@@ -23,7 +25,63 @@ pub struct ApiError {
     pub code: Option<&'static str>,
     /// When to try again.
     pub retry_after_seconds: Option<u64>,
+    /// The state with which the request can go on elsewhere.
+    pub resume: Option<Box<Value>>,
 }
+
+/// Paths that clients know from elsewhere, and what to do instead.
+const REFUSED: [(&str, &str); 14] = [
+    (
+        "/v1/embeddings",
+        "this engine serves generation only; run an embedding model beside it",
+    ),
+    (
+        "/v1/rerank",
+        "this engine serves generation only; run a reranking model beside it",
+    ),
+    (
+        "/v1/score",
+        "this engine serves generation only; run a scoring model beside it",
+    ),
+    (
+        "/v1/moderations",
+        "this engine serves generation only; ask the model in a chat",
+    ),
+    ("/v1/audio", "this engine reads and writes text only"),
+    ("/v1/images", "this engine reads and writes text only"),
+    (
+        "/v1/files",
+        "this engine stores nothing; send the text with the request",
+    ),
+    (
+        "/v1/batches",
+        "this engine stores nothing; send the requests, they are batched while they run",
+    ),
+    (
+        "/v1/fine_tuning",
+        "this engine does not train; serve the trained model as one of its own",
+    ),
+    (
+        "/v1/assistants",
+        "this engine stores nothing; use POST /v1/responses or /v1/chat/completions",
+    ),
+    (
+        "/v1/threads",
+        "this engine stores nothing; use POST /v1/responses or /v1/chat/completions",
+    ),
+    (
+        "/v1/conversations",
+        "this engine stores nothing; send the whole conversation as input",
+    ),
+    (
+        "/v1/responses/",
+        "this engine stores no responses; keep what POST /v1/responses returned",
+    ),
+    (
+        "/v1/messages",
+        "use POST /v1/chat/completions with OpenAI's messages",
+    ),
+];
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
@@ -34,6 +92,7 @@ impl ApiError {
             param: None,
             code: None,
             retry_after_seconds: None,
+            resume: None,
         }
     }
 
@@ -72,15 +131,43 @@ impl ApiError {
         }
     }
 
+    /// No API key, or an unknown one.
+    pub fn unauthorized(message: impl Into<String>) -> Self {
+        Self {
+            code: Some("invalid_api_key"),
+            ..Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", message)
+        }
+    }
+
+    /// The request's time was over before its answer was.
+    pub fn deadline_exceeded(seconds: f64) -> Self {
+        Self {
+            code: Some("deadline_exceeded"),
+            ..Self::new(
+                StatusCode::GATEWAY_TIMEOUT,
+                "timeout_error",
+                format!(
+                    "the answer was not complete within {seconds} s; ask for fewer tokens or allow more time"
+                ),
+            )
+        }
+    }
+
     /// There is no such path or method here.
     pub fn no_route(method: &str, path: &str) -> Self {
-        Self::new(
-            StatusCode::NOT_FOUND,
-            "invalid_request_error",
-            format!(
-                "there is no {method} {path} here; see GET /v1/models and POST /v1/chat/completions"
-            ),
-        )
+        let refused = REFUSED.iter().find(|(prefix, _)| path.starts_with(prefix));
+        let (code, way_out) = match refused {
+            Some((_, way_out)) => (Some("unsupported_endpoint"), *way_out),
+            None => (None, "see GET /v1/models and POST /v1/chat/completions"),
+        };
+        Self {
+            code,
+            ..Self::new(
+                StatusCode::NOT_FOUND,
+                "invalid_request_error",
+                format!("there is no {method} {path} here; {way_out}"),
+            )
+        }
     }
 
     /// The body is larger than the limit.
@@ -127,7 +214,9 @@ impl ApiError {
         let message = rejection.to_string();
         match rejection {
             Rejection::Draining => Self::unavailable("draining", message + "; send it again", 1),
-            Rejection::QueueFull { .. } => Self {
+            Rejection::QueueFull { .. }
+            | Rejection::TokensQueued { .. }
+            | Rejection::OverShare { .. } => Self {
                 code: Some("rate_limit_exceeded"),
                 retry_after_seconds: Some(retry_after_seconds),
                 ..Self::new(
@@ -151,14 +240,25 @@ impl ApiError {
         }
     }
 
+    /// The same error where the client calls a field by another name.
+    pub fn renamed(mut self, from: &str, to: &str) -> Self {
+        self.message = self.message.replace(from, to);
+        self.param = self.param.map(|param| param.replace(from, to));
+        self
+    }
+
     /// The JSON of the error.
     pub fn body(&self) -> Value {
-        json!({"error": {
+        let mut body = json!({"error": {
             "message": self.message,
             "type": self.kind,
             "param": self.param,
             "code": self.code,
-        }})
+        }});
+        if let Some(resume) = &self.resume {
+            body[FIELD] = (**resume).clone();
+        }
+        body
     }
 }
 

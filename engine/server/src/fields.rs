@@ -15,6 +15,12 @@ pub struct Fields {
     map: Map<String, Value>,
 }
 
+impl From<Map<String, Value>> for Fields {
+    fn from(map: Map<String, Value>) -> Self {
+        Self { map }
+    }
+}
+
 impl Fields {
     /// Parses a body.
     ///
@@ -67,6 +73,14 @@ impl Fields {
     /// It is something else.
     pub fn count(&self, name: &str) -> Result<Option<u64>, ApiError> {
         self.typed(name, "a whole number of at least 0", Value::as_u64)
+    }
+
+    /// A whole number.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn integer(&self, name: &str) -> Result<Option<i64>, ApiError> {
+        self.typed(name, "a whole number", Value::as_i64)
     }
 
     /// Any whole number, its bits.

@@ -5,16 +5,17 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::TrySendError;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use engine_core::{
-    Event, EventKind, FinishReason, Logprobs, Rejection, Request, RequestId, TokenId,
+    Constraint, Event, EventKind, FinishReason, Logprobs, Rejection, Request, RequestId, TokenId,
 };
 use engine_text::{Delta, OutputParser};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::ApiError;
 use crate::request::Asked;
+use crate::resume::{FIELD, Resume, fingerprint};
 use crate::state::{Model, Shared};
 use crate::worker::Command;
 
@@ -23,6 +24,8 @@ use crate::worker::Command;
 pub struct Prepared {
     pub tokens: Vec<TokenId>,
     pub parser: OutputParser,
+    /// What the answer must be.
+    pub constraint: Option<Constraint>,
 }
 
 /// News about one choice.
@@ -41,12 +44,16 @@ pub struct Usage {
     pub prompt: usize,
     pub cached: usize,
     pub completion: usize,
+    /// Of those, tokens of reasoning.
+    pub reasoning: usize,
 }
 
 #[derive(Debug)]
 struct Choice {
     parser: OutputParser,
     done: bool,
+    /// Output so far.
+    tokens: Vec<TokenId>,
     logprobs: Vec<(TokenId, Logprobs)>,
 }
 
@@ -78,6 +85,12 @@ pub struct Generation {
     choices: Vec<Choice>,
     open: usize,
     usage: Usage,
+    timeout: Option<Duration>,
+    seed: u64,
+    /// Of the only request; none when the answer could not be continued elsewhere.
+    fingerprint: Option<String>,
+    /// The engine had to end; said after all that came before.
+    aborted: Option<ApiError>,
     /// The last field: the response counts as unfinished until the channel is closed.
     _in_flight: InFlight,
 }
@@ -98,21 +111,20 @@ impl Generation {
         let arrived = Instant::now();
         let per_request = asked.choices as usize;
         let mut plans = Vec::with_capacity(prompts.len());
-        for Prepared { tokens, parser } in prompts {
+        for prepared in prompts {
             let room = model
                 .limits
                 .max_model_len
-                .saturating_sub(tokens.len())
+                .saturating_sub(prepared.tokens.len())
                 .max(1);
-            plans.push((tokens, parser, asked.max_tokens.unwrap_or(room)));
+            plans.push((prepared, asked.max_tokens.unwrap_or(room)));
         }
         // Started, each token, finished; what the engine refuses as too long needs no room.
         let capacity: usize = plans
             .iter()
-            .map(|(_, _, max_tokens)| {
-                (max_tokens.min(&model.limits.max_model_len) + 2) * per_request
-            })
+            .map(|(_, max_tokens)| (max_tokens.min(&model.limits.max_model_len) + 2) * per_request)
             .sum();
+        let is_single = plans.len() == 1 && per_request == 1;
         let (sender, events) = mpsc::channel(capacity);
         let mut generation = Self {
             shared: shared.clone(),
@@ -123,10 +135,33 @@ impl Generation {
             choices: Vec::new(),
             open: 0,
             usage: Usage::default(),
+            timeout: asked.timeout,
+            seed: asked.parameters.seed,
+            fingerprint: None,
+            aborted: None,
             _in_flight: in_flight,
         };
-        for (tokens, parser, max_tokens) in plans {
-            let request = generation.request(model, tokens, max_tokens, asked);
+        for (prepared, max_tokens) in plans {
+            let Prepared {
+                tokens,
+                mut parser,
+                constraint,
+            } = prepared;
+            if is_single {
+                let fingerprint =
+                    fingerprint(&shared.options.model_name, &tokens, &asked.parameters);
+                generation.fingerprint = Some(fingerprint);
+            }
+            let resumed = generation.resumed(asked, max_tokens)?;
+            for token in &resumed {
+                // The client has this text already.
+                parser.push(token.0);
+                generation.usage.reasoning += usize::from(parser.is_reasoning());
+            }
+            generation.usage.completion += resumed.len();
+            let mut request = generation.request(model, tokens, max_tokens, asked);
+            request.constraint = constraint;
+            request.resumed.clone_from(&resumed);
             generation.usage.prompt += request.prompt.len();
             generation.requests.push(request.id);
             generation
@@ -136,12 +171,42 @@ impl Generation {
                 generation.choices.push(Choice {
                     parser: parser.clone(),
                     done: false,
+                    tokens: resumed.clone(),
                     logprobs: Vec::new(),
                 });
             }
         }
         generation.open = generation.choices.len();
         Ok(generation)
+    }
+
+    /// Output that a request brings along, once it is clear that it is its own.
+    fn resumed(&self, asked: &Asked, max_tokens: usize) -> Result<Vec<TokenId>, ApiError> {
+        let Some(resume) = &asked.resume else {
+            return Ok(Vec::new());
+        };
+        let Some(fingerprint) = &self.fingerprint else {
+            let message = format!("{FIELD} is given, but there are several prompts; send one");
+            return Err(ApiError::invalid(FIELD, message));
+        };
+        resume.check(fingerprint, max_tokens)?;
+        Ok(resume.tokens.clone())
+    }
+
+    /// The error of a request that the engine could not finish, with what it takes to go on elsewhere.
+    fn abort(&self, index: usize) -> ApiError {
+        let message = "this replica had to end before the answer did; send the request again";
+        let mut error = ApiError::unavailable("aborted", message, 1);
+        if let Some(request) = &self.fingerprint {
+            let resume = Resume {
+                seed: self.seed,
+                tokens: self.choices[index].tokens.clone(),
+                request: request.clone(),
+            };
+            error.message += &format!(", with {FIELD} to go on where it stopped");
+            error.resume = Some(Box::new(resume.to_json()));
+        }
+        error
     }
 
     fn request(
@@ -161,6 +226,10 @@ impl Generation {
             parameters: asked.parameters.clone(),
             stop_tokens,
             cache_salt: asked.cache_salt.clone(),
+            constraint: None,
+            priority: asked.priority,
+            tenant: asked.tenant.clone(),
+            resumed: Vec::new(),
         }
     }
 
@@ -173,7 +242,8 @@ impl Generation {
     ) -> Result<(), ApiError> {
         let (reply, answer) = oneshot::channel();
         let command = Command::Submit {
-            request,
+            request: Box::new(request),
+            deadline: self.timeout.map(|timeout| arrived + timeout),
             arrived,
             events: events.clone(),
             reply,
@@ -205,6 +275,9 @@ impl Generation {
     /// # Errors
     /// The backend failed, or the drain ran out of time.
     pub async fn next(&mut self) -> Option<Result<Update, ApiError>> {
+        if let Some(error) = self.aborted.take() {
+            return Some(Err(error));
+        }
         while self.open > 0 {
             let event = tokio::select! {
                 biased;
@@ -222,6 +295,11 @@ impl Generation {
             }
         }
         None
+    }
+
+    /// The answer has a form that cannot go on elsewhere.
+    pub fn forbid_resuming(&mut self) {
+        self.fingerprint = None;
     }
 
     /// Tokens so far.
@@ -253,10 +331,12 @@ impl Generation {
             }
             EventKind::Token(sampled) => {
                 self.usage.completion += 1;
+                choice.tokens.push(sampled.token);
                 if let Some(logprobs) = sampled.logprobs {
                     choice.logprobs.push((sampled.token, logprobs));
                 }
                 let delta = choice.parser.push(sampled.token.0);
+                self.usage.reasoning += usize::from(choice.parser.is_reasoning());
                 if delta.stopped {
                     choice.done = true;
                     self.open -= 1;
@@ -265,7 +345,8 @@ impl Generation {
                         request: event.request,
                         choice: event.choice,
                     });
-                    return Ok(Some(self.update(index, delta, Some("stop"))));
+                    let finish = stop_reason(&choice.parser);
+                    return Ok(Some(self.update(index, delta, Some(finish))));
                 }
                 if delta.is_empty() {
                     return Ok(None);
@@ -273,23 +354,31 @@ impl Generation {
                 Ok(Some(self.update(index, delta, None)))
             }
             EventKind::Finished(reason) => {
+                let delta = choice.parser.finish();
                 let finish = match reason {
-                    FinishReason::Stop => "stop",
+                    FinishReason::Stop => stop_reason(&choice.parser),
                     FinishReason::Length => "length",
                     FinishReason::Abort => {
-                        let message =
-                            "this replica had to end before the answer did; send the request again";
-                        return Err(ApiError::unavailable("aborted", message, 1));
+                        let error = self.abort(index);
+                        if self.choices[index].logprobs.is_empty() {
+                            return Err(error);
+                        }
+                        // Those of text that is held back would be lost: nobody computes them again.
+                        self.aborted = Some(error);
+                        return Ok(Some(self.update(index, Delta::default(), None)));
+                    }
+                    FinishReason::Deadline => {
+                        let seconds = self.timeout.unwrap_or_default().as_secs_f64();
+                        return Err(ApiError::deadline_exceeded(seconds));
                     }
                     FinishReason::Error => {
                         let message =
-                            "the backend failed while it worked on this request; send it again";
+                            "the engine failed while it worked on this request; send it again";
                         return Err(ApiError::engine_failed(message));
                     }
                 };
                 choice.done = true;
                 self.open -= 1;
-                let delta = choice.parser.finish();
                 Ok(Some(self.update(index, delta, Some(finish))))
             }
         }
@@ -302,6 +391,14 @@ impl Generation {
             logprobs: std::mem::take(&mut self.choices[index].logprobs),
             finish,
         }
+    }
+}
+
+/// OpenAI's word for an answer that ended by itself.
+fn stop_reason(parser: &OutputParser) -> &'static str {
+    match parser.has_calls() {
+        true => "tool_calls",
+        false => "stop",
     }
 }
 

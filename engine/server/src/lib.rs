@@ -5,20 +5,31 @@
 //! through bounded channels and own nothing of it. Invariant: a request is never waited for by that thread, and never
 //! outlives its client by more than a step.
 
+mod caller;
+mod chat;
+mod completion;
+mod constraint;
 mod error;
 mod fields;
+mod format;
 mod generation;
 mod health;
 mod http;
+mod messages;
 mod metrics;
+mod prepare;
 mod request;
 mod respond;
+mod responses;
+mod resume;
 mod routes;
 mod serve;
 mod startup;
 mod state;
+mod tools;
 mod worker;
 
+pub use caller::ApiKeys;
 pub use serve::{ServeError, serve};
 pub use startup::{LoadFailure, Loaded, Loader, StartupHandle};
 pub use state::ServerOptions;

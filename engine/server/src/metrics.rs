@@ -77,6 +77,8 @@ pub struct ServingMetrics {
     prefill: Histogram,
     decode: Histogram,
     step_seconds: Histogram,
+    mask_failures: IntCounter,
+    pub deadlines: IntCounter,
     pub canary_deviation: Gauge,
 }
 
@@ -269,10 +271,16 @@ impl ServingMetrics {
         }
         let rejections = registrar.counters(
             names::ADMISSION_REJECTIONS,
-            "Requests refused at the door; alert on queue_full.",
+            "Requests refused at the door; alert on queue_full and queued_tokens.",
             &["reason"],
         );
-        for reason in ["queue_full", "draining", "invalid"] {
+        for reason in [
+            "queue_full",
+            "queued_tokens",
+            "tenant_share",
+            "draining",
+            "invalid",
+        ] {
             rejections.with_label_values(&[reason]);
         }
         let counter = |name, help| registrar.counter(name, help);
@@ -318,6 +326,14 @@ impl ServingMetrics {
                 "Duration of a step.",
                 &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
             ),
+            mask_failures: counter(
+                "cachalot_engine_mask_failures_total",
+                "Sequences that ended because a grammar could not go on; alert on a rising rate.",
+            ),
+            deadlines: counter(
+                "cachalot_engine_deadlines_exceeded_total",
+                "Requests that ended because their time was over; alert on a rising rate.",
+            ),
             canary_deviation: registrar.gauge(
                 "cachalot_engine_canary_deviation",
                 "Largest difference of a logit between the canary alone and in a batch; 0 when batch-invariant.",
@@ -348,6 +364,8 @@ impl ServingMetrics {
         self.generation_tokens
             .inc_by(now.generation_tokens - before.generation_tokens);
         self.corrupted.inc_by(now.corrupted - before.corrupted);
+        self.mask_failures
+            .inc_by(now.mask_failures - before.mask_failures);
     }
 
     /// A step of so many tokens took so long.

@@ -8,7 +8,7 @@ use axum::http::HeaderValue;
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use engine_core::{Logprobs, TokenId};
-use engine_text::Text;
+use engine_text::{CallDelta, Text};
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
@@ -37,6 +37,8 @@ pub struct Envelope {
     pub logprobs: bool,
     /// Characters so far of each choice, for the older log-probability format.
     pub offsets: Vec<usize>,
+    /// Random; part of the ids of calls, which must differ between answers.
+    pub call_seed: u64,
 }
 
 /// What one choice has become.
@@ -44,6 +46,8 @@ pub struct Envelope {
 struct Whole {
     content: String,
     reasoning: String,
+    /// Name and arguments.
+    calls: Vec<(String, String)>,
     logprobs: Vec<(TokenId, Logprobs)>,
     finish: Option<&'static str>,
 }
@@ -98,6 +102,11 @@ impl Envelope {
                 if !update.delta.content.is_empty() {
                     delta.insert("content".into(), update.delta.content.into());
                 }
+                if !update.delta.calls.is_empty() {
+                    let calls = update.delta.calls.iter();
+                    let calls = calls.map(|call| self.call_delta(update.choice, call));
+                    delta.insert("tool_calls".into(), calls.collect());
+                }
                 json!({
                     "index": update.choice,
                     "delta": delta,
@@ -119,18 +128,46 @@ impl Envelope {
             }),
             Route::Chat => {
                 let reasoning = (!whole.reasoning.is_empty()).then_some(whole.reasoning);
+                let only_calls = whole.content.is_empty() && !whole.calls.is_empty();
+                let mut message = json!({
+                    "role": "assistant",
+                    "content": (!only_calls).then_some(whole.content),
+                    "reasoning_content": reasoning,
+                    "refusal": null,
+                });
+                if !whole.calls.is_empty() {
+                    let calls = whole.calls.iter().enumerate();
+                    message["tool_calls"] = calls
+                        .map(|(call, (name, arguments))| {
+                            json!({"id": self.call_id(index, call), "type": "function",
+                                "function": {"name": name, "arguments": arguments}})
+                        })
+                        .collect();
+                }
                 json!({
                     "index": index,
-                    "message": {
-                        "role": "assistant",
-                        "content": whole.content,
-                        "reasoning_content": reasoning,
-                        "refusal": null,
-                    },
+                    "message": message,
                     "logprobs": logprobs,
                     "finish_reason": whole.finish,
                 })
             }
+        }
+    }
+
+    fn call_id(&self, choice: usize, call: usize) -> String {
+        format!("call_{:016x}{choice:04x}{call:04x}", self.call_seed)
+    }
+
+    /// The id, the type and the name come once, with the first piece of a call.
+    fn call_delta(&self, choice: usize, call: &CallDelta) -> Value {
+        match &call.name {
+            Some(name) => json!({
+                "index": call.index,
+                "id": self.call_id(choice, call.index),
+                "type": "function",
+                "function": {"name": name, "arguments": call.arguments},
+            }),
+            None => json!({"index": call.index, "function": {"arguments": call.arguments}}),
         }
     }
 
@@ -189,6 +226,7 @@ fn usage_json(usage: Usage) -> Value {
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning},
     })
 }
 
@@ -214,6 +252,14 @@ pub async fn whole(
         let choice = &mut choices[update.choice];
         choice.content.push_str(&update.delta.content);
         choice.reasoning.push_str(&update.delta.reasoning);
+        for call in update.delta.calls {
+            if let Some(name) = call.name {
+                choice.calls.push((name, String::new()));
+            }
+            if let Some((_, arguments)) = choice.calls.get_mut(call.index) {
+                arguments.push_str(&call.arguments);
+            }
+        }
         choice.logprobs.extend(update.logprobs);
         choice.finish = update.finish.or(choice.finish);
     }
@@ -316,7 +362,12 @@ pub fn stream(generation: Generation, envelope: Envelope, include_usage: bool) -
         let text = events.next().await?;
         Some((Ok::<_, std::convert::Infallible>(text), events))
     });
-    let mut response = Response::new(Body::from_stream(body));
+    event_stream(Body::from_stream(body))
+}
+
+/// Server-sent events as a response.
+pub fn event_stream(body: Body) -> Response {
+    let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(
         CONTENT_TYPE,

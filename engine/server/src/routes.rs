@@ -12,17 +12,24 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Router};
-use engine_core::TokenId;
 use engine_spec::{LoadReport, StartupPhase};
 use http_body_util::{BodyExt, Limited};
 use serde_json::{Value, json};
 
+use crate::caller::Caller;
+use crate::chat::ChatRequest;
+use crate::completion::{CompletionRequest, Prompt};
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::format::answer_rule;
 use crate::generation::{Generation, Prepared};
-use crate::request::{ChatRequest, CompletionRequest, Prompt, check_model, messages, tokens};
+use crate::messages::messages;
+use crate::prepare::{blocking, compiled, encode, prepare_chat};
+use crate::request::{check_model, tokens};
 use crate::respond::{Envelope, Route, json_response, stream, whole};
+use crate::responses::{ResponseAnswer, responses_request};
 use crate::state::{Model, Shared, unix_seconds};
+use crate::tools::Tools;
 
 const REQUEST_ID: &str = "x-request-id";
 /// Longest request id that is taken over from a client.
@@ -30,15 +37,12 @@ const REQUEST_ID_MAX: usize = 128;
 
 type AppState = State<Arc<Shared>>;
 
-/// The name a request goes by in logs and in its answer.
-#[derive(Clone, Debug)]
-struct RequestName(String);
-
 /// All routes.
 pub fn router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/v1/chat/completions", post(chat))
         .route("/v1/completions", post(completions))
+        .route("/v1/responses", post(responses))
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*name}", get(get_model))
         .route("/tokenize", post(tokenize))
@@ -76,8 +80,18 @@ async fn observe(State(shared): AppState, mut request: Request, next: Next) -> R
         .get::<MatchedPath>()
         .map_or("none", |path| path.as_str())
         .to_owned();
-    request.extensions_mut().insert(RequestName(name.clone()));
-    let mut response = next.run(request).await;
+    let key = match needs_key(request.uri().path()) {
+        true => shared.options.api_keys.check(request.headers()),
+        false => Ok(None),
+    };
+    let mut response = match key {
+        Ok(key) => {
+            let name = name.clone();
+            request.extensions_mut().insert(Caller { name, key });
+            next.run(request).await
+        }
+        Err(error) => error.into_response(),
+    };
     let status = response.status().as_u16();
     shared.metrics.count_http(&handler, method.as_str(), status);
     let seconds = began.elapsed().as_secs_f64();
@@ -90,6 +104,11 @@ async fn observe(State(shared): AppState, mut request: Request, next: Next) -> R
         response.headers_mut().insert(REQUEST_ID, name);
     }
     response
+}
+
+/// Probes, metrics and the load report stay open: whoever asks for them has no key.
+fn needs_key(path: &str) -> bool {
+    path.starts_with("/v1/") || path == "/tokenize" || path == "/detokenize"
 }
 
 async fn no_route(method: Method, uri: Uri) -> ApiError {
@@ -123,64 +142,25 @@ async fn read(shared: &Shared, headers: &HeaderMap, body: Body) -> Result<Fields
     Fields::parse(&bytes)
 }
 
-/// Tokenizing a long prompt takes a while; it must not hold up the health probes.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-) -> Result<T, ApiError> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| {
-        ApiError::engine_failed(format!("the request could not be read: {error}"))
-    })?
-}
-
-fn encode(
-    model: &Model,
-    text: &str,
-    add_special: bool,
-    param: &str,
-) -> Result<Vec<TokenId>, ApiError> {
-    let ids = model
-        .text
-        .encode(text, add_special)
-        .map_err(|error| ApiError::invalid(param, error.to_string()))?;
-    Ok(ids.into_iter().map(TokenId).collect())
-}
-
 async fn chat(
     State(shared): AppState,
-    Extension(name): Extension<RequestName>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let model = shared.serving()?.clone();
+    let model = shared.admitting()?.clone();
     let fields = read(&shared, &headers, body).await?;
     check_model(&fields, &shared.options.model_name)?;
     let seed = shared.random();
     let request = ChatRequest::parse(&fields, &shared.options, model.text.defaults(), seed)?;
-    let reader = model.clone();
-    let ChatRequest {
-        asked,
-        messages,
-        variables,
-        add_generation_prompt,
-    } = request;
-    let stops = asked.stops.clone();
-    let prepared = blocking(move || {
-        let prompt = reader
-            .text
-            .render(&messages, add_generation_prompt, &variables)
-            .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
-        Ok(Prepared {
-            tokens: encode(&reader, &prompt, false, "messages")?,
-            parser: reader.text.chat_parser(&prompt, stops),
-        })
-    })
-    .await?;
+    let (asked, prepared) =
+        prepare_chat(&model, request, &caller, &headers, &fields, &shared).await?;
     let generation = Generation::begin(&shared, &model, vec![prepared], &asked, "messages").await?;
     let envelope = envelope(
         &shared,
         model,
         Route::Chat,
-        &name,
+        &caller,
         &generation,
         asked.parameters.logprobs.is_some(),
     );
@@ -191,21 +171,61 @@ async fn chat(
     }
 }
 
-async fn completions(
+async fn responses(
     State(shared): AppState,
-    Extension(name): Extension<RequestName>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let model = shared.serving()?.clone();
+    let model = shared.admitting()?.clone();
+    let fields = read(&shared, &headers, body).await?;
+    check_model(&fields, &shared.options.model_name)?;
+    let seed = shared.random();
+    let (request, echo) = responses_request(&fields, &shared.options, model.text.defaults(), seed)?;
+    let (asked, prepared) = prepare_chat(&model, request, &caller, &headers, &fields, &shared)
+        .await
+        .map_err(|error| error.renamed("messages", "input"))?;
+    let is_streamed = asked.stream;
+    let mut generation =
+        Generation::begin(&shared, &model, vec![prepared], &asked, "input").await?;
+    generation.forbid_resuming();
+    let answer = ResponseAnswer::new(
+        &caller.name,
+        shared.random(),
+        echo,
+        &shared.options.model_name,
+    );
+    if is_streamed {
+        Ok(answer.stream(generation))
+    } else {
+        answer.whole(generation).await
+    }
+}
+
+async fn completions(
+    State(shared): AppState,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let model = shared.admitting()?.clone();
     let fields = read(&shared, &headers, body).await?;
     check_model(&fields, &shared.options.model_name)?;
     let seed = shared.random();
     let request = CompletionRequest::parse(&fields, &shared.options, model.text.defaults(), seed)?;
-    let CompletionRequest { mut asked, prompts } = request;
+    let CompletionRequest {
+        mut asked,
+        prompts,
+        format,
+    } = request;
+    caller.mark(&mut asked, &headers, &fields, &shared.options)?;
+    let rule = answer_rule(format, &Tools::default());
     let reader = model.clone();
     let stops = asked.stops.clone();
     let prepared = blocking(move || {
+        let constraint = rule
+            .map(|(rule, field)| compiled(reader.text.plain_grammar(&rule), field))
+            .transpose()?;
         prompts
             .into_iter()
             .map(|prompt| {
@@ -215,6 +235,7 @@ async fn completions(
                         Prompt::Tokens(tokens) => tokens,
                     },
                     parser: reader.text.plain_parser(stops.clone()),
+                    constraint: constraint.clone(),
                 })
             })
             .collect::<Result<Vec<_>, ApiError>>()
@@ -231,7 +252,7 @@ async fn completions(
         &shared,
         model,
         Route::Completion,
-        &name,
+        &caller,
         &generation,
         asked.parameters.logprobs.is_some(),
     );
@@ -246,7 +267,7 @@ fn envelope(
     shared: &Shared,
     model: Arc<Model>,
     route: Route,
-    name: &RequestName,
+    caller: &Caller,
     generation: &Generation,
     logprobs: bool,
 ) -> Envelope {
@@ -256,12 +277,13 @@ fn envelope(
     };
     Envelope {
         route,
-        id: format!("{prefix}-{}", name.0),
+        id: format!("{prefix}-{}", caller.name),
         created_unix_seconds: unix_seconds(),
         model_name: shared.options.model_name.clone(),
         model,
         logprobs,
         offsets: vec![0; generation.choices()],
+        call_seed: shared.random(),
     }
 }
 
@@ -310,9 +332,10 @@ async fn tokenize(
         Some(prompt) => encode(&model, prompt, add_special, "prompt"),
         None => {
             let messages = messages(&fields, limit)?;
+            let tools = Tools::parse(&fields)?;
             let prompt = model
                 .text
-                .render(&messages, true, &serde_json::Map::new())
+                .render(&messages, tools.shown(), true, &serde_json::Map::new())
                 .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
             encode(&model, &prompt, false, "messages")
         }

@@ -11,6 +11,7 @@ use engine_spec::StartupPhase;
 use engine_text::Text;
 use tokio::sync::watch;
 
+use crate::caller::ApiKeys;
 use crate::error::ApiError;
 use crate::health::Heartbeat;
 use crate::metrics::Metrics;
@@ -42,6 +43,12 @@ pub struct ServerOptions {
     pub failure_linger: Duration,
     /// Shortest time without progress that counts as a hang.
     pub stall_timeout: Duration,
+    /// Who is let in.
+    pub api_keys: ApiKeys,
+    /// Longest time that a request may take, waiting included.
+    pub request_timeout: Option<Duration>,
+    /// Tokens that waiting requests may cost together.
+    pub max_queued_tokens: Option<usize>,
 }
 
 impl ServerOptions {
@@ -59,6 +66,9 @@ impl ServerOptions {
             connections_max: 4096,
             failure_linger: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(5),
+            api_keys: ApiKeys::default(),
+            request_timeout: None,
+            max_queued_tokens: None,
         }
     }
 }
@@ -147,6 +157,16 @@ impl Shared {
             let wait = report.eta_seconds.unwrap_or(2.0).clamp(1.0, 60.0);
             ApiError::unavailable("not_ready", message, wait as u64)
         })
+    }
+
+    /// The model, for a request that will be counted: a refusal while draining is one too.
+    pub fn admitting(&self) -> Result<&Arc<Model>, ApiError> {
+        let model = self.serving();
+        if let (true, Err(_), Some(metrics)) = (self.is_draining(), &model, self.metrics.serving())
+        {
+            metrics.observe_rejection("draining");
+        }
+        model
     }
 
     pub fn is_draining(&self) -> bool {

@@ -13,8 +13,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use engine_core::{
-    Counters, Engine, Event, EventKind, ExecuteError, Executor, FinishReason, Rejection, Request,
-    RequestId, run_canary,
+    Admission, Counters, Engine, Event, EventKind, ExecuteError, Executor, FinishReason, Rejection,
+    Request, RequestId, run_canary,
 };
 use engine_spec::StartupPhase;
 use tokio::sync::{mpsc, oneshot};
@@ -33,8 +33,10 @@ pub const COMMANDS_MAX: usize = 1024;
 pub enum Command {
     /// A new request; its events go to `events`, which must hold all of them.
     Submit {
-        request: Request,
+        request: Box<Request>,
         arrived: Instant,
+        /// When its time is over.
+        deadline: Option<Instant>,
         events: mpsc::Sender<Event>,
         reply: oneshot::Sender<Result<(), Rejection>>,
     },
@@ -45,6 +47,7 @@ pub enum Command {
 struct Client {
     events: mpsc::Sender<Event>,
     arrived: Instant,
+    deadline: Option<Instant>,
     prompt: usize,
     open: u32,
     longest: usize,
@@ -67,6 +70,8 @@ struct Worker {
     events: Vec<Event>,
     counters: Counters,
     mean_seconds: f64,
+    /// Of recent steps.
+    tokens_per_second: f64,
     slots: usize,
     /// When the step began whose events are being delivered.
     began: Instant,
@@ -124,8 +129,11 @@ fn start(shared: &Arc<Shared>, loader: Loader) -> Result<Worker, LoadFailure> {
         reason: reason.to_owned(),
         message,
     };
-    let engine =
+    let mut engine =
         Engine::new(limits).map_err(|error| failure("ConfigurationInvalid", error.to_string()))?;
+    engine.set_admission(Admission {
+        max_queued_tokens: shared.options.max_queued_tokens,
+    });
     let canary = run_canary(executor.as_mut(), &limits).map_err(|error| {
         failure(
             "CanaryFailed",
@@ -166,6 +174,7 @@ fn start(shared: &Arc<Shared>, loader: Loader) -> Result<Worker, LoadFailure> {
         events: Vec::new(),
         counters: Counters::default(),
         mean_seconds: 0.0,
+        tokens_per_second: 0.0,
         slots: limits.max_num_seqs,
         began: Instant::now(),
     })
@@ -187,6 +196,7 @@ impl Worker {
             }
             self.obey_shutdown();
             self.drop_clients_that_left();
+            self.expire_requests();
             if !self.engine.is_idle() {
                 self.step()?;
             }
@@ -203,17 +213,24 @@ impl Worker {
             Command::Submit {
                 request,
                 arrived,
+                deadline,
                 events,
                 reply,
             } => {
                 let id = request.id;
                 let (prompt, max_tokens, choices) =
                     (request.prompt.len(), request.max_tokens, request.choices);
-                let result = self.engine.submit(request);
+                let result = self.engine.submit(*request);
                 if let Some(metrics) = self.shared.metrics.serving() {
                     match &result {
                         Ok(()) => metrics.observe_admission(prompt, max_tokens, choices),
                         Err(Rejection::QueueFull { .. }) => metrics.observe_rejection("queue_full"),
+                        Err(Rejection::TokensQueued { .. }) => {
+                            metrics.observe_rejection("queued_tokens");
+                        }
+                        Err(Rejection::OverShare { .. }) => {
+                            metrics.observe_rejection("tenant_share");
+                        }
                         Err(Rejection::Draining) => metrics.observe_rejection("draining"),
                         Err(_) => metrics.observe_rejection("invalid"),
                     }
@@ -222,6 +239,7 @@ impl Worker {
                     let client = Client {
                         events,
                         arrived,
+                        deadline,
                         prompt,
                         open: choices,
                         longest: 0,
@@ -253,6 +271,18 @@ impl Worker {
         }
     }
 
+    fn expire_requests(&mut self) {
+        let now = Instant::now();
+        for (id, client) in &self.clients {
+            if client.deadline.is_some_and(|deadline| deadline <= now) {
+                self.engine.expire(*id, &mut self.events);
+                if let Some(metrics) = self.shared.metrics.serving() {
+                    metrics.deadlines.inc();
+                }
+            }
+        }
+    }
+
     fn step(&mut self) -> Result<(), ExecuteError> {
         self.engine.prepare(&mut self.events);
         let tokens = self.engine.prepared_tokens();
@@ -265,6 +295,13 @@ impl Worker {
             Ok(report) => {
                 if let Some(metrics) = self.shared.metrics.serving() {
                     metrics.observe_step(report.tokens, took);
+                }
+                if report.tokens > 0 {
+                    let rate = report.tokens as f64 / took.as_secs_f64().max(1e-6);
+                    self.tokens_per_second = match self.tokens_per_second {
+                        0.0 => rate,
+                        mean => mean * 0.95 + rate * 0.05,
+                    };
                 }
                 Ok(())
             }
@@ -357,9 +394,15 @@ impl Worker {
         }
         self.counters = load.counters;
         self.shared.set_load(load);
-        // When a slot should come free for one more, going by how long requests took so far.
+        // When half of the queue should be gone: by the rate of tokens so far, and no longer than requests took so far.
         let rounds = load.waiting as f64 / self.slots as f64;
-        let wait = (self.mean_seconds * rounds).clamp(1.0, 60.0);
+        let by_time = self.mean_seconds * rounds;
+        let by_tokens = load.queued_tokens as f64 / 2.0 / self.tokens_per_second.max(1.0);
+        let wait = match self.mean_seconds {
+            0.0 => by_tokens,
+            _ => by_tokens.min(by_time),
+        };
+        let wait = wait.clamp(1.0, 60.0);
         self.shared
             .retry_after_seconds
             .store(wait.ceil() as u64, Ordering::Relaxed);
@@ -383,8 +426,9 @@ impl Worker {
                 }
             }
         }
-        self.clients.clear();
+        // First why, then that: a client that finds its channel closed looks for the reason.
         self.shared.problem.send_replace(Some(failure));
+        self.clients.clear();
         // The scheduler may be in any state after a panic: it is not used again.
         self.shared.set_load(engine_core::Load {
             draining: true,

@@ -155,6 +155,8 @@ fn a_panic_of_the_backend_fails_requests_and_health_and_never_hangs() {
         options(),
         Backend::new(|step, _| {
             assert!(step < 30, "the backend is broken");
+            // Both requests must be in before it breaks.
+            std::thread::sleep(Duration::from_millis(10));
             Ok(())
         }),
     );
@@ -294,6 +296,83 @@ fn a_drain_that_takes_too_long_ends_what_runs_with_an_error_to_retry() {
     assert!(body.contains("\"code\":\"aborted\""), "{body}");
     server.join().unwrap();
     assert!(began.elapsed() < Duration::from_secs(8));
+}
+
+/// The text and the log-probabilities of a stream of completions, and its last event.
+fn streamed(body: &str) -> (String, Vec<Value>, Value) {
+    let (mut text, mut logprobs, mut last) = (String::new(), Vec::new(), Value::Null);
+    for event in body
+        .split("\n\n")
+        .filter_map(|event| event.strip_prefix("data: {"))
+    {
+        let event: Value = serde_json::from_str(&format!("{{{event}")).unwrap();
+        let choice = &event["choices"][0];
+        text += choice["text"].as_str().unwrap_or_default();
+        if let Some(tokens) = choice["logprobs"]["token_logprobs"].as_array() {
+            logprobs.extend(tokens.clone());
+        }
+        last = event;
+    }
+    (text, logprobs, last)
+}
+
+#[test]
+fn an_aborted_answer_goes_on_elsewhere_byte_by_byte() {
+    for more in [
+        json!({"logprobs": 0}),
+        json!({"temperature": 0, "stop": ["\u{7f}\u{7f}\u{7f}"]}),
+        json!({"structured_outputs": {"regex": "([a-f]{3} ){20}"}, "ignore_eos": false}),
+    ] {
+        let mut body = long(json!({"stream": true, "max_tokens": 60, "seed": 11}));
+        for (key, value) in more.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        let whole = Server::start(options(), Backend::quick())
+            .post("/v1/completions", &body)
+            .body;
+        let (expected, expected_logprobs, last) = streamed(&whole);
+        let mut options = options();
+        options.drain_timeout = Duration::from_millis(100);
+        let mut server = Server::start(options, Backend::slow(Duration::from_millis(20)));
+        let mut open = server.open("/v1/completions", &body);
+        let first = open.chunk().unwrap();
+        server.shut_down();
+        let mut rest = open.rest();
+        rest.body.insert_str(0, &first);
+        server.join().unwrap();
+        let (mut text, mut logprobs, end) = streamed(&rest.body);
+        assert_eq!(end["error"]["code"], "aborted");
+        let state = &end["cachalot_resume"];
+        assert_eq!(state["version"], 1, "{end}");
+        let so_far = state["tokens"].as_array().unwrap().len();
+        assert!((1..60).contains(&so_far), "{so_far}");
+
+        body["cachalot_resume"] = state.clone();
+        body["seed"] = Value::Null;
+        let elsewhere = Server::start(harness::options(), Backend::quick());
+        let (more_text, more_logprobs, end) =
+            streamed(&elsewhere.post("/v1/completions", &body).body);
+        text += &more_text;
+        logprobs.extend(more_logprobs);
+        assert_eq!(text, expected);
+        assert_eq!(logprobs, expected_logprobs);
+        assert_eq!(
+            end["choices"][0]["finish_reason"],
+            last["choices"][0]["finish_reason"]
+        );
+        let mut whole = body.clone();
+        whole["stream"] = json!(false);
+        let usage = elsewhere.post("/v1/completions", &whole).json()["usage"].clone();
+        assert!(usage["completion_tokens"].as_u64().unwrap() >= so_far as u64);
+
+        let mut other = body.clone();
+        other["prompt"] = json!("another");
+        let refused = elsewhere.post("/v1/completions", &other);
+        assert_eq!(refused.status, 400);
+        assert_eq!(refused.json()["error"]["param"], "cachalot_resume");
+        body["n"] = json!(2);
+        assert_eq!(elsewhere.post("/v1/completions", &body).status, 400);
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use tokenizers::Tokenizer;
 
 use crate::reasoning::{REASONING_END, REASONING_START};
+use crate::tool_format::TAGS;
 
 /// Bytes of every token that has any; special tokens have none, so they never reach a client.
 #[derive(Debug)]
@@ -27,7 +28,7 @@ impl TokenBytes {
         let mut tokens: Vec<Vec<u8>> = vec![Vec::new(); size];
         for (token, id) in &vocabulary {
             tokens[*id as usize] = match added.get(id) {
-                Some(added) if added.special && !is_reasoning_tag(&added.content) => Vec::new(),
+                Some(added) if added.special && !is_parsed_tag(&added.content) => Vec::new(),
                 Some(added) => added.content.clone().into_bytes(),
                 None => token_bytes(token, &table),
             };
@@ -62,8 +63,9 @@ impl TokenBytes {
     }
 }
 
-fn is_reasoning_tag(content: &str) -> bool {
-    content == REASONING_START || content == REASONING_END
+/// Tags that the parsers of an answer look for.
+fn is_parsed_tag(content: &str) -> bool {
+    content == REASONING_START || content == REASONING_END || TAGS.contains(&content)
 }
 
 fn token_bytes(token: &str, table: &HashMap<char, u8>) -> Vec<u8> {

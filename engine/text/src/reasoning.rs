@@ -53,6 +53,11 @@ impl ReasoningParser {
         }
     }
 
+    /// Whether the text so far ends inside the reasoning.
+    pub fn is_inside(&self) -> bool {
+        matches!(self.state, State::ReasoningOpens | State::Reasoning)
+    }
+
     /// Appends what is certain now.
     pub fn push(&mut self, text: &str, reasoning: &mut String, content: &mut String) {
         self.held.push_str(text);

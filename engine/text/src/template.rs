@@ -23,15 +23,66 @@ pub enum Role {
     User,
     /// The model.
     Assistant,
+    /// The result of a call.
+    Tool,
 }
 
-/// One turn of a conversation, as templates see it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+/// A call that the model made earlier in a conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ToolCall {
+    /// Ties a result to it.
+    pub id: String,
+    /// The function.
+    pub name: String,
+    /// A JSON object as text.
+    pub arguments: String,
+}
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ChatMessage {
     /// Who speaks.
     pub role: Role,
-    /// What.
-    pub content: String,
+    /// What; nothing where the model only called tools.
+    pub content: Option<String>,
+    /// What the model called.
+    pub tool_calls: Vec<ToolCall>,
+    /// Which call this is the result of.
+    pub tool_call_id: Option<String>,
+}
+
+impl ChatMessage {
+    /// A turn that is only text.
+    pub fn new(role: Role, content: impl Into<String>) -> Self {
+        Self {
+            role,
+            content: Some(content.into()),
+            tool_calls: Vec::new(),
+            tool_call_id: None,
+        }
+    }
+
+    /// The turn as templates see it. Some templates write arguments with `tojson` and want an object there, others
+    /// append them as text.
+    fn to_json(&self, arguments_as_object: bool) -> serde_json::Value {
+        let mut message = serde_json::json!({"role": self.role, "content": self.content});
+        if !self.tool_calls.is_empty() {
+            let calls = self.tool_calls.iter().map(|call| {
+                let text = || serde_json::Value::String(call.arguments.clone());
+                let arguments = match arguments_as_object {
+                    true => serde_json::from_str(&call.arguments).unwrap_or_else(|_| text()),
+                    false => text(),
+                };
+                serde_json::json!({"id": call.id, "type": "function",
+                    "function": {"name": call.name, "arguments": arguments}})
+            });
+            message["tool_calls"] = calls.collect();
+        }
+        if let Some(id) = &self.tool_call_id {
+            message["tool_call_id"] = id.clone().into();
+        }
+        message
+    }
 }
 
 /// Why a conversation has no prompt.
@@ -57,6 +108,8 @@ pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
     bos_token: Option<String>,
     eos_token: Option<String>,
+    knows_tools: bool,
+    arguments_as_object: bool,
 }
 
 impl ChatTemplate {
@@ -82,19 +135,38 @@ impl ChatTemplate {
             },
         );
         environment.add_filter("tojson", to_json);
+        let arguments_as_object = writes_arguments_as_json(&source);
         environment
             .add_template_owned(NAME, source)
             .map_err(|error| TemplateError::Invalid(describe(&error)))?;
+        let knows_tools = environment
+            .get_template(NAME)
+            .is_ok_and(|template| template.undeclared_variables(false).contains("tools"));
         Ok(Self {
+            knows_tools,
+            arguments_as_object,
             environment,
             bos_token,
             eos_token,
         })
     }
 
+    /// Whether the template describes tools itself.
+    pub(crate) fn knows_tools(&self) -> bool {
+        self.knows_tools
+    }
+
+    /// The source, for the formats that it shows.
+    pub(crate) fn source(&self) -> String {
+        self.environment
+            .get_template(NAME)
+            .map_or(String::new(), |template| template.source().to_owned())
+    }
+
     pub(crate) fn render(
         &self,
         messages: &[ChatMessage],
+        tools: &[serde_json::Value],
         add_generation_prompt: bool,
         variables: &serde_json::Map<String, serde_json::Value>,
     ) -> Result<String, TemplateError> {
@@ -102,7 +174,13 @@ impl ChatTemplate {
         let template = self.environment.get_template(NAME).map_err(refused)?;
         let mut context = variables.clone();
         let mut set = |name: &str, value: serde_json::Value| context.insert(name.to_owned(), value);
-        set("messages", serde_json::json!(messages));
+        let messages = messages
+            .iter()
+            .map(|message| message.to_json(self.arguments_as_object));
+        set("messages", messages.collect());
+        if !tools.is_empty() {
+            set("tools", tools.into());
+        }
         set("add_generation_prompt", add_generation_prompt.into());
         for (name, token) in [
             ("bos_token", &self.bos_token),
@@ -114,6 +192,15 @@ impl ChatTemplate {
             .render(Value::from(Serde(&context)))
             .map_err(refused)
     }
+}
+
+/// Whether a template passes `arguments` through `tojson` or goes over their items.
+fn writes_arguments_as_json(source: &str) -> bool {
+    let compact: String = source.split_whitespace().collect();
+    compact.split("arguments").skip(1).any(|rest| {
+        let rest = rest.trim_start_matches(['\'', '"', ']']);
+        rest.starts_with("|tojson") || rest.starts_with("|items")
+    })
 }
 
 /// Python's `json.dumps`, which templates were written against: no HTML escapes, blanks after separators.
@@ -171,18 +258,59 @@ mod tests {
     use super::*;
 
     fn message(role: Role, content: &str) -> ChatMessage {
-        ChatMessage {
-            role,
-            content: content.to_owned(),
-        }
+        ChatMessage::new(role, content)
     }
 
     fn render(source: &str, messages: &[ChatMessage]) -> Result<String, TemplateError> {
         ChatTemplate::new(source.to_owned(), Some("<s>".into()), Some("</s>".into()))?.render(
             messages,
+            &[],
             true,
             &serde_json::Map::new(),
         )
+    }
+
+    #[test]
+    fn calls_and_tools_are_written_as_the_template_wants_them() {
+        let mut called = ChatMessage::new(Role::Assistant, "");
+        called.content = None;
+        called.tool_calls.push(ToolCall {
+            id: "c1".into(),
+            name: "f".into(),
+            arguments: r#"{"z": 1, "a": 2}"#.into(),
+        });
+        let mut result = ChatMessage::new(Role::Tool, "3");
+        result.tool_call_id = Some("c1".into());
+        let body = "{% for m in messages %}{{ m.role }}:{% if m.tool_calls %}{{ m.content is none }} {{ ARGS }}\
+            {% else %}{{ m.content }} {{ m.tool_call_id }}{% endif %};{% endfor %}";
+        for (arguments, shown) in [
+            (
+                "m.tool_calls[0]['function']['arguments'] | tojson",
+                r#"{"z": 1, "a": 2}"#,
+            ),
+            (
+                "m.tool_calls[0].function.arguments + '!'",
+                r#"{"z": 1, "a": 2}!"#,
+            ),
+        ] {
+            let source = body.replace("ARGS", arguments);
+            let rendered = render(&source, &[called.clone(), result.clone()]).unwrap();
+            assert_eq!(rendered, format!("assistant:True {shown};tool:3 c1;"));
+        }
+        let tools = [serde_json::json!({"type": "function", "function": {"name": "f"}})];
+        let template = ChatTemplate::new(
+            "{% for t in tools %}{{ t.function.name }}{% endfor %}".into(),
+            None,
+            None,
+        )
+        .unwrap();
+        assert!(template.knows_tools());
+        assert_eq!(
+            template
+                .render(&[], &tools, true, &serde_json::Map::new())
+                .unwrap(),
+            "f"
+        );
     }
 
     #[test]
@@ -228,6 +356,6 @@ mod tests {
     fn tojson_writes_what_python_writes() {
         let source = "{{ messages | tojson }}";
         let rendered = render(source, &[message(Role::User, "<é>")]).unwrap();
-        assert_eq!(rendered, r#"[{"content": "<é>", "role": "user"}]"#);
+        assert_eq!(rendered, r#"[{"role": "user", "content": "<é>"}]"#);
     }
 }

@@ -8,10 +8,14 @@ use tokenizers::Tokenizer;
 
 use crate::bytes::TokenBytes;
 use crate::generation::GenerationDefaults;
+use crate::grammar::{AnswerRule, Grammar, GrammarError, Grammars, Thought};
 use crate::output::OutputParser;
 use crate::reasoning::{REASONING_END, REASONING_START, ReasoningParser};
 use crate::stop::StopStrings;
 use crate::template::{ChatMessage, ChatTemplate, TemplateError};
+use crate::tool_format::{ToolCallParser, ToolFormat};
+use crate::tool_parser::ToolParser;
+use crate::tool_prompt::with_described_tools;
 
 /// Contents of the files that belong to a model's text side.
 #[derive(Clone, Debug, Default)]
@@ -104,7 +108,20 @@ pub struct Text {
     prepended: Option<u32>,
     eos_tokens: Vec<u32>,
     reasons: bool,
+    tool_format: Option<ToolFormat>,
+    grammars: Grammars,
     defaults: GenerationDefaults,
+}
+
+/// How many tools an answer may call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AllowedCalls {
+    /// None: what looks like a call is content.
+    None,
+    /// One; its end ends the answer.
+    One,
+    /// Any number.
+    Many,
 }
 
 impl Text {
@@ -140,8 +157,15 @@ impl Text {
             .or(in_config)
             .map(|source| ChatTemplate::new(source, bos, eos))
             .transpose()?;
+        let source = template.as_ref().map(ChatTemplate::source);
+        let tool_format = ToolFormat::detect(source.as_deref(), |token| {
+            tokenizer.token_to_id(token).is_some()
+        });
+        let bytes = Arc::new(TokenBytes::new(&tokenizer));
         Ok(Self {
-            bytes: Arc::new(TokenBytes::new(&tokenizer)),
+            tool_format,
+            grammars: Grammars::new(bytes.clone(), eos_tokens.clone()),
+            bytes,
             reasons: [REASONING_START, REASONING_END]
                 .iter()
                 .all(|tag| tokenizer.token_to_id(tag).is_some()),
@@ -153,20 +177,41 @@ impl Text {
         })
     }
 
-    /// The prompt of a conversation.
+    /// Sets how calls of tools are written; found out from the files without this.
+    pub fn set_tool_call_parser(&mut self, parser: ToolCallParser) {
+        match parser {
+            ToolCallParser::Auto => {}
+            ToolCallParser::Format(format) => self.tool_format = Some(format),
+            ToolCallParser::None => self.tool_format = None,
+        }
+    }
+
+    /// How the model writes calls of tools; none when it is not known to call any.
+    pub fn tool_format(&self) -> Option<ToolFormat> {
+        self.tool_format
+    }
+
+    /// The prompt of a conversation. `tools` have OpenAI's shape; a template that does not know tools gets them
+    /// described in the system message.
     ///
     /// # Errors
     /// There is no template, or it refuses the messages.
     pub fn render(
         &self,
         messages: &[ChatMessage],
+        tools: &[serde_json::Value],
         add_generation_prompt: bool,
         variables: &serde_json::Map<String, serde_json::Value>,
     ) -> Result<String, TemplateError> {
-        self.template
-            .as_ref()
-            .ok_or(TemplateError::Missing)?
-            .render(messages, add_generation_prompt, variables)
+        let template = self.template.as_ref().ok_or(TemplateError::Missing)?;
+        if let Some(format) = self.tool_format
+            && !tools.is_empty()
+            && !template.knows_tools()
+        {
+            let messages = with_described_tools(messages, tools, format);
+            return template.render(&messages, &[], add_generation_prompt, variables);
+        }
+        template.render(messages, tools, add_generation_prompt, variables)
     }
 
     /// Whether conversations can be rendered.
@@ -226,20 +271,63 @@ impl Text {
         &self.defaults
     }
 
+    /// Compiles what the answer to a conversation with this prompt must be.
+    ///
+    /// # Errors
+    /// The rule is wrong, too large, or needs what the model does not have.
+    pub fn chat_grammar(&self, prompt: &str, rule: &AnswerRule) -> Result<Grammar, GrammarError> {
+        let prompt = prompt.trim_end();
+        let thought = if !self.reasons || prompt.ends_with(REASONING_END) {
+            Thought::None
+        } else if prompt.ends_with(REASONING_START) {
+            Thought::Open
+        } else {
+            Thought::Possible
+        };
+        self.grammars.compile(rule, self.tool_format, thought)
+    }
+
+    /// Compiles what the continuation of a plain prompt must be.
+    ///
+    /// # Errors
+    /// See [`Self::chat_grammar`].
+    pub fn plain_grammar(&self, rule: &AnswerRule) -> Result<Grammar, GrammarError> {
+        self.grammars.compile(rule, self.tool_format, Thought::None)
+    }
+
     /// A parser for the answer to a conversation with this prompt.
-    pub fn chat_parser(&self, prompt: &str, stops: Vec<String>) -> OutputParser {
+    pub fn chat_parser(
+        &self,
+        prompt: &str,
+        stops: Vec<String>,
+        calls: AllowedCalls,
+    ) -> OutputParser {
         let reasoning = if self.reasons {
             ReasoningParser::new(prompt.trim_end().ends_with(REASONING_START))
         } else {
             ReasoningParser::off()
         };
-        OutputParser::new(self.bytes.clone(), StopStrings::new(stops), reasoning)
+        let tools = match (self.tool_format, calls) {
+            (None, _) | (_, AllowedCalls::None) => ToolParser::off(),
+            (Some(format), calls) => ToolParser::new(format, calls == AllowedCalls::Many),
+        };
+        OutputParser::new(
+            self.bytes.clone(),
+            StopStrings::new(stops),
+            reasoning,
+            tools,
+        )
     }
 
     /// A parser that shows an answer as it is.
     pub fn plain_parser(&self, stops: Vec<String>) -> OutputParser {
         let stops = StopStrings::new(stops);
-        OutputParser::new(self.bytes.clone(), stops, ReasoningParser::off())
+        OutputParser::new(
+            self.bytes.clone(),
+            stops,
+            ReasoningParser::off(),
+            ToolParser::off(),
+        )
     }
 }
 

@@ -118,10 +118,7 @@ fn conversation() -> Vec<ChatMessage> {
         (Role::User, "and 2+2?\n"),
     ]
     .into_iter()
-    .map(|(role, content)| ChatMessage {
-        role,
-        content: content.to_owned(),
-    })
+    .map(|(role, content)| ChatMessage::new(role, content))
     .collect()
 }
 
@@ -133,7 +130,8 @@ fn variables(value: Value) -> Map<String, Value> {
 fn the_distills_template_cuts_reasoning_and_opens_the_next() {
     let text = text(R1_DISTILL, json!({"content": "<s>"}), "</s>");
     assert_eq!(
-        text.render(&conversation(), true, &Map::new()).unwrap(),
+        text.render(&conversation(), &[], true, &Map::new())
+            .unwrap(),
         "<s> Be brief. <｜User｜>1+1?<｜Assistant｜>\n\n2</s><｜User｜>and 2+2?\n<｜Assistant｜><think>\n"
     );
 }
@@ -144,7 +142,7 @@ fn qwens_template_leaves_old_reasoning_out_and_knows_its_flag() {
     let head = "<|im_start|>system\n Be brief. <|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n\
         <|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\nand 2+2?\n<|im_end|>\n<|im_start|>assistant\n";
     let render = |value| {
-        text.render(&conversation(), true, &variables(value))
+        text.render(&conversation(), &[], true, &variables(value))
             .unwrap()
     };
     assert_eq!(render(json!({})), head);
@@ -153,7 +151,7 @@ fn qwens_template_leaves_old_reasoning_out_and_knows_its_flag() {
     assert_eq!(silent, format!("{head}<think>\n\n</think>\n\n"));
     // An answer after the last question keeps its reasoning.
     let continued = text
-        .render(&conversation()[..3], false, &Map::new())
+        .render(&conversation()[..3], &[], false, &Map::new())
         .unwrap();
     assert!(
         continued.ends_with("assistant\n<think>\nadd\n</think>\n\n2<|im_end|>\n"),
@@ -171,7 +169,8 @@ fn llamas_template_takes_the_system_prompt_out_and_trims() {
     let open = "<|start_header_id|>assistant<|end_header_id|>\n\n";
     let answer = format!("{open}<think>\nadd\n</think>\n\n2<|eot_id|>");
     assert_eq!(
-        text.render(&conversation(), true, &Map::new()).unwrap(),
+        text.render(&conversation(), &[], true, &Map::new())
+            .unwrap(),
         format!(
             "{head}Be brief.<|eot_id|>{}{answer}{}{open}",
             user("1+1?"),
@@ -179,7 +178,7 @@ fn llamas_template_takes_the_system_prompt_out_and_trims() {
         )
     );
     assert_eq!(
-        text.render(&conversation()[1..2], true, &Map::new())
+        text.render(&conversation()[1..2], &[], true, &Map::new())
             .unwrap(),
         format!("{head}<|eot_id|>{}{open}", user("1+1?"))
     );

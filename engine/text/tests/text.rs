@@ -5,7 +5,10 @@
 mod bytes_tokenizer;
 
 use bytes_tokenizer::{files, id, tokenizer_json};
-use engine_text::{ChatMessage, Delta, OutputParser, Role, Text, TextError};
+use engine_text::{
+    AllowedCalls, ChatMessage, Delta, OutputParser, Role, Text, TextError, ToolCallParser,
+    ToolFormat,
+};
 use proptest::prelude::*;
 
 fn text() -> Text {
@@ -13,10 +16,7 @@ fn text() -> Text {
 }
 
 fn message(role: Role, content: &str) -> ChatMessage {
-    ChatMessage {
-        role,
-        content: content.to_owned(),
-    }
+    ChatMessage::new(role, content)
 }
 
 #[test]
@@ -29,7 +29,7 @@ fn a_conversation_becomes_a_prompt_that_ends_inside_the_reasoning() {
         message(Role::User, "z"),
     ];
     let prompt = text
-        .render(&messages, true, &serde_json::Map::new())
+        .render(&messages, &[], true, &serde_json::Map::new())
         .unwrap();
     assert_eq!(
         prompt,
@@ -63,7 +63,7 @@ fn a_plain_prompt_gets_its_beginning_once() {
 fn the_templates_refusal_reaches_the_caller() {
     let messages = [message(Role::User, "a"), message(Role::Assistant, "b")];
     let error = text()
-        .render(&messages, true, &serde_json::Map::new())
+        .render(&messages, &[], true, &serde_json::Map::new())
         .unwrap_err();
     assert!(
         error
@@ -132,7 +132,11 @@ fn an_answer_is_split_and_ends_at_its_stop_string() {
     let mut tokens = text.encode("1+1\n", false).unwrap();
     tokens.push(id("</think>"));
     tokens.extend(text.encode("\n\nit is 2 END more", false).unwrap());
-    let parser = text.chat_parser("<｜Assistant｜><think>\n", vec![" END".to_owned()]);
+    let parser = text.chat_parser(
+        "<｜Assistant｜><think>\n",
+        vec![" END".to_owned()],
+        AllowedCalls::None,
+    );
     assert_eq!(
         collect(parser, &tokens),
         ("1+1".to_owned(), "it is 2".to_owned(), true)
@@ -142,6 +146,60 @@ fn an_answer_is_split_and_ends_at_its_stop_string() {
         collect(plain, &tokens).1,
         "1+1\n</think>\n\nit is 2 END more"
     );
+}
+
+#[test]
+fn reasoning_comes_before_content_and_calls() {
+    let mut text = text();
+    assert_eq!(text.tool_format(), None);
+    text.set_tool_call_parser(ToolCallParser::Format(ToolFormat::Hermes));
+    let mut tokens = text.encode("<tool_call> is a thought", false).unwrap();
+    tokens.push(id("</think>"));
+    let said = "\n\nSo: <tool_call>{\"name\": \"f\", \"arguments\": {\"a\": 1}}</tool_call>";
+    tokens.extend(text.encode(said, false).unwrap());
+    let mut parser = text.chat_parser("<think>\n", vec![], AllowedCalls::Many);
+    let mut whole = Delta::default();
+    for delta in tokens
+        .iter()
+        .map(|token| parser.push(*token))
+        .collect::<Vec<_>>()
+    {
+        whole.reasoning.push_str(&delta.reasoning);
+        whole.content.push_str(&delta.content);
+        whole.calls.extend(delta.calls);
+    }
+    assert!(parser.has_calls());
+    assert_eq!(whole.reasoning, "<tool_call> is a thought");
+    assert_eq!(whole.content, "So: ");
+    assert_eq!(whole.calls[0].name.as_deref(), Some("f"));
+    let arguments: String = whole.calls.iter().map(|c| c.arguments.as_str()).collect();
+    assert_eq!(arguments, "{\"a\": 1}");
+}
+
+#[test]
+fn tools_that_the_template_does_not_know_are_described_in_the_system_message() {
+    let mut text = text();
+    text.set_tool_call_parser(ToolCallParser::Format(ToolFormat::DeepseekV31));
+    let tools = [serde_json::json!({"type": "function", "function": {
+        "name": "sum", "description": "Adds.", "parameters": {"type": "object", "properties": {"b": {}, "a": {}}}}})];
+    let messages = [message(Role::System, "S"), message(Role::User, "u")];
+    let prompt = text
+        .render(&messages, &tools, true, &serde_json::Map::new())
+        .unwrap();
+    let system = prompt.split("<｜User｜>").next().unwrap();
+    for part in [
+        "S\n\n",
+        "sum",
+        "Adds.",
+        r#"{"type":"object","properties":{"b":{},"a":{}}}"#,
+        "<｜tool▁sep｜>",
+    ] {
+        assert!(system.contains(part), "{part} is missing in {system}");
+    }
+    let without = text
+        .render(&messages[1..], &tools, true, &serde_json::Map::new())
+        .unwrap();
+    assert!(without.contains("sum"));
 }
 
 #[test]

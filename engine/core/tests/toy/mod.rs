@@ -5,7 +5,7 @@
 
 #![allow(dead_code, missing_docs)]
 
-use engine_core::{Batch, ExecuteError, Executor, Logits, TokenId};
+use engine_core::{Batch, BatchEntry, ExecuteError, Executor, Logits, TokenId};
 
 #[derive(Debug)]
 pub struct Toy {
@@ -31,6 +31,16 @@ impl Toy {
     pub fn bounded(mut self, max_tokens: usize, max_entries: usize) -> Self {
         (self.max_tokens, self.max_entries) = (max_tokens, max_entries);
         self
+    }
+
+    /// What the cache holds for an entry that was executed.
+    pub fn history(&self, entry: &BatchEntry) -> Option<Vec<TokenId>> {
+        (0..entry.end())
+            .map(|position| {
+                let block = entry.blocks[position / self.block_size].index();
+                self.cache[block * self.block_size + position % self.block_size]
+            })
+            .collect()
     }
 }
 
@@ -82,14 +92,9 @@ impl Executor for Toy {
         }
         let wanted = batch.entries.iter().filter(|entry| entry.wants_logits);
         for (row, entry) in wanted.enumerate() {
-            let mut history = Vec::with_capacity(entry.end());
-            for position in 0..entry.end() {
-                let block = entry.blocks[position / self.block_size].index();
-                match self.cache[block * self.block_size + position % self.block_size] {
-                    Some(token) => history.push(token),
-                    None => return refuse("a position was never written"),
-                }
-            }
+            let Some(history) = self.history(entry) else {
+                return refuse("a position was never written");
+            };
             logits_after(&history, logits.row_mut(row));
         }
         Ok(())

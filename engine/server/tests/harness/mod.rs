@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use engine_core::{Batch, ExecuteError, Executor, Limits, Logits};
 use engine_server::{LoadFailure, Loaded, Loader, ServeError, ServerOptions, serve};
-use engine_text::Text;
+use engine_text::{Text, ToolCallParser};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
@@ -45,13 +45,16 @@ pub fn options() -> ServerOptions {
     options
 }
 
-/// What a step does besides computing: by its number, to its logits.
-type Act = Box<dyn FnMut(usize, &mut Logits) -> Result<(), ExecuteError> + Send>;
+/// Looks at each step and at its logits.
+pub type Act = Box<dyn FnMut(usize, &mut Logits) -> Result<(), ExecuteError> + Send>;
 
-/// The toy, with a fault or a pace.
+/// The toy, with a fault, a pace or a script.
 pub struct Backend {
+    pub limits: Limits,
     pub toy: toy::Toy,
     pub steps: Arc<AtomicUsize>,
+    /// What every chat is answered, token by token; then the end.
+    pub script: Option<Vec<u32>>,
     pub act: Act,
 }
 
@@ -59,17 +62,43 @@ impl Backend {
     pub fn new(
         act: impl FnMut(usize, &mut Logits) -> Result<(), ExecuteError> + Send + 'static,
     ) -> Self {
-        let limits = limits();
+        Self::sized(limits(), act)
+    }
+
+    fn sized(
+        limits: Limits,
+        act: impl FnMut(usize, &mut Logits) -> Result<(), ExecuteError> + Send + 'static,
+    ) -> Self {
         Self {
+            limits,
             toy: toy::Toy::new(limits.vocabulary, limits.block_size, limits.block_count)
                 .bounded(limits.max_num_batched_tokens, limits.max_num_seqs),
             steps: Arc::default(),
+            script: None,
             act: Box::new(act),
         }
     }
 
     pub fn quick() -> Self {
         Self::new(|_, _| Ok(()))
+    }
+
+    /// Answers every chat with these words, after its reasoning `hm`.
+    pub fn scripted(words: &str) -> Self {
+        let text = Text::new(bytes_tokenizer::files()).unwrap();
+        let mut script = text.encode("hm", false).unwrap();
+        script.push(bytes_tokenizer::id("</think>"));
+        script.extend(text.encode(words, false).unwrap());
+        // Descriptions of tools are long where every byte is a token.
+        let limits = Limits {
+            max_model_len: 1024,
+            block_count: 256,
+            ..limits()
+        };
+        Self {
+            script: Some(script),
+            ..Self::sized(limits, |_, _| Ok(()))
+        }
     }
 
     pub fn slow(pause: Duration) -> Self {
@@ -90,17 +119,39 @@ impl Executor for Backend {
 
     fn execute(&mut self, batch: &Batch, logits: &mut Logits) -> Result<(), ExecuteError> {
         self.toy.execute(batch, logits)?;
+        if let Some(script) = &self.script {
+            let wanted = batch.entries.iter().filter(|entry| entry.wants_logits);
+            for (row, entry) in wanted.enumerate() {
+                let history = self.toy.history(entry).unwrap();
+                let speaker = bytes_tokenizer::id("<｜Assistant｜>");
+                if let Some(at) = history.iter().rposition(|token| token.0 == speaker) {
+                    // The prompt ends with `<｜Assistant｜><think>\n`.
+                    let said = history.len() - at - 3;
+                    let end = bytes_tokenizer::id("<｜end▁of▁sentence｜>");
+                    let next = script.get(said).copied().unwrap_or(end);
+                    logits.row_mut(row)[next as usize] += 1000.0;
+                }
+            }
+        }
         let step = self.steps.fetch_add(1, Ordering::Relaxed) + 1;
         (self.act)(step, logits)
     }
 }
 
 pub fn loader(backend: Backend) -> Loader {
+    calling_loader(backend, ToolCallParser::Auto)
+}
+
+/// For a model that calls tools in this format.
+pub fn calling_loader(backend: Backend, parser: ToolCallParser) -> Loader {
     Box::new(move |_| {
+        let limits = backend.limits;
+        let mut text = Text::new(bytes_tokenizer::files()).unwrap();
+        text.set_tool_call_parser(parser);
         Ok(Loaded {
             executor: Box::new(backend),
-            text: Text::new(bytes_tokenizer::files()).unwrap(),
-            limits: limits(),
+            text,
+            limits,
         })
     })
 }
@@ -150,7 +201,11 @@ impl Server {
 
     /// A server that is ready.
     pub fn start(options: ServerOptions, backend: Backend) -> Self {
-        let server = Self::begin(options, loader(backend));
+        Self::start_with(options, loader(backend))
+    }
+
+    pub fn start_with(options: ServerOptions, loader: Loader) -> Self {
+        let server = Self::begin(options, loader);
         eventually("ready", || server.get("/readyz").status == 200);
         server
     }
