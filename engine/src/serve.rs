@@ -38,9 +38,13 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
         options.version = env!("CARGO_PKG_VERSION").to_owned();
         options.drain_timeout = Duration::from_secs(config.drain_timeout_seconds.into());
         options.failure_linger = Duration::from_secs(arguments.failure_linger_seconds.into());
-        let cache_dir = arguments.engine.cache_dir.clone();
+        let machine = load::Machine {
+            choice: configure::device(&arguments.engine, &config),
+            cuda_driver: arguments.engine.cuda_driver.clone(),
+            cache_dir: arguments.engine.cache_dir.clone(),
+        };
         let loader: Loader = Box::new(move |startup: &StartupHandle| -> Result<_, LoadFailure> {
-            load::load(&config, cache_dir, startup)
+            load::load(config, &machine, startup)
         });
         let shutdown = async move {
             tokio::select! {

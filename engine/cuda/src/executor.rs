@@ -8,6 +8,7 @@ use engine_memory::ResidentDtype;
 use engine_model::{Model, forward};
 use engine_spec::ModelConfig;
 use kernels::driver::{Arena, DriverError, Part, Stream};
+use kernels::plan::Unsupported;
 
 use crate::graphs::{GraphKey, Graphs};
 use crate::layout::{CudaLimits, Layout, Span};
@@ -44,6 +45,14 @@ pub struct CudaExecutor {
 }
 
 impl CudaExecutor {
+    /// Whether the kernels take every shape of a model.
+    ///
+    /// # Errors
+    /// The first shape that they do not take.
+    pub fn check(config: &ModelConfig, limits: &CudaLimits) -> Result<(), Unsupported> {
+        check_shapes(&engine_model::build(config), limits).map(|_| ())
+    }
+
     /// Opens the weights in `dir`, checks them and the model's shapes, allocates everything at once and copies the weights.
     ///
     /// # Errors
@@ -158,7 +167,7 @@ impl CudaExecutor {
         }
     }
 
-    fn check(&self, batch: &Batch) -> Result<(), ExecuteError> {
+    fn check_batch(&self, batch: &Batch) -> Result<(), ExecuteError> {
         self.bounds().check(batch)?;
         // Each has a block table on the device, whether or not it wants logits.
         let (entries, limit) = (batch.entries.len(), self.limits.sequences_max);
@@ -240,7 +249,7 @@ impl Executor for CudaExecutor {
         if batch.is_empty() {
             return Ok(());
         }
-        self.check(batch)?;
+        self.check_batch(batch)?;
         let rows = batch.logits_rows();
         logits.reset(self.model.vocabulary, rows);
         self.step.prepare(batch);

@@ -19,4 +19,4 @@ pub use error::CudaError;
 pub use executor::{AllocatedBytes, CudaExecutor};
 pub use gpu::Gpu;
 pub use layout::CudaLimits;
-pub use shapes::{check_shapes, refusal};
+pub use shapes::refusal;

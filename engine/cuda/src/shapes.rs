@@ -33,7 +33,7 @@ pub fn refusal(reason: &Unsupported) -> String {
 ///
 /// # Errors
 /// The first shape that no kernel takes, with what the kernels take.
-pub fn check_shapes(model: &Model, limits: &CudaLimits) -> Result<Vec<Launch>, Unsupported> {
+pub(crate) fn check_shapes(model: &Model, limits: &CudaLimits) -> Result<Vec<Launch>, Unsupported> {
     let mut launches: Vec<Launch> = Vec::new();
     // Kernels change at 16 and 32 rows, and the most rows bound the grid.
     for rows in [1, 17, limits.batched_tokens_max.max(33)] {
