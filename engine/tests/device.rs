@@ -182,6 +182,28 @@ fn a_gpu_that_was_asked_for_and_is_not_there_is_an_error_and_no_cpu() {
     assert!(!text.contains("device chosen"), "{text}");
 }
 
+/// As the operator configures a pod: the file says nvidia, no flag says anything.
+#[test]
+fn a_gpu_that_the_file_asks_for_is_not_replaced_either() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("engine.json");
+    let config = json!({"apiVersion": "engine.cachalot.dev/v1", "device": "nvidia", "host": "127.0.0.1", "port": 0,
+        "model": {"source": tiny()}});
+    std::fs::write(&file, config.to_string()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
+    command
+        .args(["serve", "--config"])
+        .arg(&file)
+        .env("CACHALOT_CUDA_DRIVER", "/nowhere/libcuda.so.1")
+        .stderr(Stdio::piped());
+    let (code, text) = run(command);
+    assert_eq!(code, 1, "{text}");
+    assert!(
+        text.contains("error: DeviceUnavailable: device = nvidia"),
+        "{text}"
+    );
+}
+
 #[test]
 fn every_kind_of_unusable_gpu_is_named() {
     let Some(driver) = driver() else { return };
