@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine_spec::{Device, Dtype};
 
-/// Serves DeepSeek-family models over the OpenAI API.
+/// Serves models of the DeepSeek, Qwen and Llama families over the OpenAI API.
 #[derive(Debug, Parser)]
 #[command(name = "engine", version, max_term_width = 100)]
 pub struct Cli {
@@ -115,9 +115,24 @@ pub struct ServeArguments {
     /// Seconds that a failed engine keeps answering probes, so that someone can read why
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub failure_linger_seconds: u32,
+    /// Where the weights come from
+    #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
+    pub load_format: LoadFormat,
+    /// Seed of random weights
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    pub seed: u64,
     /// Form of the log
     #[arg(long, value_enum, env = "ENGINE_LOG_FORMAT", default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
+}
+
+/// Where the weights come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LoadFormat {
+    /// The model's files
+    Auto,
+    /// Random numbers, for benchmarks: a local directory with a config.json is enough
+    Dummy,
 }
 
 /// Form of the log.

@@ -17,6 +17,7 @@ use engine_text::{Text, TextFiles};
 
 use crate::cli::DeviceChoice;
 use crate::device::{self, Found};
+use crate::dummy;
 
 fn failure(reason: &str, message: impl Into<String>) -> LoadFailure {
     LoadFailure {
@@ -28,6 +29,15 @@ fn failure(reason: &str, message: impl Into<String>) -> LoadFailure {
 fn from_load_error(error: &LoadError) -> LoadFailure {
     let reason = error.fault().map_or("EngineFailed", |fault| fault.as_str());
     failure(reason, error.chain())
+}
+
+/// Where the weights come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Weights {
+    /// The model's files.
+    Files,
+    /// Random numbers of a seed.
+    Random(u64),
 }
 
 /// What of this machine a load may use.
@@ -45,6 +55,7 @@ pub struct Machine {
 pub fn load(
     mut config: EngineConfig,
     machine: &Machine,
+    weights: Weights,
     startup: &StartupHandle,
 ) -> Result<Loaded, LoadFailure> {
     let unavailable = |why: String| failure("DeviceUnavailable", why);
@@ -53,11 +64,10 @@ pub fn load(
         device::find(machine.choice, machine.cuda_driver.as_deref()).map_err(unavailable)?;
     let fetched = Arc::new(Progress::default());
     startup.enter(StartupPhase::Fetching, bytes_of(&fetched));
-    let cache_dir = machine.cache_dir.clone();
-    let settings = FetchSettings::from_lookup(cache_dir, |name| std::env::var(name).ok());
-    let revision = config.model.revision.as_deref();
-    let directory = engine_load::resolve(&config.model.source, revision, &settings, &fetched)
-        .map_err(|error| from_load_error(&error))?;
+    let directory = match weights {
+        Weights::Files => fetch(&config, machine.cache_dir.clone(), &fetched)?,
+        Weights::Random(_) => dummy::directory(&config)?,
+    };
     let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
     let found = device::settle(found, machine.choice, &config, &model).map_err(unavailable)?;
     config.device = match &found {
@@ -73,10 +83,19 @@ pub fn load(
         max_model_len = plan.max_model_len,
         "memory planned"
     );
-    let text = read_text(&directory)?;
+    let text = read_text(&directory, |directory| match weights {
+        Weights::Files => {
+            let message = format!(
+                "{} has no tokenizer.json; a model needs one to be served",
+                directory.display()
+            );
+            Err(failure("ModelConfigInvalid", message))
+        }
+        Weights::Random(_) => dummy::tokenizer(&model),
+    })?;
     let loaded = Arc::new(Progress::default());
     startup.enter(StartupPhase::Loading, bytes_of(&loaded));
-    let executor = executor(&config, &model, &plan, &found, &directory, &loaded)
+    let executor = executor(&config, &model, &plan, &found, weights, &directory, &loaded)
         .map_err(|error| from_load_error(&error))?;
     let limits = Limits {
         vocabulary: executor.vocabulary(),
@@ -94,26 +113,47 @@ pub fn load(
     })
 }
 
+fn fetch(
+    config: &EngineConfig,
+    cache_dir: PathBuf,
+    fetched: &Progress,
+) -> Result<PathBuf, LoadFailure> {
+    let settings = FetchSettings::from_lookup(cache_dir, |name| std::env::var(name).ok());
+    let revision = config.model.revision.as_deref();
+    engine_load::resolve(&config.model.source, revision, &settings, fetched)
+        .map_err(|error| from_load_error(&error))
+}
+
 /// The backend of the device that was found, with the weights in its memory.
 fn executor(
     config: &EngineConfig,
     model: &ModelConfig,
     plan: &MemoryPlan,
     found: &Found,
+    weights: Weights,
     directory: &Path,
     progress: &Progress,
 ) -> Result<Box<dyn Executor>, LoadError> {
+    if let Weights::Random(seed) = weights {
+        tracing::warn!(seed, "the weights are random: answers mean nothing");
+    }
     let (sequences, tokens) = (config.max_num_seqs, config.max_num_batched_tokens);
     Ok(match found {
         Found::Cpu(_) => {
             let limits = CpuLimits::from_plan(plan, sequences, tokens);
             tracing::info!(threads = limits.threads, isa = ?limits.isa, resident = ?limits.resident, "loading");
-            Box::new(CpuExecutor::load(directory, model, limits, progress)?)
+            Box::new(match weights {
+                Weights::Files => CpuExecutor::load(directory, model, limits, progress)?,
+                Weights::Random(seed) => CpuExecutor::dummy(model, seed, limits, progress)?,
+            })
         }
         Found::Gpu(gpu) => {
             let limits = CudaLimits::from_plan(model, plan, sequences, tokens);
             tracing::info!(device = gpu.name(), resident = ?limits.resident, "loading");
-            Box::new(CudaExecutor::load(gpu, directory, model, limits, progress)?)
+            Box::new(match weights {
+                Weights::Files => CudaExecutor::load(gpu, directory, model, limits, progress)?,
+                Weights::Random(seed) => CudaExecutor::dummy(gpu, model, seed, limits, progress)?,
+            })
         }
     })
 }
@@ -168,7 +208,11 @@ fn available_bytes() -> Option<u64> {
     group.into_iter().chain(machine).min()
 }
 
-fn read_text(directory: &Path) -> Result<Text, LoadFailure> {
+/// The text side of a model; `absent` stands in for a tokenizer.json that is not there.
+fn read_text(
+    directory: &Path,
+    absent: impl FnOnce(&Path) -> Result<String, LoadFailure>,
+) -> Result<Text, LoadFailure> {
     let optional = |name: &str| -> Result<Option<String>, LoadFailure> {
         let path = directory.join(name);
         match std::fs::read_to_string(&path) {
@@ -180,13 +224,10 @@ fn read_text(directory: &Path) -> Result<Text, LoadFailure> {
             }
         }
     };
-    let tokenizer = optional("tokenizer.json")?.ok_or_else(|| {
-        let message = format!(
-            "{} has no tokenizer.json; a model needs one to be served",
-            directory.display()
-        );
-        failure("ModelConfigInvalid", message)
-    })?;
+    let tokenizer = match optional("tokenizer.json")? {
+        Some(tokenizer) => tokenizer,
+        None => absent(directory)?,
+    };
     let files = TextFiles {
         tokenizer: tokenizer.into_bytes(),
         tokenizer_config: optional("tokenizer_config.json")?,

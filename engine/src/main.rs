@@ -5,6 +5,7 @@
 mod cli;
 mod configure;
 mod device;
+mod dummy;
 mod inspect;
 mod load;
 mod plan;

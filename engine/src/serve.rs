@@ -7,7 +7,8 @@ use engine_server::{LoadFailure, Loader, ServerOptions, StartupHandle, serve};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli::ServeArguments;
+use crate::cli::{LoadFormat, ServeArguments};
+use crate::load::Weights;
 use crate::{configure, load, telemetry};
 
 /// Threads for HTTP; the backend has its own.
@@ -43,8 +44,12 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
             cuda_driver: arguments.engine.cuda_driver.clone(),
             cache_dir: arguments.engine.cache_dir.clone(),
         };
+        let weights = match arguments.load_format {
+            LoadFormat::Auto => Weights::Files,
+            LoadFormat::Dummy => Weights::Random(arguments.seed),
+        };
         let loader: Loader = Box::new(move |startup: &StartupHandle| -> Result<_, LoadFailure> {
-            load::load(config, &machine, startup)
+            load::load(config, &machine, weights, startup)
         });
         let shutdown = async move {
             tokio::select! {

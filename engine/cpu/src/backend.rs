@@ -7,11 +7,13 @@
 #![allow(unsafe_code)]
 
 mod attention;
+mod grouped;
 mod moe;
 
 use engine_core::{BlockId, Logits};
 use engine_model::{
-    Backend, Gate, GatedMlp, LatentAttention, Model, Moe, Norm, Rope, Slot, WeightId,
+    Backend, Gate, GatedMlp, GroupedAttention, LatentAttention, Model, Moe, Norm, Rope, Slot,
+    WeightId,
 };
 
 use self::moe::Chosen;
@@ -233,6 +235,14 @@ impl Backend for CpuBackend {
         attention: &LatentAttention,
     ) -> Result<(), WorkerPanic> {
         self.attend_latent(layer, attention)
+    }
+
+    fn grouped_attention(
+        &mut self,
+        layer: usize,
+        attention: &GroupedAttention,
+    ) -> Result<(), WorkerPanic> {
+        self.attend_grouped(layer, attention)
     }
 
     fn gate(&mut self, gate: &Gate, from: Slot) -> Result<(), WorkerPanic> {

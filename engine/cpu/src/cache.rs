@@ -1,7 +1,8 @@
-//! The block cache of latents.
+//! The block cache of attention.
 //!
-//! One allocation per layer. Block `b` of a layer holds rows `b * block_size ..` of `width` values, so a position of a
-//! sequence is one row and a block is one contiguous piece that can be copied or shared as a whole.
+//! One allocation per layer. A block is one contiguous piece that can be copied or shared as a whole. With latent
+//! attention block `b` holds rows `b * block_size ..` of `[latent | rotated key]`, one for each position; with
+//! grouped-query attention it holds, key-value head after head, the keys of its positions and then their values.
 
 use engine_memory::ResidentDtype;
 use engine_model::Model;

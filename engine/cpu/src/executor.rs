@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use engine_core::{Batch, BatchBounds, ExecuteError, Executor, Logits};
-use engine_load::{Checkpoint, LoadError, Progress};
+use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
 use engine_memory::{MemoryPlan, ResidentDtype};
 use engine_model::{Model, forward};
 use engine_spec::ModelConfig;
@@ -85,10 +85,32 @@ impl CpuExecutor {
     ) -> Result<Self, LoadError> {
         let model = engine_model::build(config);
         let checkpoint = Checkpoint::open(dir, config, &model)?;
+        Self::with_weights(model, &checkpoint, limits, progress)
+    }
+
+    /// The same with random weights, for benchmarks; see [`Dummy`].
+    ///
+    /// # Errors
+    /// When a thread cannot be started or fails.
+    pub fn dummy(
+        config: &ModelConfig,
+        seed: u64,
+        limits: CpuLimits,
+        progress: &Progress,
+    ) -> Result<Self, LoadError> {
+        let model = engine_model::build(config);
+        Self::with_weights(model, &Dummy::new(config, seed), limits, progress)
+    }
+
+    fn with_weights(
+        model: Model,
+        source: &dyn TensorSource,
+        limits: CpuLimits,
+        progress: &Progress,
+    ) -> Result<Self, LoadError> {
         let mut pool =
             Pool::new(limits.threads).map_err(|error| LoadError::Backend(error.to_string()))?;
-        let weights = Weights::load(&checkpoint, &model, limits.resident, &mut pool, progress)?;
-        drop(checkpoint);
+        let weights = Weights::load(source, &model, limits.resident, &mut pool, progress)?;
         let cache = Cache::new(&model, limits.resident, limits.kv_blocks, limits.block_size);
         let compute = Compute {
             pool,

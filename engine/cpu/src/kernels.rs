@@ -1,4 +1,4 @@
-//! The arithmetic of a step over [`Lanes`]: products, norms, activations and latent attention.
+//! The arithmetic of a step over [`Lanes`]: products, norms, activations and attention.
 //!
 //! Invariant (batch invariance): each output value is reduced in an order that depends on nothing but the length of
 //! its own sum. Neither the number of rows, their grouping into a micro-kernel, the split into tasks nor the number of
@@ -575,6 +575,11 @@ unsafe fn fold<L: Lanes>(
         rescale
     }
 }
+
+// After the macro, which it uses.
+mod grouped;
+
+pub(crate) use grouped::{AttendGrouped, HEADS_MAX};
 
 #[cfg(test)]
 mod tests;

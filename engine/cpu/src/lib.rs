@@ -1,6 +1,7 @@
 //! The CPU backend: reference and real path.
 //!
-//! [`CpuExecutor`] runs batches over weights in float32 or bfloat16 and a block cache of latents. Sums are float32.
+//! [`CpuExecutor`] runs batches over weights in float32 or bfloat16 and a block cache of latents, or of keys and values.
+//! Sums are float32.
 //! Invariant: what it computes for a token does not depend on the rest of the batch, on how a prompt was cut into
 //! chunks, nor on the number of threads; see [`kernels`] for how, and `tests/invariance.rs` for the proof.
 

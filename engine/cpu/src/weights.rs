@@ -6,7 +6,7 @@
 
 use std::sync::OnceLock;
 
-use engine_load::{Checkpoint, LoadError, Progress, StoredTensor, convert};
+use engine_load::{LoadError, Progress, StoredTensor, TensorSource, convert};
 use engine_memory::ResidentDtype;
 use engine_model::{Attention, LatentAttention, Model, TensorRole, WeightId};
 use half::bf16;
@@ -76,7 +76,7 @@ pub(crate) struct Weights(Vec<Weight>);
 impl Weights {
     /// Converts every tensor, on all threads; `progress` counts stored bytes.
     pub fn load(
-        checkpoint: &Checkpoint,
+        source: &dyn TensorSource,
         model: &Model,
         dtype: ResidentDtype,
         pool: &mut Pool,
@@ -93,23 +93,25 @@ impl Weights {
         };
         let mut absorbed: Vec<Option<&LatentAttention>> = vec![None; model.tensors.len()];
         for layer in &model.layers {
-            let Attention::Latent(attention) = &layer.attention;
-            absorbed[attention.kv_up.index()] = Some(attention);
+            if let Attention::Latent(attention) = &layer.attention {
+                absorbed[attention.kv_up.index()] = Some(attention);
+            }
         }
-        progress.begin(checkpoint.expected_bytes());
+        progress.begin(source.stored_bytes(model));
         let slots: Vec<OnceLock<Weight>> = model.tensors.iter().map(|_| OnceLock::new()).collect();
         pool.run(slots.len(), &|index| {
-            let id = WeightId(index as u32);
-            let tensor = checkpoint.tensor(model, id);
-            let wide = wide || tensor.spec.role == TensorRole::Precise;
-            let matrix = Matrix::new(&tensor, wide);
-            let weight = match absorbed[index] {
-                Some(attention) => absorb(&matrix, attention),
-                None => Weight::Matrix(matrix),
-            };
-            // Each index is visited once, so the slot is empty.
-            let _ = slots[index].set(weight);
-            progress.add((tensor.bytes.len() + tensor.scales.map_or(0, |s| s.bytes.len())) as u64);
+            source.read(model, WeightId(index as u32), &mut |tensor| {
+                let wide = wide || tensor.spec.role == TensorRole::Precise;
+                let matrix = Matrix::new(tensor, wide);
+                let weight = match absorbed[index] {
+                    Some(attention) => absorb(&matrix, attention),
+                    None => Weight::Matrix(matrix),
+                };
+                // Each index is visited once, so the slot is empty.
+                let _ = slots[index].set(weight);
+                let scales = tensor.scales.map_or(0, |scales| scales.bytes.len());
+                progress.add((tensor.bytes.len() + scales) as u64);
+            });
         })
         .map_err(|panic| LoadError::Backend(panic.to_string()))?;
         let weights: Option<Vec<Weight>> = slots.into_iter().map(OnceLock::into_inner).collect();

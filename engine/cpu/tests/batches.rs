@@ -3,8 +3,8 @@
 mod support;
 
 use engine_core::{Batch, ExecuteError, Executor, Logits};
-use engine_cpu::CpuLimits;
-use engine_load::read_config;
+use engine_cpu::{CpuExecutor, CpuLimits};
+use engine_load::{Progress, read_config};
 use engine_memory::{MemoryRequest, ResidentDtype, memory_plan};
 use engine_spec::{Device, Dtype, Parallelism};
 use support::{MODELS, entry, folder, limits, load, prefill};
@@ -34,7 +34,8 @@ fn allocations_are_those_of_the_memory_plan() {
             // which the joined one needs a single row.
             let logits = request.max_num_seqs * config.vocab_size;
             let shared = config.moe.as_ref().map_or(1, |moe| moe.shared_experts);
-            let joined = (shared - 1) * config.hidden_size * request.max_num_batched_tokens;
+            let joined =
+                shared.saturating_sub(1) * config.hidden_size * request.max_num_batched_tokens;
             let elsewhere = u64::from(logits + joined) * 4;
             assert_eq!(
                 held.workspace + elsewhere,
@@ -42,6 +43,30 @@ fn allocations_are_those_of_the_memory_plan() {
                 "{model} workspace"
             );
         }
+    }
+}
+
+#[test]
+fn random_weights_run_any_config_and_their_seed_names_them() {
+    for model in MODELS {
+        let config = read_config(&folder(model)).unwrap();
+        let run = |seed, threads| {
+            let mut limits = limits(ResidentDtype::Bfloat16);
+            limits.threads = threads;
+            let progress = Progress::default();
+            let mut executor = CpuExecutor::dummy(&config, seed, limits, &progress).unwrap();
+            assert_eq!(progress.done(), progress.total());
+            let dir_held = load(&folder(model), limits).allocated_bytes();
+            assert_eq!(executor.allocated_bytes(), dir_held, "{model}");
+            prefill(&mut executor, &[3, 1, 4, 1, 5])
+        };
+        let row = run(1, 1);
+        assert_eq!(run(1, 2), row, "{model}");
+        assert_ne!(run(2, 1), row, "{model}");
+        let largest = row
+            .iter()
+            .fold(0f32, |largest, value| largest.max(value.abs()));
+        assert!((0.1..50.0).contains(&largest), "{model}: {largest}");
     }
 }
 
@@ -78,15 +103,17 @@ fn a_batch_that_breaks_the_contract_is_refused_and_harms_nothing() {
 
 #[test]
 fn only_the_wanted_rows_are_computed() {
-    let mut executor = load(&folder("v2-lite"), limits(ResidentDtype::Bfloat16));
-    let alone = prefill(&mut executor, &[9, 8]);
-    let mut silent = entry(2, &[3, 4, 5], 0, &[10]);
-    silent.wants_logits = false;
-    let entries = vec![silent, entry(1, &[9, 8], 0, &[0])];
-    let mut logits = Logits::default();
-    executor.execute(&Batch { entries }, &mut logits).unwrap();
-    assert_eq!(logits.rows(), 1);
-    assert_eq!(logits.row(0), alone);
-    executor.execute(&Batch::default(), &mut logits).unwrap();
-    assert_eq!(logits.rows(), 0);
+    for model in ["v2-lite", "qwen3-moe"] {
+        let mut executor = load(&folder(model), limits(ResidentDtype::Bfloat16));
+        let alone = prefill(&mut executor, &[9, 8]);
+        let mut silent = entry(2, &[3, 4, 5], 0, &[10]);
+        silent.wants_logits = false;
+        let entries = vec![silent, entry(1, &[9, 8], 0, &[0])];
+        let mut logits = Logits::default();
+        executor.execute(&Batch { entries }, &mut logits).unwrap();
+        assert_eq!(logits.rows(), 1);
+        assert_eq!(logits.row(0), alone);
+        executor.execute(&Batch::default(), &mut logits).unwrap();
+        assert_eq!(logits.rows(), 0);
+    }
 }

@@ -27,7 +27,7 @@ fn with(model: &str, change: impl FnOnce(&mut CpuLimits)) -> CpuExecutor {
 
 #[test]
 fn threads_and_instruction_sets_give_the_same_bytes() {
-    for model in ["v2-lite", "v3-groups"] {
+    for model in ["v2-lite", "v3-groups", "qwen2", "qwen3-moe"] {
         let tokens = prompt(model);
         let expected = bits(&prefill(&mut with(model, |l| l.threads = 1), &tokens));
         for isa in Isa::available() {
@@ -42,7 +42,7 @@ fn threads_and_instruction_sets_give_the_same_bytes() {
 
 #[test]
 fn decoding_gives_the_bytes_of_prefill() {
-    for model in ["v2-groups", "v3-mtp", "v3-fp8"] {
+    for model in ["v2-groups", "v3-mtp", "v3-fp8", "llama", "qwen3"] {
         let tokens = prompt(model);
         let blocks: Vec<u32> = (0..64).collect();
         let mut executor = with(model, |_| ());
@@ -161,7 +161,7 @@ proptest! {
 
     #[test]
     fn any_schedule_gives_the_bytes_of_each_sequence_alone(schedule in schedule()) {
-        for model in ["v3-groups", "v2-lite"] {
+        for model in ["v3-groups", "v2-lite", "qwen2", "qwen3-moe"] {
             let tokens = prompt(model);
             let prompts: Vec<Vec<u32>> = schedule
                 .lengths

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use engine_core::{Batch, BatchBounds, ExecuteError, Executor, Logits};
-use engine_load::{Checkpoint, LoadError, Progress};
+use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
 use engine_memory::ResidentDtype;
 use engine_model::{Model, forward};
 use engine_spec::ModelConfig;
@@ -65,9 +65,36 @@ impl CudaExecutor {
         progress: &Progress,
     ) -> Result<Self, LoadError> {
         let model = engine_model::build(config);
+        // Shapes first: what no kernel takes needs no files.
+        check_shapes(&model, &limits).map_err(|reason| LoadError::Backend(refusal(&reason)))?;
+        let checkpoint = Checkpoint::open(dir, config, &model)?;
+        Self::with_weights(gpu, model, &checkpoint, limits, progress)
+    }
+
+    /// The same with random weights, for benchmarks; see [`Dummy`].
+    ///
+    /// # Errors
+    /// See [`CudaExecutor::load`].
+    pub fn dummy(
+        gpu: &Gpu,
+        config: &ModelConfig,
+        seed: u64,
+        limits: CudaLimits,
+        progress: &Progress,
+    ) -> Result<Self, LoadError> {
+        let model = engine_model::build(config);
+        Self::with_weights(gpu, model, &Dummy::new(config, seed), limits, progress)
+    }
+
+    fn with_weights(
+        gpu: &Gpu,
+        model: Model,
+        source: &dyn TensorSource,
+        limits: CudaLimits,
+        progress: &Progress,
+    ) -> Result<Self, LoadError> {
         let launches =
             check_shapes(&model, &limits).map_err(|reason| LoadError::Backend(refusal(&reason)))?;
-        let checkpoint = Checkpoint::open(dir, config, &model)?;
         let layout = Layout::new(&model, &limits);
         let (needed, free) = (layout.bytes() as u64, gpu.free_bytes().map_err(backend)?);
         if needed > free {
@@ -85,7 +112,7 @@ impl CudaExecutor {
             arena,
             ..
         } = &executor;
-        weights::load(&gpu.device, arena, layout, &checkpoint, model, progress)?;
+        weights::load(&gpu.device, arena, layout, source, model, progress)?;
         Ok(executor)
     }
 

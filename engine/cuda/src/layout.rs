@@ -216,7 +216,9 @@ impl<'a> Placement<'a> {
 
     fn place(mut self, bump: &mut Bump) -> Vec<Placed> {
         for layer in &self.model.layers {
-            self.absorbed(latent(layer), bump);
+            if let Ok(attention) = latent(layer) {
+                self.absorbed(attention, bump);
+            }
             match &layer.mlp {
                 Mlp::Dense(mlp) => self.mlp(mlp, bump),
                 Mlp::Moe(moe) => self.moe(moe, bump),
@@ -343,10 +345,9 @@ impl Widest {
             ..Self::default()
         };
         for layer in &model.layers {
-            let attention = latent(layer);
             widest.quantised = widest
                 .quantised
-                .max(attention.heads * attention.value)
+                .max(model.slot_width(Slot::Value))
                 .max(model.slot_width(Slot::QueryLatent));
             match &layer.mlp {
                 Mlp::Dense(mlp) => widest.inner(1, mlp.inner),
@@ -380,7 +381,8 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
         .into();
     let widest = Widest::of(model);
     let rows = tokens * widest.top_k;
-    let latent = model.layers.first().map_or(1, |layer| latent(layer).latent);
+    let first = model.layers.first().and_then(|layer| latent(layer).ok());
+    let latent = first.map_or(1, |attention| attention.latent);
     // Whole (row, head, split) units, each a part and its logarithm.
     let units = limits.parts_bytes / ((latent + 1) * 4);
     let narrow = usize::from(matches!(limits.resident, ResidentDtype::Float8E4m3(_)));

@@ -10,7 +10,9 @@
 mod attention;
 mod experts;
 
-use engine_model::{Backend, Gate, GatedMlp, LatentAttention, Moe, Norm, Slot, WeightId};
+use engine_model::{
+    Backend, Gate, GatedMlp, GroupedAttention, LatentAttention, Moe, Norm, Slot, WeightId,
+};
 use kernels::driver::{Arena, Stream};
 use kernels::params::{ActivationParams, Address, EmbedParams, GemmParams, Params, RmsNormParams};
 use kernels::plan::{self, Activation, Format, Launch, QUANT_GROUP};
@@ -304,6 +306,10 @@ impl Backend for Pass<'_> {
         attention: &LatentAttention,
     ) -> Result<(), CudaError> {
         self.attend_latent(layer, attention)
+    }
+
+    fn grouped_attention(&mut self, _: usize, _: &GroupedAttention) -> Result<(), CudaError> {
+        Err(CudaError::Graph("grouped-query attention"))
     }
 
     fn mlp(&mut self, mlp: &GatedMlp, from: Slot, to: Slot) -> Result<(), CudaError> {

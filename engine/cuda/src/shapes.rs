@@ -7,11 +7,17 @@ use kernels::plan::{self, Activation, Format, Launch, Unsupported};
 
 use crate::layout::CudaLimits;
 
-/// The attention of a layer. Another kind than this one becomes a refusal here, and a method of the pass when there are
-/// kernels for it.
-pub(crate) fn latent(layer: &Layer) -> &LatentAttention {
-    let Attention::Latent(attention) = &layer.attention;
-    attention
+/// The attention of a layer, of the kind that there are kernels for.
+pub(crate) fn latent(layer: &Layer) -> Result<&LatentAttention, Unsupported> {
+    match &layer.attention {
+        Attention::Latent(attention) => Ok(attention),
+        Attention::Grouped(attention) => Err(Unsupported {
+            operation: "attention",
+            field: "key-value heads",
+            value: attention.kv_heads,
+            allowed: "latent attention only",
+        }),
+    }
 }
 
 /// Experts that are groups of one, or none at all, are one group to the kernel.
@@ -34,6 +40,11 @@ pub fn refusal(reason: &Unsupported) -> String {
 /// # Errors
 /// The first shape that no kernel takes, with what the kernels take.
 pub(crate) fn check_shapes(model: &Model, limits: &CudaLimits) -> Result<Vec<Launch>, Unsupported> {
+    // The kind of attention first: another one has no right widths either.
+    model
+        .layers
+        .iter()
+        .try_for_each(|layer| latent(layer).map(|_| ()))?;
     let mut launches: Vec<Launch> = Vec::new();
     // Kernels change at 16 and 32 rows, and the most rows bound the grid.
     for rows in [1, 17, limits.batched_tokens_max.max(33)] {
@@ -60,7 +71,7 @@ fn of_step(model: &Model, limits: &CudaLimits, rows: usize) -> Result<Vec<Launch
         plan::gemm(Format::Bf16, rows, model.vocabulary, hidden, 1)?,
     ];
     for layer in &model.layers {
-        let attention = latent(layer);
+        let attention = latent(layer)?;
         let queries = attention.heads * attention.query_width();
         match &attention.query {
             Query::Full(_) => launches.push(product(queries, hidden)?),

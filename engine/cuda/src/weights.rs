@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use engine_load::{Checkpoint, FloatType, LoadError, Progress, StoredTensor, convert};
+use engine_load::{FloatType, LoadError, Progress, StoredTensor, TensorSource, convert};
 use engine_model::{Model, WeightId};
 use half::bf16;
 use kernels::driver::{Arena, Device, DriverError, Part, Staging, Stream};
@@ -25,11 +25,11 @@ pub(crate) fn load(
     device: &Arc<Device>,
     arena: &Arena,
     layout: &Layout,
-    checkpoint: &Checkpoint,
+    source: &dyn TensorSource,
     model: &Model,
     progress: &Progress,
 ) -> Result<(), LoadError> {
-    progress.begin(checkpoint.expected_bytes());
+    progress.begin(source.stored_bytes(model));
     let threads = std::thread::available_parallelism()
         .map_or(1, usize::from)
         .min(THREADS_MAX);
@@ -42,9 +42,13 @@ pub(crate) fn load(
             let Some(placed) = layout.weights.get(index) else {
                 break;
             };
-            let tensor = checkpoint.tensor(model, WeightId(index as u32));
-            uploader.tensor(&tensor, placed)?;
-            progress.add((tensor.bytes.len() + tensor.scales.map_or(0, |s| s.bytes.len())) as u64);
+            let mut outcome = Ok(());
+            source.read(model, WeightId(index as u32), &mut |tensor| {
+                outcome = uploader.tensor(tensor, placed);
+                let scales = tensor.scales.map_or(0, |scales| scales.bytes.len());
+                progress.add((tensor.bytes.len() + scales) as u64);
+            });
+            outcome?;
         }
         uploader.stream.synchronize()
     };

@@ -134,6 +134,30 @@ fn a_shape_without_kernels_is_refused_before_anything_is_allocated() {
 }
 
 #[test]
+fn another_kind_of_attention_is_refused_with_the_way_out() {
+    let Some(gpu) = gpu() else { return };
+    let dir = random_model("qwen2");
+    let config = read_config(&dir).unwrap();
+    let limits = limits(ResidentDtype::Bfloat16);
+    let error = CudaExecutor::dummy(&gpu, &config, 1, limits, &Progress::default()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "no CUDA kernel takes this model: attention: key-value heads is 2, but the kernels take latent attention only; \
+         serve it with the device cpu"
+    );
+}
+
+#[test]
+fn random_weights_are_loaded_without_files() {
+    let Some(gpu) = gpu() else { return };
+    let config = read_config(&trained_model()).unwrap();
+    let limits = limits(ResidentDtype::Bfloat16);
+    let mut executor = CudaExecutor::dummy(&gpu, &config, 1, limits, &Progress::default()).unwrap();
+    let row = prefill(&mut executor, &[5, 6, 7]);
+    assert!(row.iter().any(|logit| *logit != row[0]));
+}
+
+#[test]
 fn too_little_memory_is_refused_with_numbers() {
     let Some(gpu) = gpu() else { return };
     let dir = trained_model();

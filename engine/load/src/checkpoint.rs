@@ -77,6 +77,25 @@ pub struct Scales<'a> {
     pub blocks: WeightBlocks,
 }
 
+/// Where a backend's weights come from.
+pub trait TensorSource: Sync {
+    /// Bytes of all tensors of `model` as stored.
+    fn stored_bytes(&self, model: &Model) -> u64;
+
+    /// Calls `take` once with tensor `id` of `model`, the one that the source is for.
+    fn read(&self, model: &Model, id: WeightId, take: &mut dyn FnMut(&StoredTensor<'_>));
+}
+
+impl TensorSource for Checkpoint {
+    fn stored_bytes(&self, _: &Model) -> u64 {
+        self.expected_bytes()
+    }
+
+    fn read(&self, model: &Model, id: WeightId, take: &mut dyn FnMut(&StoredTensor<'_>)) {
+        take(&self.tensor(model, id));
+    }
+}
+
 /// Reads and checks `config.json` of a model directory.
 ///
 /// # Errors

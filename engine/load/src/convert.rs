@@ -82,7 +82,7 @@ impl Scales<'_> {
 }
 
 /// FP8 e4m3fn: sign, four exponent bits (bias 7), three mantissa bits; no infinity, two NaNs (OCP FP8, section 5).
-fn e4m3(byte: u8) -> f32 {
+pub(crate) fn e4m3(byte: u8) -> f32 {
     let sign = if byte & 0x80 == 0 { 1.0 } else { -1.0 };
     let exponent = i32::from(byte >> 3 & 0xf);
     let mantissa = f32::from(byte & 7);

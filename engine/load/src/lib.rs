@@ -2,7 +2,7 @@
 //!
 //! [`resolve`] makes a model source a local directory, [`Checkpoint::open`] checks every tensor the model expects
 //! before a single weight is read, [`convert`] turns stored dtypes into resident ones, [`inspect_source`] reports what is
-//! there without reading or fetching weights.
+//! there without reading or fetching weights, [`Dummy`] makes weights up.
 //!
 //! Invariant: nothing here reads the environment or waits without a limit; what a caller wants known (credentials,
 //! limits) comes in as a value. Every error names the file, the tensor or field, what was found and what was expected.
@@ -10,14 +10,16 @@
 mod checkpoint;
 pub mod convert;
 mod download;
+mod dummy;
 mod error;
 mod header;
 mod inspect;
 mod progress;
 mod source;
 
-pub use checkpoint::{Checkpoint, Scales, StoredTensor, read_config};
+pub use checkpoint::{Checkpoint, Scales, StoredTensor, TensorSource, read_config};
 pub use download::Patience;
+pub use dummy::Dummy;
 pub use error::LoadError;
 pub use header::{FloatType, TensorHeader};
 pub use inspect::{inspect, inspect_source};

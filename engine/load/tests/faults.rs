@@ -13,8 +13,8 @@ use engine_spec::ModelFault::{
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use support::{
-    Tensor, config, file, layout, open, refused, tensor, tensors, with_header, write, write_index,
-    write_sharded,
+    Tensor, config, file, grouped_config, layout, open, refused, tensor, tensors, with_header,
+    write, write_index, write_sharded,
 };
 use tempfile::TempDir;
 
@@ -67,9 +67,9 @@ fn a_bad_config_names_the_field() {
     let cases = [
         (json!("nonsense"), ModelConfigInvalid, "config.json"),
         (
-            json!({"model_type": "llama"}),
+            json!({"model_type": "mamba"}),
             UnsupportedArchitecture,
-            "llama",
+            "mamba",
         ),
     ];
     for (config, fault, word) in cases {
@@ -219,6 +219,72 @@ fn a_gate_that_contradicts_the_config_names_the_field() {
     full_query["q_lora_rank"] = Value::Null;
     write(dir.path(), &full_query, &tensors(&config()));
     refused(dir.path(), WeightsMismatch, &["q_a_proj", "q_lora_rank"]);
+}
+
+#[test]
+fn a_model_of_another_family_than_its_config_says_names_the_field() {
+    let directory_of = |config: &Value, list: &[Tensor]| {
+        let dir = directory();
+        write(dir.path(), config, list);
+        dir
+    };
+    for family in ["qwen2", "llama", "qwen3", "qwen3_moe"] {
+        let config = grouped_config(family);
+        open(directory_of(&config, &tensors(&config)).path()).unwrap();
+    }
+    let qwen2 = grouped_config("qwen2");
+    let bias = "model.layers.1.self_attn.k_proj.bias";
+    let mut list = tensors(&qwen2);
+    list.remove(position(&list, bias));
+    let dir = directory_of(&qwen2, &list);
+    refused(dir.path(), WeightsMissing, &[bias, "[6]"]);
+
+    let qwen3 = grouped_config("qwen3");
+    let norm = "model.layers.0.self_attn.q_norm.weight";
+    let mut list = tensors(&qwen3);
+    list.remove(position(&list, norm));
+    let dir = directory_of(&qwen3, &list);
+    refused(dir.path(), WeightsMissing, &[norm, "[6]"]);
+    let mut list = tensors(&qwen3);
+    let at = position(&list, norm);
+    list[at] = tensor(norm, "BF16", &[12]);
+    let dir = directory_of(&qwen3, &list);
+    refused(dir.path(), WeightsMismatch, &[norm, "[12]", "[6]"]);
+
+    let extra = |config: &Value, name: &str, shape: &[usize], field: &str| {
+        let mut list = tensors(config);
+        list.push(tensor(name, "BF16", shape));
+        let dir = directory_of(config, &list);
+        refused(dir.path(), WeightsMismatch, &[name, field, MODEL]);
+    };
+    extra(&qwen2, norm, &[6], "model_type");
+    extra(&qwen3, bias, &[6], "model_type");
+    let llama = grouped_config("llama");
+    extra(&llama, bias, &[6], "model_type");
+    extra(
+        &llama,
+        "model.layers.0.self_attn.o_proj.bias",
+        &[16],
+        "attention_bias",
+    );
+    extra(&llama, "model.layers.0.mlp.up_proj.bias", &[24], "mlp_bias");
+    let moe = grouped_config("qwen3_moe");
+    extra(
+        &moe,
+        "model.layers.1.mlp.shared_expert_gate.weight",
+        &[1, 16],
+        "model_type",
+    );
+
+    // A layer that has experts in the file and none by the config.
+    let mut dense = moe.clone();
+    dense["mlp_only_layers"] = json!([1]);
+    let dir = directory_of(&dense, &tensors(&moe));
+    refused(
+        dir.path(),
+        WeightsMissing,
+        &["model.layers.1.mlp.gate_proj.weight"],
+    );
 }
 
 #[test]

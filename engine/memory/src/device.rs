@@ -2,10 +2,11 @@
 //!
 //! Activations are bfloat16, what decides or sums (gate scores, attention parts, logits) is float32.
 
-use engine_spec::{ModelConfig, Parallelism};
+use engine_spec::{AttentionConfig, ModelConfig, Parallelism};
 use serde::{Deserialize, Serialize};
 
 use crate::weights::ResidentDtype;
+use crate::workspace::attention;
 
 /// Positions that one part of a decoded context has (the kernels' fixed split).
 const SPLIT_TOKENS: u64 = 512;
@@ -80,32 +81,37 @@ pub fn device_workspace(
     let positions = u64::from(bounds.max_model_len);
     let blocks = positions.div_ceil(u64::from(bounds.block_size));
     let d = u64::from(config.hidden_size);
-    let a = &config.attention;
-    let heads = u64::from(a.heads).div_ceil(u64::from(parallelism.tensor));
-    let (latent, value) = (u64::from(a.kv_lora_rank), u64::from(a.v_head_dim));
-    let rank = u64::from(a.q_lora_rank.unwrap_or(0));
-    let per_token = rank
-        + heads * (u64::from(a.qk_head_dim()) + 2 * latent + value)
-        + u64::from(a.cached_width());
-    // A part per split and head, and its logarithm.
-    let per_row = positions.div_ceil(SPLIT_TOKENS) * heads * (latent + 1) * 4;
+    let heads = u64::from(config.attention.heads().div_ceil(parallelism.tensor));
+    // A part per split and head, and its logarithm; what goes into the output projection; the low-rank query.
+    let (part, values, rank) = match &config.attention {
+        AttentionConfig::Latent(a) => (
+            u64::from(a.kv_lora_rank) + 1,
+            heads * u64::from(a.v_head_dim),
+            u64::from(a.q_lora_rank.unwrap_or(0)),
+        ),
+        AttentionConfig::Grouped(a) => {
+            let width = u64::from(a.head_dim);
+            (width + 1, heads * width, 0)
+        }
+    };
+    let per_row = positions.div_ceil(SPLIT_TOKENS) * heads * part * 4;
     let mlp = Inner::of(config, parallelism);
     let quantised = match dtype {
         ResidentDtype::Float8E4m3(_) => {
-            let widest = d.max(rank).max(heads * value);
+            let widest = d.max(rank).max(values);
             tokens * (widest + 4 * widest.div_ceil(QUANT_GROUP)) + tokens * mlp.scales * 4
         }
         ResidentDtype::Bfloat16 | ResidentDtype::Float32 => 0,
     };
     DeviceWorkspace {
         hidden: 4 * tokens * d * 2,
-        attention: tokens * per_token * 2,
+        attention: tokens * attention(&config.attention, parallelism.tensor) * 2,
         parts: (tokens * per_row).min(PARTS_BYTES_MAX).max(per_row),
         mlp: tokens * mlp.per_token + mlp.tables(tokens),
         quantised,
         logits: sequences * (u64::from(config.vocab_size) * 4 + d * 2),
         inputs: tokens * (3 * 4 + 8) + sequences * 4 * (1 + blocks),
-        rotary: positions * u64::from(a.qk_rope_head_dim) * 4,
+        rotary: positions * u64::from(config.attention.rotated_width()) * 4,
     }
 }
 

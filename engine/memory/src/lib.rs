@@ -2,8 +2,8 @@
 //!
 //! [`memory_plan`] is linked into the operator, which sizes pods and chooses nodes by it, and into
 //! the engine, which allocates by it: the same function, so both agree or the pod refuses to start.
-//! Surprise for readers from other attention forms: with latent attention the KV cache is *not*
-//! divided by tensor parallelism, because all heads share one latent.
+//! Surprise: with latent attention the KV cache is *not* divided by tensor parallelism, because all
+//! heads share one latent; with grouped-query attention it is, down to one key-value head per rank.
 
 mod device;
 mod misfit;

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use engine_spec::engine_config::MAX_MODEL_LEN_DEFAULT;
-use engine_spec::{Device, Dtype, EngineConfig, ModelConfig, Parallelism};
+use engine_spec::{AttentionConfig, Device, Dtype, EngineConfig, ModelConfig, Parallelism};
 use serde::{Deserialize, Serialize};
 
 use crate::device::{StepBounds, device_workspace};
@@ -78,7 +78,10 @@ impl RankBytes {
             workspace_bytes,
             runtime_bytes,
         } = self;
-        weights_bytes + kv_bytes + workspace_bytes + runtime_bytes
+        // A cache of absurd size may fill a u64 by itself.
+        [*kv_bytes, *workspace_bytes, *runtime_bytes]
+            .into_iter()
+            .fold(*weights_bytes, u64::saturating_add)
     }
 }
 
@@ -154,7 +157,7 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
             let left = capacity.saturating_sub(fixed.total());
             let blocks = (left / block_bytes).min(blocks_wanted);
             if blocks < blocks_per_sequence {
-                let kv_bytes = blocks_per_sequence * block_bytes;
+                let kv_bytes = blocks_per_sequence.saturating_mul(block_bytes);
                 return Err(does_not_fit(config, request, fixed, kv_bytes, capacity));
             }
             blocks
@@ -163,7 +166,7 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
     let kv_blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
     Ok(MemoryPlan {
         per_rank: RankBytes {
-            kv_bytes: u64::from(kv_blocks) * block_bytes,
+            kv_bytes: u64::from(kv_blocks).saturating_mul(block_bytes),
             ..fixed
         },
         ranks: request.parallelism.ranks(),
@@ -213,11 +216,18 @@ fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest, max_model_len: u32
     }
 }
 
-/// Bytes of one cached token on the fullest rank: the latent and the rotated key of each layer.
+/// Bytes of one cached token on the fullest rank: of each layer the latent and the rotated key, or the
+/// keys and values of the rank's heads.
 fn kv_bytes_per_token(config: &ModelConfig, request: &MemoryRequest) -> u64 {
     let dtype = resident_dtype(request.dtype, config, request.device);
-    let layers = u64::from(config.layers.div_ceil(request.parallelism.pipeline));
-    layers * u64::from(config.attention.cached_width()) * dtype.kv_bytes()
+    let Parallelism {
+        tensor, pipeline, ..
+    } = request.parallelism;
+    let width = match &config.attention {
+        AttentionConfig::Latent(mla) => mla.cached_width(),
+        AttentionConfig::Grouped(gqa) => 2 * gqa.kv_heads_per_rank(tensor) * gqa.head_dim,
+    };
+    u64::from(config.layers.div_ceil(pipeline)) * u64::from(width) * dtype.kv_bytes()
 }
 
 fn check_parallelism(config: &ModelConfig, parallelism: Parallelism) -> Result<(), Misfit> {
@@ -233,13 +243,23 @@ fn check_parallelism(config: &ModelConfig, parallelism: Parallelism) -> Result<(
             reason,
         })
     };
-    let heads = config.attention.heads;
+    let heads = config.attention.heads();
     if tensor == 0 || !heads.is_multiple_of(tensor) {
         return indivisible(
             "tensor",
             tensor,
             format!("must divide the model's {heads} heads"),
         );
+    }
+    if let AttentionConfig::Grouped(gqa) = &config.attention
+        && !gqa.kv_heads.is_multiple_of(tensor)
+        && !tensor.is_multiple_of(gqa.kv_heads)
+    {
+        let reason = format!(
+            "must divide the model's {} key-value heads or be a multiple of them",
+            gqa.kv_heads
+        );
+        return indivisible("tensor", tensor, reason);
     }
     let experts = config.moe.as_ref().map_or(1, |moe| moe.routed_experts);
     if expert == 0 || !experts.is_multiple_of(expert) {
@@ -265,7 +285,7 @@ fn does_not_fit(
     capacity_bytes: u64,
 ) -> Misfit {
     Misfit::DoesNotFit {
-        needed_bytes: fixed.total() + kv_bytes,
+        needed_bytes: fixed.total().saturating_add(kv_bytes),
         capacity_bytes,
         weights_bytes: fixed.weights_bytes,
         kv_bytes,
@@ -300,7 +320,7 @@ fn nearest(
             })
         });
     let tensor = std::iter::successors(Some(request.parallelism.tensor * 2), |n| Some(n * 2))
-        .take_while(|n| *n <= config.attention.heads.min(64))
+        .take_while(|n| *n <= config.attention.heads().min(64))
         .find(|n| {
             let expert = if request.parallelism.expert > 1 {
                 *n

@@ -150,6 +150,115 @@ fn more_ranks_never_need_more_per_rank() {
     assert!(totals.is_sorted_by(|a, b| a > b), "{totals:?}");
 }
 
+fn llama_8b() -> ModelConfig {
+    ModelConfig::from_hf_json(
+        r#"{"model_type":"llama","vocab_size":128256,"intermediate_size":14336,"num_key_value_heads":8,
+        "max_position_embeddings":131072,"rope_theta":500000.0}"#,
+    )
+    .unwrap()
+}
+
+fn qwen3_30b_a3b() -> ModelConfig {
+    ModelConfig::from_hf_json(
+        r#"{"model_type":"qwen3_moe","num_hidden_layers":48,"head_dim":128,"max_position_embeddings":40960,
+        "rope_theta":1000000,"norm_topk_prob":true}"#,
+    )
+    .unwrap()
+}
+
+#[test]
+fn a_cached_token_of_grouped_attention_is_shared_out_until_each_rank_has_one_head() {
+    // 32 layers x 2 x 8 heads x 128 values x 2 bytes, as Llama's makers state: 128 KiB a token.
+    let expected = [131_072, 65_536, 32_768, 16_384, 16_384, 16_384];
+    for (tensor, bytes) in [1, 2, 4, 8, 16, 32].into_iter().zip(expected) {
+        let plan = memory_plan(&llama_8b(), &on_gpus(tensor, None)).unwrap();
+        assert_eq!(plan.kv_bytes_per_token, bytes, "{tensor} ranks");
+    }
+    let plan = memory_plan(&qwen3_30b_a3b(), &on_gpus(1, None)).unwrap();
+    assert_eq!(plan.kv_bytes_per_token, 98_304);
+}
+
+#[test]
+fn weights_of_grouped_attention_are_the_checkpoint() {
+    let norms = 65 * 4096;
+    let plan = memory_plan(&llama_8b(), &on_gpus(1, None)).unwrap();
+    assert_eq!(plan.per_rank.weights_bytes, 2 * 8_030_261_248);
+    let plan = memory_plan(&qwen3_30b_a3b(), &on_gpus(1, None)).unwrap();
+    assert_eq!(plan.per_rank.weights_bytes, 2 * 30_532_122_624);
+    // Past one key-value head per rank its two projections are copied, everything else still halves.
+    let rank = |tensor| {
+        let plan = memory_plan(&llama_8b(), &on_gpus(tensor, None)).unwrap();
+        plan.per_rank.weights_bytes - 2 * norms
+    };
+    let copied = 2 * 32 * 128 * 4096 * 2;
+    assert_eq!(2 * (rank(16) - copied), rank(8) - copied);
+    assert_eq!(2 * rank(4), rank(2));
+}
+
+#[test]
+fn key_value_heads_that_cannot_be_shared_out_are_named() {
+    let config = ModelConfig::from_hf_json(
+        r#"{"model_type":"llama","num_attention_heads":24,"hidden_size":3072,"num_key_value_heads":6}"#,
+    )
+    .unwrap();
+    let request = MemoryRequest {
+        max_model_len: None,
+        ..on_gpus(4, None)
+    };
+    let text = memory_plan(&config, &request).unwrap_err().to_string();
+    let expected = "tensor = 4: must divide the model's 6 key-value heads or be a multiple of them";
+    assert!(text.contains(expected), "{text}");
+    for tensor in [1, 2, 3, 6, 12, 24] {
+        let mut request = request;
+        request.parallelism.tensor = tensor;
+        memory_plan(&config, &request).unwrap();
+    }
+}
+
+#[test]
+fn a_dense_width_that_no_layer_has_takes_no_workspace() {
+    let mut config = qwen3_30b_a3b();
+    let workspace = |config: &ModelConfig| {
+        let plan = memory_plan(config, &on_gpus(1, None)).unwrap();
+        plan.per_rank.workspace_bytes
+    };
+    let before = workspace(&config);
+    config.intermediate_size *= 100;
+    assert_eq!(workspace(&config), before);
+    if let Some(moe) = &mut config.moe {
+        moe.dense_layers = vec![3];
+    }
+    assert!(workspace(&config) > before);
+}
+
+/// The largest config and request that are let in.
+#[test]
+fn the_plan_of_an_absurd_model_is_a_number_and_no_panic() {
+    let mut config = llama_8b();
+    config.layers = 1024;
+    config.max_positions = 1 << 24;
+    config.attention = engine_spec::AttentionConfig::Grouped(engine_spec::GqaConfig {
+        heads: 4096,
+        kv_heads: 4096,
+        head_dim: 256,
+        qkv_bias: true,
+        qk_norm: true,
+    });
+    let mut request = MemoryRequest {
+        dtype: Dtype::Bfloat16,
+        max_model_len: Some(1 << 24),
+        max_num_seqs: 4096,
+        block_size: 1024,
+        max_num_batched_tokens: 1 << 20,
+        ..on_gpus(1, None)
+    };
+    let plan = memory_plan(&config, &request).unwrap();
+    assert_eq!(plan.total_bytes(), u64::MAX);
+    request.capacity_bytes = Some(80 * GIB);
+    let text = memory_plan(&config, &request).unwrap_err().to_string();
+    assert!(text.contains("no setting makes it fit"), "{text}");
+}
+
 #[test]
 fn fp8_is_kept_where_the_gpu_multiplies_it_and_widened_where_not() {
     let with = |block: u32, inner: u32| {

@@ -1,7 +1,8 @@
 //! Bytes of weights on each rank.
 
 use engine_spec::{
-    Device, Dtype, GateSelection, ModelConfig, MoeConfig, Parallelism, StoredDtype, WeightBlocks,
+    AttentionConfig, Device, Dtype, GateSelection, GqaConfig, MlaConfig, ModelConfig, MoeConfig,
+    Parallelism, StoredDtype, WeightBlocks,
 };
 use serde::{Deserialize, Serialize};
 
@@ -79,12 +80,11 @@ pub fn resident_dtype(dtype: Dtype, config: &ModelConfig, device: Device) -> Res
 /// Whether every FP8 matrix has the blocks and widths that the GPU multiplies in eight bits. Gate and up of an MLP lie one
 /// after the other there, so an inner width must be whole blocks.
 fn eight_bit_products(config: &ModelConfig, blocks: WeightBlocks) -> bool {
-    let a = &config.attention;
-    let inputs = [
-        config.hidden_size,
-        a.q_lora_rank.unwrap_or(DEVICE_VECTOR),
-        a.heads * a.v_head_dim,
-    ];
+    let (rank, values) = match &config.attention {
+        AttentionConfig::Latent(a) => (a.q_lora_rank, a.heads * a.v_head_dim),
+        AttentionConfig::Grouped(a) => (None, a.heads * a.head_dim),
+    };
+    let inputs = [config.hidden_size, rank.unwrap_or(DEVICE_VECTOR), values];
     let expert = config.moe.as_ref().map_or(0, |moe| moe.intermediate_size);
     blocks.rows == DEVICE_BLOCK
         && blocks.columns == DEVICE_BLOCK
@@ -104,9 +104,11 @@ fn precise_bytes(device: Device) -> u64 {
 
 /// Bytes of weights that the fullest rank holds.
 ///
-/// Split by tensor parallelism: query, key-value and output projections by head, MLPs by inner
-/// width, embedding and head by vocabulary. Split by expert parallelism: whole routed experts.
-/// On every rank: norms, the low-rank down-projections, the gate and its bias (float32).
+/// Split by tensor parallelism: query, key-value and output projections by head (a key-value head is
+/// copied where there are more ranks than such heads), MLPs by inner width, embedding and head by
+/// vocabulary. Split by expert parallelism: whole routed experts.
+/// On every rank: norms, the low-rank down-projections, the gate and its bias. Norms, biases and
+/// gates are float32.
 /// Pipeline ranks hold whole layers; the fullest one is counted.
 pub fn weight_bytes_per_rank(
     config: &ModelConfig,
@@ -136,14 +138,34 @@ pub fn weight_bytes_per_rank(
         moe = layers_here - dense;
     }
     outside
-        + u64::from(layers_here) * attention_bytes(config, dtype, precise, tp)
+        + u64::from(layers_here) * attention_bytes(config, dtype, precise, parallelism.tensor)
         + u64::from(moe) * layer_moe
         + u64::from(dense) * layer_dense
 }
 
-fn attention_bytes(config: &ModelConfig, dtype: ResidentDtype, precise: u64, tp: u64) -> u64 {
-    let a = &config.attention;
+/// Attention of one layer, with the two norms of the residual stream that belong to it.
+fn attention_bytes(config: &ModelConfig, dtype: ResidentDtype, precise: u64, tensor: u32) -> u64 {
     let d = u64::from(config.hidden_size);
+    2 * d * precise
+        + match &config.attention {
+            AttentionConfig::Latent(mla) => latent_bytes(mla, d, dtype, precise, tensor.into()),
+            AttentionConfig::Grouped(gqa) => grouped_bytes(gqa, d, dtype, precise, tensor),
+        }
+}
+
+fn grouped_bytes(a: &GqaConfig, d: u64, dtype: ResidentDtype, precise: u64, tensor: u32) -> u64 {
+    let width = u64::from(a.head_dim);
+    let queries = u64::from(a.heads.div_ceil(tensor)) * width;
+    let kv = u64::from(a.kv_heads_per_rank(tensor)) * width;
+    let biases = if a.qkv_bias { queries + 2 * kv } else { 0 };
+    let norms = if a.qk_norm { 2 * width } else { 0 };
+    dtype.matrix(queries, d)
+        + 2 * dtype.matrix(kv, d)
+        + dtype.matrix(d, queries)
+        + (biases + norms) * precise
+}
+
+fn latent_bytes(a: &MlaConfig, d: u64, dtype: ResidentDtype, precise: u64, tp: u64) -> u64 {
     let heads = u64::from(a.heads).div_ceil(tp);
     let qk = u64::from(a.qk_head_dim());
     let latent = u64::from(a.kv_lora_rank);
@@ -152,12 +174,11 @@ fn attention_bytes(config: &ModelConfig, dtype: ResidentDtype, precise: u64, tp:
         None => dtype.matrix(heads * qk, d),
     };
     let per_head = u64::from(a.qk_nope_head_dim + a.v_head_dim);
-    let norms = (2 * d + latent) * precise;
     query
         + dtype.matrix(u64::from(a.cached_width()), d)
         + dtype.wide().matrix(heads * per_head, latent)
         + dtype.matrix(d, heads * u64::from(a.v_head_dim))
-        + norms
+        + latent * precise
 }
 
 fn mlp_bytes(d: u64, inner: u64, dtype: ResidentDtype, tp: u64) -> u64 {

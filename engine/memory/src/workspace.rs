@@ -1,6 +1,6 @@
 //! Bytes of activations, in the buffers a backend allocates once and then reuses for every step.
 
-use engine_spec::{ModelConfig, Parallelism};
+use engine_spec::{AttentionConfig, ModelConfig, Parallelism};
 use serde::{Deserialize, Serialize};
 
 /// Elements of every buffer, all float32. A backend allocates exactly these.
@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 pub struct Workspace {
     /// Residual, normed input, attention output, MLP output: four of tokens x hidden.
     pub hidden: u64,
-    /// Low-rank query, queries, latent queries, latent outputs, values, new cache rows.
+    /// Low-rank query, queries, latent queries, latent outputs, values, new cache rows; or queries, new
+    /// keys and values, outputs of all heads.
     pub attention: u64,
     /// Gate scores, and gate, up and product rows of the widest MLP or of the chosen experts.
     pub mlp: u64,
@@ -40,24 +41,41 @@ pub fn workspace(
     let tokens = u64::from(max_num_batched_tokens);
     let tp = u64::from(parallelism.tensor);
     let d = u64::from(config.hidden_size);
-    let a = &config.attention;
-    let heads = u64::from(a.heads).div_ceil(tp);
-    let per_token_attention = u64::from(a.q_lora_rank.unwrap_or(0))
-        + heads
-            * (u64::from(a.qk_head_dim())
-                + 2 * u64::from(a.kv_lora_rank)
-                + u64::from(a.v_head_dim))
-        + u64::from(a.cached_width());
-    let dense = 3 * u64::from(config.intermediate_size).div_ceil(tp);
-    let moe = config.moe.as_ref().map_or(0, |moe| {
-        let inner = u64::from(moe.intermediate_size);
-        let rows = u64::from(moe.experts_per_token + moe.shared_experts);
-        u64::from(moe.routed_experts) + rows * (3 * inner.div_ceil(tp) + d)
-    });
+    let moe_layers = config.moe_layers();
+    let dense = match config.layers - moe_layers {
+        0 => 0,
+        _ => 3 * u64::from(config.intermediate_size).div_ceil(tp),
+    };
+    let moe = config
+        .moe
+        .as_ref()
+        .filter(|_| moe_layers > 0)
+        .map_or(0, |moe| {
+            let inner = u64::from(moe.intermediate_size);
+            let rows = u64::from(moe.experts_per_token + moe.shared_experts);
+            u64::from(moe.routed_experts) + rows * (3 * inner.div_ceil(tp) + d)
+        });
     Workspace {
         hidden: 4 * tokens * d,
-        attention: tokens * per_token_attention,
+        attention: tokens * attention(&config.attention, parallelism.tensor),
         mlp: tokens * dense.max(moe),
         logits: u64::from(max_num_seqs) * u64::from(config.vocab_size),
+    }
+}
+
+/// Values per token between the normed input of attention and its output projection.
+pub(crate) fn attention(attention: &AttentionConfig, tensor: u32) -> u64 {
+    let heads = u64::from(attention.heads().div_ceil(tensor));
+    match attention {
+        AttentionConfig::Latent(a) => {
+            let per_head = u64::from(a.qk_head_dim())
+                + 2 * u64::from(a.kv_lora_rank)
+                + u64::from(a.v_head_dim);
+            u64::from(a.q_lora_rank.unwrap_or(0)) + heads * per_head + u64::from(a.cached_width())
+        }
+        AttentionConfig::Grouped(a) => {
+            let kv_heads = u64::from(a.kv_heads_per_rank(tensor));
+            2 * (heads + kv_heads) * u64::from(a.head_dim)
+        }
     }
 }

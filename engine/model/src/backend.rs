@@ -7,7 +7,7 @@
 //! Invariant: the result of a row depends on that row's token, position and cached context alone.
 
 use crate::gate::Gate;
-use crate::layers::{GatedMlp, LatentAttention, Moe, Norm};
+use crate::layers::{GatedMlp, GroupedAttention, LatentAttention, Moe, Norm};
 use crate::tensors::WeightId;
 
 /// An activation buffer; [`crate::Model::slot_width`] gives its float32 values per token.
@@ -31,13 +31,17 @@ pub enum Slot {
     LatentValue,
     /// Attention output of all heads.
     Value,
-    /// What is about to be cached.
+    /// What is about to be cached by latent attention.
     CacheRow,
+    /// Keys of all key-value heads, about to be cached.
+    FreshKey,
+    /// Values of all key-value heads, about to be cached.
+    FreshValue,
 }
 
 impl Slot {
     /// Every buffer.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Hidden,
         Self::Normed,
         Self::Attended,
@@ -48,6 +52,8 @@ impl Slot {
         Self::LatentValue,
         Self::Value,
         Self::CacheRow,
+        Self::FreshKey,
+        Self::FreshValue,
     ];
 }
 
@@ -83,6 +89,18 @@ pub trait Backend {
         &mut self,
         layer: usize,
         attention: &LatentAttention,
+    ) -> Result<(), Self::Error>;
+
+    /// Adds the biases to, and norms, the heads of [`Slot::Query`] and [`Slot::FreshKey`] where the descriptor has such,
+    /// adds the bias to [`Slot::FreshValue`], rotates queries and keys in halves (see [`crate::Rope::rotate_halves`]),
+    /// caches keys and values as those of layer `layer`, and leaves every head's attention output in [`Slot::Value`].
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn grouped_attention(
+        &mut self,
+        layer: usize,
+        attention: &GroupedAttention,
     ) -> Result<(), Self::Error>;
 
     /// `to = mlp(from)`.

@@ -3,41 +3,37 @@
 //! One file serves both architectures: they differ in what the config says (low-rank or full query, gate scoring and
 //! selection, shared experts), and in one rule that it does not say, see [`gate`].
 
-use engine_spec::{Architecture, GateSelection, ModelConfig, MoeConfig, RopeScaling};
+use engine_spec::{Architecture, GateSelection, MlaConfig, ModelConfig, MoeConfig, RopeScaling};
 
+use crate::decoder::{self, gated_mlp, norm};
 use crate::gate::Gate;
-use crate::layers::{
-    Attention, GatedMlp, KvLayout, LatentAttention, Layer, Mlp, Model, Moe, Norm, Query, Residual,
-};
-use crate::rope::Rope;
+use crate::layers::{Attention, KvLayout, LatentAttention, Mlp, Model, Moe, Query};
 use crate::tensors::{TensorList, TensorRole, WeightId};
 
 /// Epsilon of the norms inside attention: the published code builds them with its norm's default, whatever
 /// `rms_norm_eps` says.
 const LATENT_NORM_EPSILON: f32 = 1e-6;
 
-/// The graph and tensors of `config`.
-pub(crate) fn build(config: &ModelConfig) -> Model {
-    let mut tensors = TensorList::default();
-    let hidden = config.hidden_size;
-    let table = |tensors: &mut TensorList, name: &str| {
-        tensors.add(name.into(), &[config.vocab_size, hidden], TensorRole::Table)
-    };
-    let embedding = table(&mut tensors, "model.embed_tokens.weight");
-    let layers = (0..config.layers)
-        .map(|index| layer(config, index, &mut tensors))
-        .collect();
-    let final_norm = norm(
-        &mut tensors,
-        "model.norm",
-        hidden,
-        config.rms_norm_eps as f32,
+/// The graph and tensors of `config`, whose attention is `shape`.
+pub(crate) fn build(config: &ModelConfig, shape: &MlaConfig) -> Model {
+    let model = decoder::build(
+        config,
+        |prefix, tensors| {
+            let attention = attention(config, shape, prefix, tensors);
+            let kv = KvLayout::Latent {
+                latent: attention.latent,
+                rope: attention.rope,
+            };
+            (Attention::Latent(attention), kv)
+        },
+        |layer, prefix, tensors| match config.moe.as_ref().filter(|_| config.is_moe_layer(layer)) {
+            Some(moe) => Mlp::Moe(experts(config, moe, prefix, tensors)),
+            None => {
+                let inner = config.intermediate_size;
+                Mlp::Dense(gated_mlp(prefix, config.hidden_size, inner, tensors))
+            }
+        },
     );
-    let head = if config.tied_embeddings {
-        embedding
-    } else {
-        table(&mut tensors, "lm_head.weight")
-    };
     let has_bias = config
         .moe
         .as_ref()
@@ -46,68 +42,25 @@ pub(crate) fn build(config: &ModelConfig) -> Model {
     if !has_bias {
         forbidden_suffixes.push((".e_score_correction_bias".into(), "topk_method"));
     }
-    if config.attention.q_lora_rank.is_none() {
+    if shape.q_lora_rank.is_none() {
         forbidden_suffixes.push((".self_attn.q_a_proj.weight".into(), "q_lora_rank"));
     }
     Model {
-        tensors: tensors.0,
         // Prediction layers follow the decoder's in the files, whether or not the config counts them.
         unused_prefixes: (0..config.mtp_layers.max(1))
             .map(|extra| format!("model.layers.{}.", config.layers + extra))
             .collect(),
         forbidden_suffixes,
-        hidden: hidden as usize,
-        vocabulary: config.vocab_size as usize,
-        embedding,
-        layers,
-        final_norm,
-        head,
-        rope: Rope::new(config),
+        ..model
     }
 }
 
-fn layer(config: &ModelConfig, index: u32, tensors: &mut TensorList) -> Layer {
-    let prefix = format!("model.layers.{index}.");
-    let hidden = config.hidden_size;
-    let epsilon = config.rms_norm_eps as f32;
-    let input_norm = norm(
-        tensors,
-        &format!("{prefix}input_layernorm"),
-        hidden,
-        epsilon,
-    );
-    let attention = attention(config, &format!("{prefix}self_attn."), tensors);
-    let mlp_norm = norm(
-        tensors,
-        &format!("{prefix}post_attention_layernorm"),
-        hidden,
-        epsilon,
-    );
-    let mlp_prefix = format!("{prefix}mlp.");
-    let mlp = match config.moe.as_ref().filter(|_| config.is_moe_layer(index)) {
-        Some(moe) => Mlp::Moe(experts(config, moe, &mlp_prefix, tensors)),
-        None => Mlp::Dense(gated_mlp(
-            &mlp_prefix,
-            hidden,
-            config.intermediate_size,
-            tensors,
-        )),
-    };
-    Layer {
-        input_norm,
-        kv: KvLayout::Latent {
-            latent: attention.latent,
-            rope: attention.rope,
-        },
-        attention: Attention::Latent(attention),
-        mlp_norm,
-        mlp,
-        residual: Residual::Add,
-    }
-}
-
-fn attention(config: &ModelConfig, prefix: &str, tensors: &mut TensorList) -> LatentAttention {
-    let shape = &config.attention;
+fn attention(
+    config: &ModelConfig,
+    shape: &MlaConfig,
+    prefix: &str,
+    tensors: &mut TensorList,
+) -> LatentAttention {
     let hidden = config.hidden_size;
     let queries = shape.heads * shape.qk_head_dim();
     let query = match shape.q_lora_rank {
@@ -217,21 +170,5 @@ fn gate(
         groups_per_token: moe.groups_per_token as usize,
         normalise,
         scale,
-    }
-}
-
-fn gated_mlp(prefix: &str, hidden: u32, inner: u32, tensors: &mut TensorList) -> GatedMlp {
-    GatedMlp {
-        gate: tensors.matrix(format!("{prefix}gate_proj.weight"), inner, hidden),
-        up: tensors.matrix(format!("{prefix}up_proj.weight"), inner, hidden),
-        down: tensors.matrix(format!("{prefix}down_proj.weight"), hidden, inner),
-        inner: inner as usize,
-    }
-}
-
-fn norm(tensors: &mut TensorList, name: &str, width: u32, epsilon: f32) -> Norm {
-    Norm {
-        weight: tensors.add(format!("{name}.weight"), &[width], TensorRole::Precise),
-        epsilon,
     }
 }

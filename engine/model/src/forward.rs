@@ -1,7 +1,7 @@
 //! One forward pass: walks a model's layers on a backend.
 
 use crate::backend::{Backend, Slot};
-use crate::layers::{Attention, Layer, Mlp, Model, Query, Residual};
+use crate::layers::{Attention, GroupedAttention, Layer, Mlp, Model, Query, Residual};
 
 /// Computes the backend's current step through all layers and the head.
 ///
@@ -17,19 +17,32 @@ pub fn forward<B: Backend>(model: &Model, backend: &mut B) -> Result<(), B::Erro
 }
 
 fn attend<B: Backend>(index: usize, layer: &Layer, backend: &mut B) -> Result<(), B::Error> {
-    let Attention::Latent(attention) = &layer.attention;
     backend.norm(&layer.input_norm, Slot::Hidden, Slot::Normed)?;
-    match &attention.query {
-        Query::Full(weight) => backend.linear(*weight, Slot::Normed, Slot::Query)?,
-        Query::LowRank { down, norm, up, .. } => {
-            backend.linear(*down, Slot::Normed, Slot::QueryLatent)?;
-            backend.norm(norm, Slot::QueryLatent, Slot::QueryLatent)?;
-            backend.linear(*up, Slot::QueryLatent, Slot::Query)?;
+    match &layer.attention {
+        Attention::Latent(attention) => {
+            match &attention.query {
+                Query::Full(weight) => backend.linear(*weight, Slot::Normed, Slot::Query)?,
+                Query::LowRank { down, norm, up, .. } => {
+                    backend.linear(*down, Slot::Normed, Slot::QueryLatent)?;
+                    backend.norm(norm, Slot::QueryLatent, Slot::QueryLatent)?;
+                    backend.linear(*up, Slot::QueryLatent, Slot::Query)?;
+                }
+            }
+            backend.linear(attention.kv_down, Slot::Normed, Slot::CacheRow)?;
+            backend.latent_attention(index, attention)?;
+            backend.linear(attention.output, Slot::Value, Slot::Attended)?;
+        }
+        Attention::Grouped(attention) => {
+            let GroupedAttention {
+                query, key, value, ..
+            } = attention;
+            backend.linear(query.weight, Slot::Normed, Slot::Query)?;
+            backend.linear(key.weight, Slot::Normed, Slot::FreshKey)?;
+            backend.linear(value.weight, Slot::Normed, Slot::FreshValue)?;
+            backend.grouped_attention(index, attention)?;
+            backend.linear(attention.output, Slot::Value, Slot::Attended)?;
         }
     }
-    backend.linear(attention.kv_down, Slot::Normed, Slot::CacheRow)?;
-    backend.latent_attention(index, attention)?;
-    backend.linear(attention.output, Slot::Value, Slot::Attended)?;
     match layer.residual {
         Residual::Add => backend.add(Slot::Attended, Slot::Hidden),
     }

@@ -33,19 +33,12 @@ pub struct Model {
 impl Model {
     /// Float32 values that an activation buffer needs per token of a step.
     pub fn slot_width(&self, slot: Slot) -> usize {
-        let of_layer = |layer: &Layer| {
-            let Attention::Latent(attention) = &layer.attention;
-            match slot {
-                Slot::Hidden | Slot::Normed | Slot::Attended | Slot::Mixed => self.hidden,
-                Slot::QueryLatent => match attention.query {
-                    Query::Full(_) => 0,
-                    Query::LowRank { rank, .. } => rank,
-                },
-                Slot::Query => attention.heads * attention.query_width(),
-                Slot::AbsorbedQuery | Slot::LatentValue => attention.heads * attention.latent,
-                Slot::Value => attention.heads * attention.value,
-                Slot::CacheRow => layer.kv.width(),
-            }
+        let of_layer = |layer: &Layer| match slot {
+            Slot::Hidden | Slot::Normed | Slot::Attended | Slot::Mixed => self.hidden,
+            _ => match &layer.attention {
+                Attention::Latent(attention) => attention.slot_width(slot),
+                Attention::Grouped(attention) => attention.slot_width(slot),
+            },
         };
         self.layers.iter().map(of_layer).max().unwrap_or(0)
     }
@@ -91,6 +84,8 @@ pub struct Norm {
 pub enum Attention {
     /// Multi-head latent attention (DeepSeek-V2 paper, section 2.1).
     Latent(LatentAttention),
+    /// Grouped-query attention.
+    Grouped(GroupedAttention),
 }
 
 /// Multi-head latent attention: keys and values of all heads are linear maps of one cached latent.
@@ -125,6 +120,76 @@ impl LatentAttention {
     pub fn query_width(&self) -> usize {
         self.nope + self.rope
     }
+
+    fn slot_width(&self, slot: Slot) -> usize {
+        match slot {
+            Slot::QueryLatent => match self.query {
+                Query::Full(_) => 0,
+                Query::LowRank { rank, .. } => rank,
+            },
+            Slot::Query => self.heads * self.query_width(),
+            Slot::AbsorbedQuery | Slot::LatentValue => self.heads * self.latent,
+            Slot::Value => self.heads * self.value,
+            Slot::CacheRow => self.latent + self.rope,
+            _ => 0,
+        }
+    }
+}
+
+/// Grouped-query attention: query head `h` attends with key-value head `h / (heads / kv_heads)`.
+#[derive(Clone, Debug)]
+pub struct GroupedAttention {
+    /// `[heads * width, hidden]`.
+    pub query: Projection,
+    /// `[kv_heads * width, hidden]`.
+    pub key: Projection,
+    /// `[kv_heads * width, hidden]`.
+    pub value: Projection,
+    /// Norms of each head's query and key, before they are rotated.
+    pub head_norms: Option<HeadNorms>,
+    /// `[hidden, heads * width]`.
+    pub output: WeightId,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of queries, keys and values per head.
+    pub width: usize,
+    /// Factor on scores.
+    pub scale: f32,
+}
+
+impl GroupedAttention {
+    /// Query heads that share a key-value head.
+    pub fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    fn slot_width(&self, slot: Slot) -> usize {
+        match slot {
+            Slot::Query | Slot::Value => self.heads * self.width,
+            Slot::FreshKey | Slot::FreshValue => self.kv_heads * self.width,
+            _ => 0,
+        }
+    }
+}
+
+/// `weight · x + bias`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Projection {
+    /// `[out, in]`.
+    pub weight: WeightId,
+    /// `[out]`.
+    pub bias: Option<WeightId>,
+}
+
+/// Norms over the width of one head, the same for all heads (Qwen3).
+#[derive(Clone, Copy, Debug)]
+pub struct HeadNorms {
+    /// `[width]`.
+    pub query: Norm,
+    /// `[width]`.
+    pub key: Norm,
 }
 
 /// How queries come from the normed residual.
@@ -155,6 +220,13 @@ pub enum KvLayout {
         /// Width of the rotated key.
         rope: usize,
     },
+    /// A key and a value for each key-value head.
+    KeyValue {
+        /// Key-value heads.
+        heads: usize,
+        /// Width of a key, and of a value.
+        width: usize,
+    },
 }
 
 impl KvLayout {
@@ -162,6 +234,7 @@ impl KvLayout {
     pub fn width(self) -> usize {
         match self {
             Self::Latent { latent, rope } => latent + rope,
+            Self::KeyValue { heads, width } => 2 * heads * width,
         }
     }
 }

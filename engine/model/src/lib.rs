@@ -8,10 +8,13 @@
 //! Invariant: everything here is pure; no tensor data, files, threads or devices.
 
 mod backend;
+mod decoder;
 mod deepseek_v3;
 mod forward;
 mod gate;
 mod layers;
+mod llama;
+mod qwen3_moe;
 mod rope;
 mod tensors;
 
@@ -19,16 +22,19 @@ pub use backend::{Backend, Slot};
 pub use forward::forward;
 pub use gate::{Choice, Gate, GateScratch};
 pub use layers::{
-    Attention, GatedMlp, KvLayout, LatentAttention, Layer, Mlp, Model, Moe, Norm, Query, Residual,
+    Attention, GatedMlp, GroupedAttention, HeadNorms, KvLayout, LatentAttention, Layer, Mlp, Model,
+    Moe, Norm, Projection, Query, Residual,
 };
 pub use rope::Rope;
 pub use tensors::{TensorRole, TensorSpec, WeightId};
 
-use engine_spec::{Architecture, ModelConfig};
+use engine_spec::{AttentionConfig, ModelConfig};
 
 /// The layer graph and expected tensors of a model.
 pub fn build(config: &ModelConfig) -> Model {
-    match config.architecture {
-        Architecture::DeepseekV2 | Architecture::DeepseekV3 => deepseek_v3::build(config),
+    match (&config.attention, &config.moe) {
+        (AttentionConfig::Latent(shape), _) => deepseek_v3::build(config, shape),
+        (AttentionConfig::Grouped(shape), None) => llama::build(config, shape),
+        (AttentionConfig::Grouped(shape), Some(moe)) => qwen3_moe::build(config, shape, moe),
     }
 }

@@ -18,7 +18,7 @@ pub enum TensorRole {
     Matrix,
     /// Embedding or head: the checkpoint's dtype, never FP8.
     Table,
-    /// A norm's weight, a gate or its bias: any float dtype, computed with in float32.
+    /// A norm's weight, a bias, a gate: any float dtype, computed with in float32.
     Precise,
 }
 
@@ -57,5 +57,10 @@ impl TensorList {
 
     pub fn matrix(&mut self, name: String, out: u32, input: u32) -> WeightId {
         self.add(name, &[out, input], TensorRole::Matrix)
+    }
+
+    /// Norm weights or biases.
+    pub fn vector(&mut self, name: String, length: u32) -> WeightId {
+        self.add(name, &[length], TensorRole::Precise)
     }
 }

@@ -71,7 +71,9 @@ fn the_tensors_of_v3_are_those_of_its_files() {
 fn the_softmax_scales_are_the_published_ones() {
     for (text, expected) in [(V3, 0.135_233_8), (V2_LITE, 0.114_721_4)] {
         let model = build(&config(text));
-        let Attention::Latent(attention) = &model.layers[0].attention;
+        let Attention::Latent(attention) = &model.layers[0].attention else {
+            panic!("latent attention expected");
+        };
         assert!(
             (attention.scale - expected).abs() < 1e-6,
             "{}",
@@ -86,7 +88,9 @@ fn v2_lite_has_a_full_query_two_joined_shared_experts_and_no_bias() {
     let elements: usize = model.tensors.iter().map(|spec| spec.elements()).sum();
     assert_eq!(elements, 15_706_484_224);
     let layer = &model.layers[1];
-    let Attention::Latent(attention) = &layer.attention;
+    let Attention::Latent(attention) = &layer.attention else {
+        panic!("latent attention expected");
+    };
     assert!(matches!(attention.query, Query::Full(_)));
     assert_eq!(model.slot_width(Slot::QueryLatent), 0);
     let Mlp::Moe(moe) = &layer.mlp else {
@@ -95,4 +99,79 @@ fn v2_lite_has_a_full_query_two_joined_shared_experts_and_no_bias() {
     assert_eq!(moe.shared.map(|mlp| mlp.inner), Some(2816));
     assert_eq!(moe.gate.bias, None);
     assert!(matches!(model.layers[0].mlp, Mlp::Dense(_)));
+}
+
+fn grouped(model: &engine_model::Model, layer: usize) -> &engine_model::GroupedAttention {
+    match &model.layers[layer].attention {
+        Attention::Grouped(attention) => attention,
+        Attention::Latent(_) => panic!("grouped-query attention expected"),
+    }
+}
+
+fn counted(model: &engine_model::Model) -> (usize, usize) {
+    let elements = model.tensors.iter().map(|spec| spec.elements()).sum();
+    (model.tensors.len(), elements)
+}
+
+#[test]
+fn the_tensors_of_the_r1_distills_are_those_of_their_files() {
+    let qwen = r#"{"model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "rope_theta": 10000,
+        "max_position_embeddings": 131072, "tie_word_embeddings": false, "torch_dtype": "bfloat16"}"#;
+    let model = build(&config(qwen));
+    // The files' index lists 339 tensors.
+    assert_eq!(counted(&model), (339, 7_615_616_512));
+    let attention = grouped(&model, 27);
+    assert_eq!((attention.group(), attention.width), (7, 128));
+    assert!(attention.value.bias.is_some() && attention.head_norms.is_none());
+    assert_eq!(model.slot_width(Slot::FreshKey), 512);
+    assert_eq!(model.slot_width(Slot::CacheRow), 0);
+
+    let llama = r#"{"model_type": "llama", "vocab_size": 128256, "intermediate_size": 14336, "num_key_value_heads": 8,
+        "rope_theta": 500000.0, "max_position_embeddings": 131072, "tie_word_embeddings": false,
+        "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "torch_dtype": "bfloat16"}"#;
+    let model = build(&config(llama));
+    assert_eq!(counted(&model), (291, 8_030_261_248));
+    let attention = grouped(&model, 0);
+    assert_eq!(attention.query.bias, None);
+    assert_eq!(attention.scale, 128f64.sqrt().recip() as f32);
+    assert_eq!(model.layers[0].kv.width(), 2 * 8 * 128);
+}
+
+#[test]
+fn the_tensors_of_qwen3_are_those_of_its_files() {
+    let moe = r#"{"model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": true,
+        "max_position_embeddings": 40960, "rope_theta": 1000000, "tie_word_embeddings": false}"#;
+    let model = build(&config(moe));
+    // The files' index lists 18867 tensors.
+    assert_eq!(counted(&model), (18_867, 30_532_122_624));
+    let Mlp::Moe(experts) = &model.layers[47].mlp else {
+        panic!("layer 47 is dense");
+    };
+    assert!(experts.shared.is_none() && experts.gate.normalise);
+    assert_eq!((experts.gate.experts, experts.gate.top_k), (128, 8));
+
+    let tied = r#"{"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "rope_theta": 1000000, "tie_word_embeddings": true}"#;
+    let model = build(&config(tied));
+    assert_eq!(counted(&model), (310, 596_049_920));
+    assert_eq!(model.head, model.embedding);
+    // Heads are wider together than the residual stream.
+    assert_eq!(model.slot_width(Slot::Query), 2048);
+    assert!(grouped(&model, 0).head_norms.is_some());
+}
+
+#[test]
+fn a_layer_is_dense_where_the_config_says_so() {
+    let text = r#"{"model_type": "qwen3_moe", "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 6, "num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 2,
+        "mlp_only_layers": [3]}"#;
+    let model = build(&config(text));
+    let moe: Vec<bool> = model
+        .layers
+        .iter()
+        .map(|layer| matches!(layer.mlp, Mlp::Moe(_)))
+        .collect();
+    assert_eq!(moe, [false, true, false, false, false, true]);
 }

@@ -16,6 +16,6 @@ pub use engine_config::{Device, Dtype, EngineConfig, EngineConfigError, ModelSou
 pub use health::{LoadReport, StartupPhase, StartupReport};
 pub use inspect::{InspectError, InspectReport, ModelFacts, ModelFault};
 pub use model_config::{
-    Architecture, ConfigError, GateScoring, GateSelection, MlaConfig, ModelConfig, MoeConfig,
-    RopeScaling, StoredDtype, WeightBlocks,
+    Architecture, AttentionConfig, ConfigError, GateScoring, GateSelection, GqaConfig, MlaConfig,
+    ModelConfig, MoeConfig, RopeScaling, StoredDtype, WeightBlocks, Yarn,
 };

@@ -16,14 +16,43 @@ pub enum Architecture {
     DeepseekV2,
     /// DeepSeek-V3, R1, V3.1 and checkpoints of the same shape.
     DeepseekV3,
+    /// Qwen2 and Qwen2.5, with the R1 distills made of them.
+    Qwen2,
+    /// Llama 3 and checkpoints of its shape, with the R1 distills made of them.
+    Llama,
+    /// Qwen3, dense.
+    Qwen3,
+    /// Qwen3 with routed experts.
+    Qwen3Moe,
+}
+
+impl Architecture {
+    /// Every family, in the order of the documentation.
+    pub const ALL: [Self; 6] = [
+        Self::DeepseekV2,
+        Self::DeepseekV3,
+        Self::Qwen2,
+        Self::Llama,
+        Self::Qwen3,
+        Self::Qwen3Moe,
+    ];
+
+    /// `model_type` of the family's `config.json`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::DeepseekV2 => "deepseek_v2",
+            Self::DeepseekV3 => "deepseek_v3",
+            Self::Qwen2 => "qwen2",
+            Self::Llama => "llama",
+            Self::Qwen3 => "qwen3",
+            Self::Qwen3Moe => "qwen3_moe",
+        }
+    }
 }
 
 impl fmt::Display for Architecture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::DeepseekV2 => "deepseek_v2",
-            Self::DeepseekV3 => "deepseek_v3",
-        })
+        f.write_str(self.as_str())
     }
 }
 
@@ -69,7 +98,7 @@ pub struct WeightBlocks {
 pub enum GateScoring {
     /// Each expert on its own (V3).
     Sigmoid,
-    /// Across all experts (V2).
+    /// Across all experts (V2, Qwen3).
     Softmax,
 }
 
@@ -100,8 +129,12 @@ pub struct MoeConfig {
     pub intermediate_size: u32,
     /// Layers before this one have a dense MLP.
     pub first_dense_layers: u32,
-    /// From there on, every so many layers is MoE.
+    /// From there on, every so many layers is MoE …
     pub layer_frequency: u32,
+    /// … namely those whose index leaves this remainder: 0 for DeepSeek, the frequency less one for Qwen.
+    pub layer_remainder: u32,
+    /// Layers that have a dense MLP all the same, ascending.
+    pub dense_layers: Vec<u32>,
     /// Logits to scores.
     pub scoring: GateScoring,
     /// Scores to experts.
@@ -120,27 +153,43 @@ pub struct MoeConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum RopeScaling {
-    /// YaRN, as DeepSeek parametrises it.
+    /// YaRN, as DeepSeek parametrises it; Qwen uses a part of the parameters.
+    Yarn(Yarn),
+    /// Low frequencies are interpolated, with a smooth passage to the kept ones (Llama 3.1).
     #[serde(rename_all = "camelCase")]
-    Yarn {
+    Llama3 {
         /// Context multiplier.
         factor: f64,
+        /// Wavelengths longer than `original_max_position` over this are interpolated.
+        low_frequency_factor: f64,
+        /// Wavelengths shorter than `original_max_position` over this are kept.
+        high_frequency_factor: f64,
         /// Context length of pre-training.
         original_max_position: u32,
-        /// Rotations above which a dimension keeps its frequency.
-        beta_fast: f64,
-        /// Rotations below which a dimension is fully interpolated.
-        beta_slow: f64,
-        /// Numerator of the cos/sin multiplier; absent means "not given".
-        mscale: Option<f64>,
-        /// Its denominator, and the softmax scale's correction; absent means "not given".
-        mscale_all_dim: Option<f64>,
-        /// Overrides the cos/sin multiplier.
-        attention_factor: Option<f64>,
     },
 }
 
-impl RopeScaling {
+/// Parameters of YaRN.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Yarn {
+    /// Context multiplier.
+    pub factor: f64,
+    /// Context length of pre-training.
+    pub original_max_position: u32,
+    /// Rotations above which a dimension keeps its frequency.
+    pub beta_fast: f64,
+    /// Rotations below which a dimension is fully interpolated.
+    pub beta_slow: f64,
+    /// Numerator of the cos/sin multiplier; absent means "not given".
+    pub mscale: Option<f64>,
+    /// Its denominator, and the softmax scale's correction; absent means "not given".
+    pub mscale_all_dim: Option<f64>,
+    /// Overrides the cos/sin multiplier.
+    pub attention_factor: Option<f64>,
+}
+
+impl Yarn {
     /// `0.1 * mscale * ln(factor) + 1` for factors above one (DeepSeek-V3 `inference/model.py`).
     pub fn magnitude(factor: f64, mscale: f64) -> f64 {
         if factor <= 1.0 {
@@ -149,37 +198,82 @@ impl RopeScaling {
             0.1 * mscale * factor.ln() + 1.0
         }
     }
+}
 
-    /// What cos and sin are multiplied by: the ratio of both magnitudes when both are given, else
-    /// the plain magnitude (transformers `_compute_yarn_parameters`).
+impl RopeScaling {
+    /// What cos and sin are multiplied by. YaRN: the ratio of both magnitudes when both are given,
+    /// else the plain magnitude (transformers `_compute_yarn_parameters`).
     pub fn cos_sin_multiplier(&self) -> f64 {
-        let Self::Yarn {
-            factor,
-            mscale,
-            mscale_all_dim,
-            attention_factor,
-            ..
-        } = self;
-        if let Some(given) = attention_factor {
-            return *given;
+        let yarn = match self {
+            Self::Yarn(yarn) => yarn,
+            Self::Llama3 { .. } => return 1.0,
+        };
+        if let Some(given) = yarn.attention_factor {
+            return given;
         }
-        match (mscale, mscale_all_dim) {
-            (Some(m), Some(all)) if *m != 0.0 && *all != 0.0 => {
-                Self::magnitude(*factor, *m) / Self::magnitude(*factor, *all)
+        match (yarn.mscale, yarn.mscale_all_dim) {
+            (Some(m), Some(all)) if m != 0.0 && all != 0.0 => {
+                Yarn::magnitude(yarn.factor, m) / Yarn::magnitude(yarn.factor, all)
             }
-            _ => Self::magnitude(*factor, 1.0),
+            _ => Yarn::magnitude(yarn.factor, 1.0),
         }
     }
 
-    /// What the softmax scale is multiplied by: the squared magnitude of `mscale_all_dim`.
+    /// What latent attention's softmax scale is multiplied by: the squared magnitude of YaRN's
+    /// `mscale_all_dim`. Other attention keeps its scale.
     pub fn softmax_multiplier(&self) -> f64 {
-        let Self::Yarn {
-            factor,
-            mscale_all_dim,
-            ..
-        } = self;
-        let m = Self::magnitude(*factor, mscale_all_dim.unwrap_or(0.0));
-        m * m
+        match self {
+            Self::Yarn(yarn) => {
+                Yarn::magnitude(yarn.factor, yarn.mscale_all_dim.unwrap_or(0.0)).powi(2)
+            }
+            Self::Llama3 { .. } => 1.0,
+        }
+    }
+}
+
+/// Attention of every layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum AttentionConfig {
+    /// All heads share one cached latent.
+    Latent(MlaConfig),
+    /// Groups of query heads share a cached key and value head.
+    Grouped(GqaConfig),
+}
+
+impl AttentionConfig {
+    /// Query heads.
+    pub fn heads(&self) -> u32 {
+        match self {
+            Self::Latent(mla) => mla.heads,
+            Self::Grouped(gqa) => gqa.heads,
+        }
+    }
+
+    /// Values of a head, or of the part of it, that carry the position.
+    pub fn rotated_width(&self) -> u32 {
+        match self {
+            Self::Latent(mla) => mla.qk_rope_head_dim,
+            Self::Grouped(gqa) => gqa.head_dim,
+        }
+    }
+
+    /// Parameters of one layer.
+    fn parameters(&self, hidden: u64) -> u64 {
+        match self {
+            Self::Latent(mla) => mla.parameters(hidden),
+            Self::Grouped(gqa) => gqa.parameters(hidden),
+        }
+    }
+
+    /// Those among them that are in norms and biases, which no file holds in eight bits.
+    fn vector_parameters(&self) -> u64 {
+        match self {
+            Self::Latent(mla) => {
+                u64::from(mla.q_lora_rank.unwrap_or(0)) + u64::from(mla.kv_lora_rank)
+            }
+            Self::Grouped(gqa) => gqa.vector_parameters(),
+        }
     }
 }
 
@@ -229,6 +323,52 @@ impl MlaConfig {
     }
 }
 
+/// Grouped-query attention (Ainslie et al. 2023): query head `h` uses key-value head
+/// `h / (heads / kv_heads)`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GqaConfig {
+    /// Query heads.
+    pub heads: u32,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: u32,
+    /// Width of queries, keys and values per head.
+    pub head_dim: u32,
+    /// Query, key and value projections add a bias (Qwen2); the output projection never does.
+    pub qkv_bias: bool,
+    /// Each head's query and key are normed before they are rotated (Qwen3).
+    pub qk_norm: bool,
+}
+
+impl GqaConfig {
+    /// Values of the keys, or of the values, of one token and layer.
+    pub fn kv_width(&self) -> u32 {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Key-value heads on one of `tensor` ranks: shared out, or copied when there are more ranks.
+    pub fn kv_heads_per_rank(&self, tensor: u32) -> u32 {
+        self.kv_heads.div_ceil(tensor)
+    }
+
+    fn parameters(&self, hidden: u64) -> u64 {
+        let queries = u64::from(self.heads * self.head_dim);
+        let kv = u64::from(self.kv_width());
+        2 * hidden * (queries + kv) + self.vector_parameters()
+    }
+
+    fn vector_parameters(&self) -> u64 {
+        let queries = u64::from(self.heads * self.head_dim);
+        let biases = if self.qkv_bias {
+            queries + 2 * u64::from(self.kv_width())
+        } else {
+            0
+        };
+        let norms = if self.qk_norm { 2 * self.head_dim } else { 0 };
+        biases + u64::from(norms)
+    }
+}
+
 /// The checked shape of a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -244,7 +384,7 @@ pub struct ModelConfig {
     /// Decoder layers, extra prediction layers not counted.
     pub layers: u32,
     /// Attention of every layer.
-    pub attention: MlaConfig,
+    pub attention: AttentionConfig,
     /// Mixture of experts; absent = all layers dense.
     pub moe: Option<MoeConfig>,
     /// Epsilon of RMSNorm.
@@ -282,7 +422,9 @@ impl ModelConfig {
     /// True when decoder layer `layer` has routed experts.
     pub fn is_moe_layer(&self, layer: u32) -> bool {
         self.moe.as_ref().is_some_and(|moe| {
-            layer >= moe.first_dense_layers && layer.is_multiple_of(moe.layer_frequency)
+            layer >= moe.first_dense_layers
+                && layer.checked_rem(moe.layer_frequency) == Some(moe.layer_remainder)
+                && !moe.dense_layers.contains(&layer)
         })
     }
 
@@ -293,7 +435,8 @@ impl ModelConfig {
 
     /// Parameters of the main model, scales and prediction layers not counted.
     ///
-    /// V3: 671 026 419 200; V2: 235 741 434 880; V2-Lite: 15 706 484 224.
+    /// V3: 671 026 419 200; V2: 235 741 434 880; V2-Lite: 15 706 484 224; Llama-3.1-8B: 8 030 261 248;
+    /// Qwen3-30B-A3B: 30 532 122 624.
     pub fn parameters(&self) -> u64 {
         let d = u64::from(self.hidden_size);
         let embeddings = u64::from(self.vocab_size) * d * if self.tied_embeddings { 1 } else { 2 };
@@ -328,7 +471,7 @@ impl ModelConfig {
     }
 
     /// Bytes of the weight files by the config alone: FP8 matrices carry one float32 per block;
-    /// embedding, head, norms and gates stay at two bytes.
+    /// embedding, head, norms, biases and gates stay at two bytes.
     pub fn stored_weight_bytes(&self) -> u64 {
         let Some(blocks) = self.weight_blocks else {
             return self.parameters() * self.stored_dtype.bytes();
@@ -338,11 +481,18 @@ impl ModelConfig {
         let gates = self.moe.as_ref().map_or(0, |moe| {
             u64::from(self.moe_layers()) * u64::from(moe.routed_experts) * d
         });
-        let norms = d + u64::from(self.layers) * 2 * d;
+        let norms = d + u64::from(self.layers) * (2 * d + self.attention.vector_parameters());
         let wide = head + gates + norms;
         let narrow = self.parameters() - wide;
         wide * 2 + narrow + narrow * 4 / u64::from(blocks.rows * blocks.columns)
     }
+}
+
+/// The families, for people.
+fn served() -> String {
+    let names = Architecture::ALL.map(Architecture::as_str);
+    let (last, rest) = names.split_last().unwrap_or((&"", &[]));
+    format!("{} and {last}", rest.join(", "))
 }
 
 /// Why a `config.json` cannot be used.
@@ -355,9 +505,7 @@ pub enum ConfigError {
     #[error("config.json: field `{0}` is missing")]
     Missing(&'static str),
     /// The family is not served.
-    #[error(
-        "config.json: model_type \"{0}\" is not served; served are deepseek_v2 and deepseek_v3"
-    )]
+    #[error("config.json: model_type \"{0}\" is not served; served are {served}", served = served())]
     Unsupported(String),
     /// A value that no model can have or that this engine does not serve.
     #[error("config.json: {field} = {found}: {expected}")]

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use engine_memory::{MemoryPlan, MemoryRequest, memory_plan};
+use engine_memory::{MemoryPlan, MemoryRequest, Misfit, memory_plan};
 use engine_spec::{Device, EngineConfig, ModelFacts, Parallelism};
 use operator_api::Reason;
 
@@ -326,6 +326,8 @@ fn smallest_layout(
         };
         match layout(valid, facts, kind.clone(), parallelism, capacity) {
             Ok(layout) => return Ok(layout),
+            // A number that does not divide the model's heads says nothing about memory.
+            Err(Misfit::Indivisible { .. }) if last.is_some() => {}
             Err(misfit) => {
                 last = Some(format!(
                     "with {tensor} of them it {misfit}; replicas over several nodes are not served yet"
@@ -342,7 +344,7 @@ fn layout(
     kind: DeviceKind,
     parallelism: Parallelism,
     capacity_bytes: Option<u64>,
-) -> Result<Layout, engine_memory::Misfit> {
+) -> Result<Layout, Misfit> {
     let mut engine = EngineConfig::for_source(valid.source.engine_uri());
     engine.model.revision.clone_from(&valid.model_revision);
     engine.served_model_name = Some(valid.served_name.clone());

@@ -95,6 +95,32 @@ fn a_model_that_fits_no_kind_says_what_would_do() {
     assert_eq!(plan.status.phase.unwrap().as_str(), "Failed");
 }
 
+/// The published configs, as far as they differ from the families' defaults.
+const QWEN3_30B_A3B: &str = r#"{"model_type":"qwen3_moe","num_hidden_layers":48,"head_dim":128,
+    "max_position_embeddings":40960,"rope_theta":1000000,"norm_topk_prob":true}"#;
+const QWEN2_7B: &str = r#"{"model_type":"qwen2","vocab_size":152064,"hidden_size":3584,"intermediate_size":18944,
+    "num_hidden_layers":28,"num_attention_heads":28,"num_key_value_heads":4,"rope_theta":1000000.0}"#;
+
+#[test]
+fn a_model_with_grouped_attention_takes_as_many_gpus_as_divide_it() {
+    let a100 = || gpu_node("a100-0", "NVIDIA-A100-SXM4-40GB", 40_960, 8);
+    let plan = story(r1(json!({"replicas": 1})))
+        .of_config(QWEN3_30B_A3B)
+        .on([a100()])
+        .plan();
+    let summary = plan.status.plan.unwrap();
+    assert_eq!(summary.parallelism, "TP 2, EP 2");
+    assert_eq!(summary.gpus_per_replica, 2);
+    let plan = story(r1(json!({"replicas": 1})))
+        .of_config(QWEN2_7B)
+        .on([gpu_node("small-0", "NVIDIA-A2", 4096, 8)])
+        .plan();
+    let (_, reason, message) = condition(&plan, "Planned");
+    assert_eq!(reason, "MemoryDoesNotFit");
+    // Eight do not divide 28 heads, which is no reason to hide what four lack.
+    assert!(message.contains("with 4 of them it needs"), "{message}");
+}
+
 #[test]
 fn a_replica_over_several_nodes_is_refused_for_now() {
     let plan = story(r1(json!({"parallelism": {"tensor": 16, "expert": 16}})))

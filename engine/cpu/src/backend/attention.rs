@@ -69,8 +69,8 @@ impl CpuBackend {
                 let fresh = std::slice::from_raw_parts_mut(fresh, width);
                 Rope::rotate(&mut fresh[attention.latent..], turn);
                 match target {
-                    CacheTarget::F32(start) => store(start.at(slot * width), fresh),
-                    CacheTarget::Bf16(start) => store(start.at(slot * width), fresh),
+                    CacheTarget::F32(start) => narrow_into(start.at(slot * width), fresh),
+                    CacheTarget::Bf16(start) => narrow_into(start.at(slot * width), fresh),
                 }
                 for head in 0..attention.heads {
                     let rotated = query
@@ -155,9 +155,11 @@ impl CpuBackend {
     }
 }
 
+/// Rounds `from` into the cache.
+///
 /// # Safety
 /// `to` has room for `from`.
-unsafe fn store<C: Element>(to: *mut C, from: &[f32]) {
+pub(super) unsafe fn narrow_into<C: Element>(to: *mut C, from: &[f32]) {
     for (offset, value) in from.iter().enumerate() {
         unsafe { to.add(offset).write(C::narrow(*value)) };
     }

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::*;
 
 /// Reproducible values in [-1, 1).
-fn noise(seed: u64, count: usize) -> Vec<f32> {
+pub(super) fn noise(seed: u64, count: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let next = || {
         state ^= state << 13;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Golden vectors of the CPU backend, made by Hugging Face transformers in float32.
 
-    python make_golden.py random [NAME...]   # the random models in this folder (or only those), weights included
+    python make_golden.py random [NAME…]  # the random models in this folder (all, or the named), weights included
     python make_golden.py trained MODEL_DIR NAME   # vectors for a model that lives elsewhere -> NAME.json
 
 Needs torch 2.11 and transformers 5.23 (`pip install torch transformers safetensors`). Everything is seeded; a second
@@ -16,6 +16,8 @@ How the known traps of the reference are dealt with:
 - V2's norm_topk_prob is ignored by transformers; the models here keep it false.
 - Near ties would make a test of rounding, not of arithmetic: a gate margin or a greedy margin below MARGIN_MIN fails, and
   another seed has to be chosen.
+- A cache in bfloat16 can choose another expert than the exact one, which is no error of arithmetic and changes the logits at
+  once. `check_rounded_cache` lets the reference itself compute with rounded keys and values and fails when a choice changes.
 - Weights are rounded to what is stored (bfloat16, or FP8 times scale) before the reference computes, in float32.
 """
 
@@ -27,7 +29,9 @@ import sys
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM,
+                          DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+                          Qwen3MoeConfig, Qwen3MoeForCausalLM)
 
 HERE = pathlib.Path(__file__).parent
 MARGIN_MIN = 1e-4
@@ -36,6 +40,23 @@ GREEDY_TOKENS = 12
 SHAPE = dict(vocab_size=96, hidden_size=72, intermediate_size=88, moe_intermediate_size=24, num_attention_heads=4,
              num_key_value_heads=4, kv_lora_rank=40, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20, rms_norm_eps=1e-6,
              max_position_embeddings=256, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False, attention_bias=False)
+
+
+# Sizes that are no multiple of anything; no head is as wide as the residual stream shared out, where the family allows it.
+GROUPED = dict(vocab_size=96, hidden_size=60, intermediate_size=76, rms_norm_eps=1e-6, max_position_embeddings=256, bos_token_id=0,
+               eos_token_id=1)
+NO_WINDOW = dict(use_sliding_window=False, sliding_window=4096, max_window_layers=28)
+
+FAMILIES = {
+    "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM), "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
+
+
+def llama3(factor, original):
+    return dict(rope_type="llama3", rope_theta=10000.0, factor=factor, original_max_position_embeddings=original,
+                low_freq_factor=1.0, high_freq_factor=4.0)
 
 
 def yarn(factor, original, mscale, mscale_all_dim):
@@ -92,6 +113,38 @@ MODELS = {
                     routed_scaling_factor=1.0, norm_topk_prob=True,
                     rope_parameters=dict(rope_type="default", rope_theta=10000.0), num_nextn_predict_layers=0),
         published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
+    "qwen2": dict(
+        family="qwen2", seed=16, stored="bf16", shards=2, config="published",
+        fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=False,
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+        published=NO_WINDOW),
+    "qwen2-fp8": dict(
+        family="qwen2", seed=17, stored="fp8", blocks=[32, 48], shards=1, config="transformers",
+        fields=dict(GROUPED, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3, tie_word_embeddings=True,
+                    rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)),
+        published=NO_WINDOW),
+    "llama": dict(
+        family="llama", seed=18, stored="bf16", shards=1, config="transformers",
+        fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=36, rms_norm_eps=1e-5,
+                    tie_word_embeddings=False, rope_parameters=llama3(8.0, 32)),
+        published=dict(attention_bias=False, mlp_bias=False)),
+    "llama-tied": dict(
+        family="llama", seed=19, stored="bf16", shards=1, config="published",
+        fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5, tie_word_embeddings=True,
+                    rope_parameters=llama3(4.0, 64)),
+        published=dict(attention_bias=False, mlp_bias=False)),
+    "qwen3": dict(
+        family="qwen3", seed=20, stored="bf16", shards=1, config="published",
+        fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=18, num_key_value_heads=1, head_dim=10,
+                    tie_word_embeddings=True, rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0,
+                                                                   original_max_position_embeddings=32)),
+        published=dict(NO_WINDOW, attention_bias=False)),
+    "qwen3-moe": dict(
+        family="qwen3_moe", seed=28, stored="bf16", shards=2, config="transformers",
+        fields=dict(GROUPED, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3, head_dim=12, num_experts=8,
+                    num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True, decoder_sparse_step=2, mlp_only_layers=[3],
+                    tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+        published=dict(NO_WINDOW, attention_bias=False)),
 }
 
 
@@ -107,6 +160,8 @@ def fill(model, generator, ties):
             noise = torch.randn(p.shape, generator=generator)
             if "norm" in name:
                 p.copy_(1 + 0.2 * noise)
+            elif name.endswith("bias"):
+                p.copy_(0.5 * noise)
             elif "embed_tokens" in name:
                 p.copy_(noise)
             else:
@@ -158,7 +213,7 @@ def published_tensors(model):
             stem = name.removesuffix("down_proj")
             for expert, down in enumerate(tensor):
                 out[f"{stem}{expert}.down_proj.weight"] = down.contiguous()
-        else:
+        elif name != "lm_head.weight" or not model.config.tie_word_embeddings:
             out[name] = tensor
     return out
 
@@ -218,11 +273,13 @@ def configs(spec, model):
     new["dtype"] = "bfloat16"
     old = {k: v for k, v in spec["fields"].items() if k != "rope_parameters"} | spec["published"]
     old |= {"architectures": [type(model).__name__], "model_type": spec["family"], "torch_dtype": "bfloat16", "hidden_act": "silu",
-            "moe_layer_freq": 1, "rope_theta": spec["fields"]["rope_parameters"]["rope_theta"]}
+            "rope_theta": spec["fields"]["rope_parameters"]["rope_theta"]}
+    if spec["family"].startswith("deepseek"):
+        old["moe_layer_freq"] = 1
     rope = dict(spec["fields"]["rope_parameters"])
     rope.pop("rope_theta")
     kind = rope.pop("rope_type")
-    old["rope_scaling"] = None if kind == "default" else rope | {"type": kind}
+    old["rope_scaling"] = None if kind == "default" else rope | {"rope_type" if kind == "llama3" else "type": kind}
     new["architectures"], new["model_type"] = old["architectures"], spec["family"]
     if spec["stored"] == "fp8":
         quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": spec["blocks"]}
@@ -233,8 +290,10 @@ def configs(spec, model):
 def check_scale(model):
     config = model.config
     rope = config.rope_parameters
-    expected = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
-    if rope["rope_type"] == "yarn":
+    latent = hasattr(config, "kv_lora_rank")
+    width = config.qk_nope_head_dim + config.qk_rope_head_dim if latent else model.model.layers[0].self_attn.head_dim
+    expected = width ** -0.5
+    if latent and rope["rope_type"] == "yarn":
         expected *= (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1) ** 2
     for layer in model.model.layers:
         assert abs(layer.self_attn.scaling - expected) < 1e-9, (layer.self_attn.scaling, expected)
@@ -247,6 +306,7 @@ class GateCheck:
         self.margin = math.inf
         self.ties = 0
         self.negative = 0
+        self.choices = []
         for layer in model.model.layers:
             gate = getattr(layer.mlp, "gate", None)
             if hasattr(gate, "top_k"):
@@ -264,6 +324,7 @@ class GateCheck:
 
     def check(self, gate, args, output):
         logits, _, chosen = output
+        self.choices.append(chosen.sort().values)
         bias = getattr(gate, "e_score_correction_bias", None)
         for row, found in zip(logits.float(), chosen):
             if bias is None:
@@ -271,7 +332,7 @@ class GateCheck:
             else:
                 ranked = row.sigmoid() + bias
                 self.negative += bool((ranked < 0).all())
-            groups = gate.num_group or 1
+            groups = getattr(gate, "num_group", None) or 1
             if groups > 1 and (bias is not None or gate.topk_method == "group_limited_greedy"):
                 members = ranked.view(groups, -1)
                 score = members.topk(2).values.sum(-1) if bias is not None else members.max(-1).values
@@ -280,6 +341,24 @@ class GateCheck:
                 ranked[[g for g in range(groups) if g not in kept]] = -math.inf
                 ranked = ranked.reshape(-1)
             assert self.cut(ranked, gate.top_k) == set(found.tolist()), "the reference chose other experts"
+
+
+class RoundedCache(DynamicCache):
+    """Keys and values as a cache in bfloat16 returns them."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states.bfloat16().float(), value_states.bfloat16().float(), *args, **kwargs)
+
+
+def check_rounded_cache(model, prompts, gates):
+    for tokens in prompts:
+        seen = []
+        for cache in (DynamicCache(), RoundedCache()):
+            gates.choices.clear()
+            with torch.no_grad():
+                model(input_ids=torch.tensor([tokens]), past_key_values=cache)
+            seen.append(list(gates.choices))
+        assert all(map(torch.equal, *seen)), "a rounded cache chooses other experts: choose another seed"
 
 
 def vectors(model, prompts, positions, vocab, greedy):
@@ -311,11 +390,11 @@ def eos_of(model):
 
 
 def random_models(names):
-    for name, spec in ((n, MODELS[n]) for n in names or MODELS):
+    for name in names or MODELS:
+        spec = MODELS[name]
         torch.manual_seed(spec["seed"])
         generator = torch.Generator().manual_seed(spec["seed"])
-        kind = {"deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM), "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM)}
-        config_class, model_class = kind[spec["family"]]
+        config_class, model_class = FAMILIES[spec["family"]]
         config = config_class(**spec["fields"])
         config._attn_implementation = "eager"
         model = model_class(config).float().eval()
@@ -345,6 +424,8 @@ def random_models(names):
         prompts = [torch.randint(2, vocab, (n,), generator=generator).tolist() for n in lengths]
         found, greedy_margin = vectors(model, prompts, lambda n: sorted({0, n // 2, n - 1}), vocab, GREEDY_TOKENS)
         assert gates.margin > MARGIN_MIN / 10, f"{name}: gate margin {gates.margin}: choose another seed"
+        if not spec["family"].startswith("deepseek"):  # whose cached latents never pass through the reference's cache
+            check_rounded_cache(model, prompts, gates)
         if spec.get("ties"):
             assert gates.ties > 20 and gates.negative > 20, (gates.ties, gates.negative)
         folder = HERE / name

@@ -12,7 +12,19 @@ use engine_memory::ResidentDtype;
 use serde::Deserialize;
 
 /// The random models.
-pub const MODELS: [&str; 5] = ["v2-lite", "v2-groups", "v3-groups", "v3-mtp", "v3-fp8"];
+pub const MODELS: [&str; 11] = [
+    "v2-lite",
+    "v2-groups",
+    "v3-groups",
+    "v3-mtp",
+    "v3-fp8",
+    "qwen2",
+    "qwen2-fp8",
+    "llama",
+    "llama-tied",
+    "qwen3",
+    "qwen3-moe",
+];
 
 /// Vectors made by `make_golden.py`.
 #[derive(Deserialize)]

@@ -32,6 +32,17 @@ pub fn config() -> Value {
     })
 }
 
+/// The config of a model with grouped-query attention; the MoE one has experts in its second layer.
+pub fn grouped_config(family: &str) -> Value {
+    json!({
+        "model_type": family, "torch_dtype": "bfloat16", "vocab_size": 32, "hidden_size": 16,
+        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "head_dim": 6, "max_position_embeddings": 64, "rope_theta": 10000.0, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 2,
+        "bos_token_id": 0, "eos_token_id": 1
+    })
+}
+
 /// Zeros for every tensor that `config` calls for: BF16, the gate's bias F32.
 pub fn tensors(config: &Value) -> Vec<Tensor> {
     let config = engine_spec::ModelConfig::from_hf_json(&config.to_string()).unwrap();

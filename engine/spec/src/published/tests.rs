@@ -1,6 +1,9 @@
 //! The numbers are those of `deepseek-ai` model cards and README_WEIGHTS, not of this code.
 
+use serde_json::Map;
+
 use super::*;
+use crate::model_config::AttentionConfig;
 
 /// DeepSeek-R1's published config, cosmetic fields left out.
 const R1: &str = r#"{"architectures":["DeepseekV3ForCausalLM"],"attention_bias":false,"bos_token_id":0,
@@ -46,7 +49,10 @@ fn yarn_scales_are_those_of_the_reference() {
     let scaling = r1.rope_scaling.as_ref().unwrap();
     assert!((scaling.softmax_multiplier() - 1.873_854).abs() < 1e-6);
     assert_eq!(scaling.cos_sin_multiplier(), 1.0);
-    let scale = scaling.softmax_multiplier() / f64::from(r1.attention.qk_head_dim()).sqrt();
+    let AttentionConfig::Latent(mla) = &r1.attention else {
+        panic!("R1 has latent attention");
+    };
+    let scale = scaling.softmax_multiplier() / f64::from(mla.qk_head_dim()).sqrt();
     assert!((scale - 0.135_233_8).abs() < 1e-7);
 }
 
@@ -168,4 +174,56 @@ fn bad_fields_are_named_with_value_and_way_out() {
     assert!(parse("[]").is_err());
     assert!(parse("{").is_err());
     assert_eq!(parse("{}").unwrap_err(), ConfigError::Missing("model_type"));
+}
+
+/// Whatever a field holds, a config is refused or all that is derived from it can be computed.
+#[test]
+fn no_value_of_a_field_makes_a_config_panic() {
+    let nasty = [
+        Value::Null,
+        true.into(),
+        (-1).into(),
+        0.into(),
+        1.into(),
+        7.into(),
+        1024.into(),
+        4096.into(),
+        65_536.into(),
+        (1u64 << 20).into(),
+        u32::MAX.into(),
+        u64::MAX.into(),
+        0.5.into(),
+        1e300.into(),
+        "".into(),
+        "default".into(),
+        Value::Array(Vec::new()),
+        Value::from(vec![u32::MAX; 3]),
+        Value::Object(Map::new()),
+    ];
+    let mut served = 0;
+    for base in [R1, V2_LITE]
+        .into_iter()
+        .map(str::to_owned)
+        .chain(super::grouped::tests::published())
+    {
+        let document: Map<String, Value> = serde_json::from_str(&base).unwrap();
+        // Two fields at once: products of sizes overflow where one alone does not.
+        for first in document.keys() {
+            for second in ["hidden_size", "num_hidden_layers", first] {
+                for value in &nasty {
+                    let mut document = document.clone();
+                    document.insert(first.clone(), value.clone());
+                    document.insert(second.to_owned(), value.clone());
+                    let Ok(config) = parse(&serde_json::to_string(&document).unwrap()) else {
+                        continue;
+                    };
+                    served += 1;
+                    assert!(config.active_parameters() <= config.parameters());
+                    assert!(config.stored_weight_bytes() > 0);
+                    assert!(config.moe_layers() <= config.layers);
+                }
+            }
+        }
+    }
+    assert!(served > 1000, "{served}");
 }

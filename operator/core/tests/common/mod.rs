@@ -172,11 +172,7 @@ pub fn story(deployment: ModelDeployment) -> Story {
         claims: Vec::new(),
     };
     if source_is_given {
-        story.snapshot.model_config = Some(Arc::new(ConfigMapView {
-            name: "r1-config".into(),
-            uid: "cm".into(),
-            data: [("config.json".to_owned(), R1_CONFIG.to_owned())].into(),
-        }));
+        story = story.of_config(R1_CONFIG);
     }
     story
 }
@@ -205,6 +201,16 @@ impl Story {
                 serde_json::to_string(&facts_of(SMALL_CONFIG)).unwrap(),
             )]
             .into(),
+        }));
+        self
+    }
+
+    /// The config map that the user gives holds this config.
+    pub fn of_config(mut self, text: &str) -> Self {
+        self.snapshot.model_config = Some(Arc::new(ConfigMapView {
+            name: "r1-config".into(),
+            uid: "cm".into(),
+            data: [("config.json".to_owned(), text.to_owned())].into(),
         }));
         self
     }
