@@ -38,9 +38,13 @@ pub struct ConfigArguments {
     /// Commit, tag or branch of a hub
     #[arg(long, value_name = "REVISION")]
     pub revision: Option<String>,
-    /// Device to compute on: cpu or nvidia [default: cpu]
-    #[arg(long)]
-    pub device: Option<Device>,
+    /// Device to compute on; auto is a GPU where there is one that serves the model, and the log says why it is not
+    /// [default: that of the file, or auto without a file]
+    #[arg(long, value_enum)]
+    pub device: Option<DeviceChoice>,
+    /// Driver library of the GPU [default: libcuda.so.1, where the loader finds it]
+    #[arg(long, value_name = "FILE", env = "CACHALOT_CUDA_DRIVER")]
+    pub cuda_driver: Option<PathBuf>,
     /// Arithmetic: auto, float32 or bfloat16 [default: auto]
     #[arg(long)]
     pub dtype: Option<Dtype>,
@@ -64,6 +68,28 @@ pub struct ConfigArguments {
         default_value = "/cache"
     )]
     pub cache_dir: PathBuf,
+}
+
+/// Device asked for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DeviceChoice {
+    /// A GPU where there is one that serves the model, else the processors
+    #[default]
+    Auto,
+    /// The processors
+    Cpu,
+    /// A GPU and nothing else
+    #[value(alias = "nvidia")]
+    Cuda,
+}
+
+impl From<Device> for DeviceChoice {
+    fn from(device: Device) -> Self {
+        match device {
+            Device::Cpu => Self::Cpu,
+            Device::Nvidia => Self::Cuda,
+        }
+    }
 }
 
 /// Arguments of `engine serve`.

@@ -1,9 +1,9 @@
 //! From file and flags to one checked configuration.
 
 use anyhow::Context;
-use engine_spec::EngineConfig;
+use engine_spec::{Device, EngineConfig};
 
-use crate::cli::{ConfigArguments, ServeArguments};
+use crate::cli::{ConfigArguments, DeviceChoice, ServeArguments};
 
 /// The configuration that `arguments` describe, not checked yet.
 fn base(arguments: &ConfigArguments) -> anyhow::Result<EngineConfig> {
@@ -22,7 +22,11 @@ fn base(arguments: &ConfigArguments) -> anyhow::Result<EngineConfig> {
     if arguments.revision.is_some() {
         config.model.revision = arguments.revision.clone();
     }
-    set(&mut config.device, arguments.device);
+    match device(arguments, &config) {
+        DeviceChoice::Cpu => config.device = Device::Cpu,
+        DeviceChoice::Cuda => config.device = Device::Nvidia,
+        DeviceChoice::Auto => {}
+    }
     set(&mut config.dtype, arguments.dtype);
     set(&mut config.max_num_seqs, arguments.max_num_seqs);
     set(&mut config.block_size, arguments.block_size);
@@ -32,6 +36,15 @@ fn base(arguments: &ConfigArguments) -> anyhow::Result<EngineConfig> {
     );
     config.max_model_len = arguments.max_model_len.or(config.max_model_len);
     Ok(config)
+}
+
+/// The device asked for: by the flag, by the file, or any.
+pub fn device(arguments: &ConfigArguments, config: &EngineConfig) -> DeviceChoice {
+    match (arguments.device, &arguments.config) {
+        (Some(choice), _) => choice,
+        (None, Some(_)) => config.device.into(),
+        (None, None) => DeviceChoice::Auto,
+    }
 }
 
 fn set<T>(field: &mut T, flag: Option<T>) {

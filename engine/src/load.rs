@@ -8,12 +8,15 @@ use std::sync::Arc;
 
 use engine_core::{Executor, Limits};
 use engine_cpu::{CpuExecutor, CpuLimits};
+use engine_cuda::{CudaExecutor, CudaLimits};
 use engine_load::{FetchSettings, LoadError, Progress, read_config};
 use engine_memory::{MemoryPlan, MemoryRequest, memory_plan};
 use engine_server::{LoadFailure, Loaded, StartupHandle};
 use engine_spec::{Device, EngineConfig, ModelConfig, StartupPhase};
 use engine_text::{Text, TextFiles};
 
+use crate::cli::DeviceChoice;
+use crate::device::{self, Found};
 use crate::dummy;
 
 fn failure(reason: &str, message: impl Into<String>) -> LoadFailure {
@@ -37,27 +40,41 @@ pub enum Weights {
     Random(u64),
 }
 
+/// What of this machine a load may use.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Device asked for.
+    pub choice: DeviceChoice,
+    /// Driver library of the GPU.
+    pub cuda_driver: Option<PathBuf>,
+    /// Where fetched models are kept.
+    pub cache_dir: PathBuf,
+}
+
 /// Loads what `config` names; runs on the engine's thread.
 pub fn load(
-    config: &EngineConfig,
-    cache_dir: PathBuf,
+    mut config: EngineConfig,
+    machine: &Machine,
     weights: Weights,
     startup: &StartupHandle,
 ) -> Result<Loaded, LoadFailure> {
-    if config.device == Device::Nvidia {
-        return Err(failure(
-            "DeviceUnavailable",
-            "device = nvidia: this build has no CUDA backend; set device to cpu (--device cpu, or spec.accelerator.type: cpu)",
-        ));
-    }
+    let unavailable = |why: String| failure("DeviceUnavailable", why);
+    // Before anything is fetched: a GPU that is not there does not come with the weights.
+    let found =
+        device::find(machine.choice, machine.cuda_driver.as_deref()).map_err(unavailable)?;
     let fetched = Arc::new(Progress::default());
     startup.enter(StartupPhase::Fetching, bytes_of(&fetched));
     let directory = match weights {
-        Weights::Files => fetch(config, cache_dir, &fetched)?,
-        Weights::Random(_) => dummy::directory(config)?,
+        Weights::Files => fetch(&config, machine.cache_dir.clone(), &fetched)?,
+        Weights::Random(_) => dummy::directory(&config)?,
     };
     let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
-    let plan = plan(config, &model)?;
+    let found = device::settle(found, machine.choice, &config, &model).map_err(unavailable)?;
+    config.device = match &found {
+        Found::Cpu(_) => Device::Cpu,
+        Found::Gpu(_) => Device::Nvidia,
+    };
+    let plan = plan(&config, &model, &found)?;
     tracing::info!(
         total_bytes = plan.total_bytes(),
         weights_bytes = plan.per_rank.weights_bytes,
@@ -78,16 +95,8 @@ pub fn load(
     })?;
     let loaded = Arc::new(Progress::default());
     startup.enter(StartupPhase::Loading, bytes_of(&loaded));
-    let limits = CpuLimits::from_plan(&plan, config.max_num_seqs, config.max_num_batched_tokens);
-    tracing::info!(threads = limits.threads, isa = ?limits.isa, resident = ?limits.resident, "loading");
-    let executor = match weights {
-        Weights::Files => CpuExecutor::load(&directory, &model, limits, &loaded),
-        Weights::Random(seed) => {
-            tracing::warn!(seed, "the weights are random: answers mean nothing");
-            CpuExecutor::dummy(&model, seed, limits, &loaded)
-        }
-    }
-    .map_err(|error| from_load_error(&error))?;
+    let executor = executor(&config, &model, &plan, &found, weights, &directory, &loaded)
+        .map_err(|error| from_load_error(&error))?;
     let limits = Limits {
         vocabulary: executor.vocabulary(),
         max_model_len: plan.max_model_len as usize,
@@ -98,7 +107,7 @@ pub fn load(
         block_count: plan.kv_blocks as usize,
     };
     Ok(Loaded {
-        executor: Box::new(executor),
+        executor,
         text,
         limits,
     })
@@ -115,14 +124,59 @@ fn fetch(
         .map_err(|error| from_load_error(&error))
 }
 
+/// The backend of the device that was found, with the weights in its memory.
+fn executor(
+    config: &EngineConfig,
+    model: &ModelConfig,
+    plan: &MemoryPlan,
+    found: &Found,
+    weights: Weights,
+    directory: &Path,
+    progress: &Progress,
+) -> Result<Box<dyn Executor>, LoadError> {
+    if let Weights::Random(seed) = weights {
+        tracing::warn!(seed, "the weights are random: answers mean nothing");
+    }
+    let (sequences, tokens) = (config.max_num_seqs, config.max_num_batched_tokens);
+    Ok(match found {
+        Found::Cpu(_) => {
+            let limits = CpuLimits::from_plan(plan, sequences, tokens);
+            tracing::info!(threads = limits.threads, isa = ?limits.isa, resident = ?limits.resident, "loading");
+            Box::new(match weights {
+                Weights::Files => CpuExecutor::load(directory, model, limits, progress)?,
+                Weights::Random(seed) => CpuExecutor::dummy(model, seed, limits, progress)?,
+            })
+        }
+        Found::Gpu(gpu) => {
+            let limits = CudaLimits::from_plan(model, plan, sequences, tokens);
+            tracing::info!(device = gpu.name(), resident = ?limits.resident, "loading");
+            Box::new(match weights {
+                Weights::Files => CudaExecutor::load(gpu, directory, model, limits, progress)?,
+                Weights::Random(seed) => CudaExecutor::dummy(gpu, model, seed, limits, progress)?,
+            })
+        }
+    })
+}
+
 fn bytes_of(progress: &Arc<Progress>) -> impl Fn() -> (u64, u64) + Send + Sync + 'static {
     let progress = progress.clone();
     move || (progress.done(), progress.total())
 }
 
-fn plan(config: &EngineConfig, model: &ModelConfig) -> Result<MemoryPlan, LoadFailure> {
+fn plan(
+    config: &EngineConfig,
+    model: &ModelConfig,
+    found: &Found,
+) -> Result<MemoryPlan, LoadFailure> {
     // A pod that was sized by a plan has exactly that much; otherwise the machine decides.
-    let capacity = config.planned_bytes.or_else(available_bytes);
+    let there = match found {
+        Found::Cpu(_) => available_bytes(),
+        Found::Gpu(gpu) => Some(
+            gpu.free_bytes()
+                .map_err(|error| failure("DeviceUnavailable", error.to_string()))?,
+        ),
+    };
+    let capacity = config.planned_bytes.or(there);
     let request = MemoryRequest::from_engine_config(config, capacity);
     let plan =
         memory_plan(model, &request).map_err(|misfit| failure("DoesNotFit", misfit.to_string()))?;

@@ -4,6 +4,7 @@
 
 mod cli;
 mod configure;
+mod device;
 mod dummy;
 mod inspect;
 mod load;

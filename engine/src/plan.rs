@@ -3,16 +3,24 @@
 use std::path::Path;
 
 use anyhow::Context;
+use engine_cuda::Gpu;
 use engine_load::{FetchSettings, Progress, read_config};
 use engine_memory::{MemoryRequest, memory_plan};
-use engine_spec::{EngineConfig, ModelConfig};
+use engine_spec::{Device, EngineConfig, ModelConfig};
 
-use crate::cli::{PlanArguments, PlanFormat};
+use crate::cli::{DeviceChoice, PlanArguments, PlanFormat};
 use crate::configure;
 
 /// Prints the plan.
 pub fn run(arguments: &PlanArguments) -> anyhow::Result<()> {
-    let config = configure::for_plan(&arguments.engine)?;
+    let mut config = configure::for_plan(&arguments.engine)?;
+    if configure::device(&arguments.engine, &config) == DeviceChoice::Auto {
+        let driver = arguments.engine.cuda_driver.as_deref();
+        config.device = match Gpu::open(driver, 0) {
+            Ok(_) => Device::Nvidia,
+            Err(_) => Device::Cpu,
+        };
+    }
     let model = model_config(arguments, &config)?;
     let request = MemoryRequest::from_engine_config(&config, arguments.capacity_bytes);
     let plan = memory_plan(&model, &request)?;

@@ -52,13 +52,17 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
         options.api_keys = api_keys;
         options.failure_linger = Duration::from_secs(arguments.failure_linger_seconds.into());
         let tool_call_parser = arguments.tool_call_parser;
-        let cache_dir = arguments.engine.cache_dir.clone();
+        let machine = load::Machine {
+            choice: configure::device(&arguments.engine, &config),
+            cuda_driver: arguments.engine.cuda_driver.clone(),
+            cache_dir: arguments.engine.cache_dir.clone(),
+        };
         let weights = match arguments.load_format {
             LoadFormat::Auto => Weights::Files,
             LoadFormat::Dummy => Weights::Random(arguments.seed),
         };
         let loader: Loader = Box::new(move |startup: &StartupHandle| -> Result<_, LoadFailure> {
-            let mut loaded = load::load(&config, cache_dir, weights, startup)?;
+            let mut loaded = load::load(config, &machine, weights, startup)?;
             loaded.text.set_tool_call_parser(tool_call_parser);
             Ok(loaded)
         });

@@ -6,7 +6,9 @@
 // it, or when pageable memory is read back. A missing synchronisation therefore shows as poison.
 //
 // Environment: CACHALOT_EMULATION_SCHEDULE 0, 1 or 2 (default 0), CACHALOT_EMULATION_WORKERS (default 1),
-// CACHALOT_EMULATION_MEMORY bytes of "device" memory (default 8 GiB), CACHALOT_EMULATION_CAPABILITY such as 80 or 90.
+// CACHALOT_EMULATION_MEMORY bytes of "device" memory (default 8 GiB), CACHALOT_EMULATION_CAPABILITY such as 80 or 90,
+// CACHALOT_EMULATION_VERSION of the driver (default 13000), CACHALOT_EMULATION_DEVICES 0 or 1, CACHALOT_EMULATION_IMAGES 0
+// for a device that no image fits, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails.
 #include "machine.h"
 
 #include <sys/mman.h>
@@ -29,9 +31,11 @@ enum Error : int {
     SUCCESS = 0,
     INVALID_VALUE = 1,
     OUT_OF_MEMORY = 2,
+    NO_DEVICE = 100,
     INVALID_DEVICE = 101,
     INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201,
+    NO_BINARY_FOR_GPU = 209,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
     NOT_READY = 600,
@@ -51,6 +55,7 @@ size_t environment(const char* name, size_t fallback) {
 struct Context {
     int error = SUCCESS; // sticky
     std::string report;
+    long fault_after = long(environment("CACHALOT_EMULATION_FAULT_AFTER", size_t(-1))); // kernels until one fails; negative: never
     std::recursive_mutex lock; // over its streams, held while their work runs: streams that wait for each other cannot lock up
 };
 struct Allocation {
@@ -223,6 +228,13 @@ API cachalot_emulation_schedule(int schedule) {
     schedule_of_thread = schedule;
     return SUCCESS;
 }
+// The kernel after `launches` more fails in the current context; negative: none does.
+API cachalot_emulation_fault(int launches) {
+    if (!current) return INVALID_CONTEXT;
+    std::lock_guard<std::mutex> guard(lock);
+    current->fault_after = launches;
+    return SUCCESS;
+}
 // Kernel i's name, block size and parameter bytes; NOT_FOUND past the last one.
 API cachalot_emulation_kernel(unsigned i, const char** name, unsigned* threads, size_t* params_bytes) {
     if (i >= emu::kernels().size()) return NOT_FOUND;
@@ -235,10 +247,10 @@ API cachalot_emulation_kernel(unsigned i, const char** name, unsigned* threads, 
 
 API cuInit(unsigned) {
     emu::describe_address = describe;
-    return SUCCESS;
+    return environment("CACHALOT_EMULATION_DEVICES", 1) ? SUCCESS : NO_DEVICE; // as a driver without a GPU says
 }
 API cuDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = int(environment("CACHALOT_EMULATION_VERSION", 13000));
     return SUCCESS;
 }
 API cuDeviceGetCount(int* count) {
@@ -535,6 +547,7 @@ API cuGraphExecDestroy(Graph* executable) {
 API cuModuleLoadData(Module** module, const void* image) {
     if (int error = sticky()) return error;
     if (captures_of_thread) return CAPTURE_UNSUPPORTED;
+    if (!environment("CACHALOT_EMULATION_IMAGES", 1)) return NO_BINARY_FOR_GPU;
     uint32_t magic;
     memcpy(&magic, image, 4);
     if (magic != 0xba55ed50 && magic != 0x464c457f) return INVALID_IMAGE;
@@ -569,6 +582,8 @@ API cuGetErrorName(int error, const char** name) {
     case SUCCESS: *name = "CUDA_SUCCESS"; break;
     case INVALID_VALUE: *name = "CUDA_ERROR_INVALID_VALUE"; break;
     case OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
+    case NO_DEVICE: *name = "CUDA_ERROR_NO_DEVICE"; break;
+    case NO_BINARY_FOR_GPU: *name = "CUDA_ERROR_NO_BINARY_FOR_GPU"; break;
     case INVALID_DEVICE: *name = "CUDA_ERROR_INVALID_DEVICE"; break;
     case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
     case INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
@@ -632,6 +647,14 @@ API cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
     const int schedule = schedule_of_thread >= 0 ? schedule_of_thread : default_schedule;
     Context* context = current;
     return submit(stream, [=] {
+        {
+            std::lock_guard<std::mutex> guard(lock);
+            if (context->fault_after >= 0 && context->fault_after-- == 0) {
+                context->error = emu::ILLEGAL_ADDRESS;
+                context->report = std::string("injected fault in kernel ") + kernel->name;
+                return;
+            }
+        }
         emu::Outcome outcome = emu::run({kernel, {gx, gy, gz}, {bx, by, bz}, shared, argument.get()},
                                         emu::SCHEDULES[schedule], workers);
         std::lock_guard<std::mutex> guard(lock);

@@ -31,10 +31,14 @@ macro_rules! call {
     }};
 }
 
+mod arena;
 mod device;
+mod staging;
 mod stream;
 
+pub use arena::{Arena, ArenaGraph, Part};
 pub use device::{Buffer, Device, Plain};
+pub use staging::Staging;
 pub use stream::{Event, Graph, Stream};
 
 /// What the loader looks for when no path is given.
@@ -105,6 +109,16 @@ pub enum DriverError {
         /// Its name.
         kernel: String,
     },
+    /// A place outside the arena.
+    #[error("{what}: address {address:#x} with {bytes} bytes is outside the arena")]
+    Outside {
+        /// The kernel or the copy.
+        what: &'static str,
+        /// Where.
+        address: u64,
+        /// How many.
+        bytes: usize,
+    },
     /// More values than a buffer holds.
     #[error("{asked} bytes do not fit a buffer of {bytes}")]
     Size {
@@ -148,6 +162,8 @@ functions! {
     cuMemGetInfo_v2: fn(*mut usize, *mut usize);
     cuMemAlloc_v2: fn(*mut u64, usize);
     cuMemFree_v2: fn(u64);
+    cuMemHostAlloc: fn(*mut Handle, usize, c_uint);
+    cuMemFreeHost: fn(Handle);
     cuMemcpyHtoDAsync_v2: fn(u64, *const c_void, usize, Handle);
     cuMemcpyDtoHAsync_v2: fn(*mut c_void, u64, usize, Handle);
     cuMemsetD8Async: fn(u64, u8, usize, Handle);
@@ -160,6 +176,7 @@ functions! {
     cuEventCreate: fn(*mut Handle, c_uint);
     cuEventDestroy_v2: fn(Handle);
     cuEventRecord: fn(Handle, Handle);
+    cuEventSynchronize: fn(Handle);
     cuEventElapsedTime_v2: fn(*mut f32, Handle, Handle);
     cuGraphInstantiateWithFlags: fn(*mut Handle, Handle, u64);
     cuGraphLaunch: fn(Handle, Handle);
@@ -223,6 +240,17 @@ impl Driver {
         };
         // SAFETY: it only stores a number for this thread.
         symbol.is_ok_and(|set| unsafe { set(schedule as c_int) } == 0)
+    }
+
+    /// See [`Device::emulation_fault`]; for the context that is current.
+    fn emulation_fault(&self, launches: u32) -> bool {
+        // SAFETY: the emulated driver declares it so.
+        let symbol = unsafe {
+            self.library
+                .get::<unsafe extern "C" fn(c_int) -> c_int>(b"cachalot_emulation_fault")
+        };
+        // SAFETY: it only stores a number in the current context.
+        symbol.is_ok_and(|set| unsafe { set(launches as c_int) } == 0)
     }
 
     /// Name, block size and argument bytes of every kernel of the emulated driver; none on a real one.

@@ -141,14 +141,18 @@ impl Emulation {
             .iter()
             .map(|o| o.to_string_lossy().into_owned())
             .collect();
-        let folder = self.out.join(&sha256(names.join("\0").as_bytes())[..16]);
+        let folder = self
+            .out
+            .join(&sha256(format!("static\0{}", names.join("\0")).as_bytes())[..16]);
         let library = folder.join("libcuda.so.1");
         if !library.exists() {
             create(&folder)?;
             let temporary = folder.join(format!("libcuda.{}", std::process::id()));
             let mut command = Command::new(&compiler);
             command
-                .args(["-shared", "-pthread", "-Wl,-soname,libcuda.so.1", "-o"])
+                .args(["-shared", "-pthread", "-Wl,-soname,libcuda.so.1"])
+                // It must load where there is a C library alone, as in the engine's image.
+                .args(["-static-libstdc++", "-static-libgcc", "-o"])
                 .arg(&temporary)
                 .args(&objects);
             finish(command, &library)?;

@@ -14,9 +14,9 @@ impl Address {
     /// No buffer.
     pub const NULL: Self = Self(0);
 
-    /// This many bytes further.
+    /// This many bytes further; the last address when there is none.
     pub fn offset(self, bytes: u64) -> Self {
-        Self(self.0 + bytes)
+        Self(self.0.saturating_add(bytes))
     }
 }
 
@@ -25,7 +25,33 @@ mod sealed {
 }
 
 /// A kernel's argument: plain data without padding bytes, passed by value.
-pub trait Params: sealed::Sealed + Copy {}
+pub trait Params: sealed::Sealed + Copy {
+    /// Shows `visit` every address in it, null ones too.
+    fn addresses(&self, visit: &mut dyn FnMut(Address));
+}
+
+/// A member of an argument.
+trait Field {
+    /// What it points at.
+    fn address(&self) -> Option<Address> {
+        None
+    }
+}
+impl Field for i32 {}
+impl Field for i64 {}
+impl Field for f32 {}
+impl<const N: usize> Field for [i32; N] {}
+impl Field for Address {
+    fn address(&self) -> Option<Address> {
+        Some(*self)
+    }
+}
+impl Field for TensorMap {
+    /// A map hides its address: it counts as one that nothing holds.
+    fn address(&self) -> Option<Address> {
+        Some(Address(u64::MAX))
+    }
+}
 
 macro_rules! params {
     ($(#[$doc:meta])* $name:ident, $bytes:literal, { $($(#[$field_doc:meta])* $field:ident : $type:ty),* $(,)? }) => {
@@ -35,7 +61,13 @@ macro_rules! params {
         pub struct $name { $($(#[$field_doc])* pub $field: $type),* }
         const _: () = assert!(size_of::<$name>() == $bytes);
         impl sealed::Sealed for $name {}
-        impl Params for $name {}
+        impl Params for $name {
+            fn addresses(&self, visit: &mut dyn FnMut(Address)) {
+                $(if let Some(address) = Field::address(&self.$field) {
+                    visit(address);
+                })*
+            }
+        }
     };
 }
 

@@ -71,6 +71,81 @@ impl Batch {
     }
 }
 
+/// What a backend has room for: a batch beyond it would make a kernel read or write outside its buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchBounds {
+    /// Tokens of a step.
+    pub tokens_max: usize,
+    /// Logits rows of a step.
+    pub logits_rows_max: usize,
+    /// Positions of a sequence.
+    pub positions_max: usize,
+    /// Positions per block.
+    pub block_size: usize,
+    /// Blocks of the cache.
+    pub blocks: usize,
+    /// Tokens of the vocabulary.
+    pub vocabulary: usize,
+}
+
+impl BatchBounds {
+    /// Checks a batch.
+    ///
+    /// # Errors
+    /// [`ExecuteError::InvalidBatch`] with the first number out of bounds.
+    pub fn check(&self, batch: &Batch) -> Result<(), ExecuteError> {
+        let invalid = |problem: String| Err(ExecuteError::InvalidBatch(problem));
+        let (tokens, limit) = (batch.token_count(), self.tokens_max);
+        if tokens > limit {
+            return invalid(format!("{tokens} tokens, the limit is {limit}"));
+        }
+        let (rows, limit) = (batch.logits_rows(), self.logits_rows_max);
+        if rows > limit {
+            return invalid(format!("{rows} logits rows, the limit is {limit}"));
+        }
+        for entry in &batch.entries {
+            if let Err(problem) = self.check_entry(entry) {
+                return invalid(format!("sequence {}: {problem}", entry.sequence.0));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_entry(&self, entry: &BatchEntry) -> Result<(), String> {
+        let Self {
+            positions_max,
+            block_size,
+            blocks,
+            vocabulary,
+            ..
+        } = *self;
+        if entry.tokens.is_empty() {
+            return Err("no tokens".into());
+        }
+        let end = entry.start.saturating_add(entry.tokens.len());
+        if end > positions_max {
+            return Err(format!("{end} positions, the limit is {positions_max}"));
+        }
+        if entry.blocks.len() * block_size < end {
+            let given = entry.blocks.len();
+            return Err(format!(
+                "{given} blocks of {block_size} do not cover {end} positions"
+            ));
+        }
+        if let Some(block) = entry.blocks.iter().find(|block| block.index() >= blocks) {
+            return Err(format!("block {} of {blocks}", block.0));
+        }
+        match entry
+            .tokens
+            .iter()
+            .find(|token| token.index() >= vocabulary)
+        {
+            Some(token) => Err(format!("token {token} of a vocabulary of {vocabulary}")),
+            None => Ok(()),
+        }
+    }
+}
+
 /// The part of one sequence that one forward pass computes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BatchEntry {

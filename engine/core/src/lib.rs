@@ -18,7 +18,9 @@ mod sampling;
 mod scheduler;
 mod sequence;
 
-pub use batch::{Batch, BatchEntry, BlockId, ExecuteError, Executor, Logits, SequenceId, TokenId};
+pub use batch::{
+    Batch, BatchBounds, BatchEntry, BlockId, ExecuteError, Executor, Logits, SequenceId, TokenId,
+};
 pub use blocks::{BlockManager, PrefixHash};
 pub use canary::{CanaryError, CanaryReport, run_canary};
 pub use engine::{Engine, Load, StepReport};

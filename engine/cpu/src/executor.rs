@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use engine_core::{Batch, BatchEntry, ExecuteError, Executor, Logits};
+use engine_core::{Batch, BatchBounds, ExecuteError, Executor, Logits};
 use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
 use engine_memory::{MemoryPlan, ResidentDtype};
 use engine_model::{Model, forward};
@@ -139,56 +139,22 @@ impl CpuExecutor {
         }
     }
 
-    /// Everything in a batch that would make a kernel read or write outside its buffers.
-    fn check(&self, batch: &Batch) -> Result<(), ExecuteError> {
-        let invalid = |problem: String| Err(ExecuteError::InvalidBatch(problem));
-        let (tokens, limit) = (batch.token_count(), self.limits.batched_tokens_max);
-        if tokens > limit {
-            return invalid(format!("{tokens} tokens, the limit is {limit}"));
-        }
-        let (rows, limit) = (batch.logits_rows(), self.limits.sequences_max);
-        if rows > limit {
-            return invalid(format!("{rows} logits rows, the limit is {limit}"));
-        }
-        for entry in &batch.entries {
-            if let Err(problem) = self.check_entry(entry) {
-                return invalid(format!("sequence {}: {problem}", entry.sequence.0));
-            }
-        }
-        Ok(())
-    }
-
-    fn check_entry(&self, entry: &BatchEntry) -> Result<(), String> {
+    fn bounds(&self) -> BatchBounds {
         let CpuLimits {
             kv_blocks,
             block_size,
             model_len_max,
+            batched_tokens_max,
+            sequences_max,
             ..
         } = self.limits;
-        if entry.tokens.is_empty() {
-            return Err("no tokens".into());
-        }
-        let end = entry.start.saturating_add(entry.tokens.len());
-        if end > model_len_max {
-            return Err(format!("{end} positions, the limit is {model_len_max}"));
-        }
-        if entry.blocks.len() * block_size < end {
-            let blocks = entry.blocks.len();
-            return Err(format!(
-                "{blocks} blocks of {block_size} do not cover {end} positions"
-            ));
-        }
-        if let Some(block) = entry.blocks.iter().find(|block| block.index() >= kv_blocks) {
-            return Err(format!("block {} of {kv_blocks}", block.0));
-        }
-        let vocabulary = self.model.vocabulary;
-        match entry
-            .tokens
-            .iter()
-            .find(|token| token.index() >= vocabulary)
-        {
-            Some(token) => Err(format!("token {token} of a vocabulary of {vocabulary}")),
-            None => Ok(()),
+        BatchBounds {
+            tokens_max: batched_tokens_max,
+            logits_rows_max: sequences_max,
+            positions_max: model_len_max,
+            block_size,
+            blocks: kv_blocks,
+            vocabulary: self.model.vocabulary,
         }
     }
 
@@ -224,7 +190,7 @@ impl Executor for CpuExecutor {
         if batch.is_empty() {
             return Ok(());
         }
-        self.check(batch)?;
+        self.bounds().check(batch)?;
         logits.reset(self.model.vocabulary, batch.logits_rows());
         self.prepare(batch);
         // The backend writes logits in place; it borrows the caller's buffer for the time of the step.
@@ -245,7 +211,7 @@ impl Executor for CpuExecutor {
 
 #[cfg(test)]
 mod tests {
-    use engine_core::{BlockId, SequenceId, TokenId};
+    use engine_core::{BatchEntry, BlockId, SequenceId, TokenId};
 
     use super::*;
 

@@ -63,6 +63,13 @@ fn dequantise(bytes: &[u8], columns: usize, scales: &Scales<'_>, mut sink: impl 
 }
 
 impl Scales<'_> {
+    /// All multipliers in order.
+    pub fn to_f32(&self) -> Vec<f32> {
+        (0..self.bytes.len() / self.dtype.bytes())
+            .map(|index| self.get(index))
+            .collect()
+    }
+
     fn get(&self, index: usize) -> f32 {
         let at = index * self.dtype.bytes();
         match self.bytes[at..at + self.dtype.bytes()] {

@@ -50,6 +50,11 @@ pub enum Misfit {
         /// The model's own limit.
         max_positions: u32,
     },
+    /// The device does not compute in the dtype asked for.
+    #[error(
+        "dtype = float32: the GPU computes in bfloat16; ask for auto or bfloat16, or for the device cpu"
+    )]
+    NoArithmetic,
     /// The model cannot be divided that way.
     #[error("parallelism {axis} = {found}: {reason}")]
     Indivisible {

@@ -6,6 +6,7 @@ use engine_spec::engine_config::MAX_MODEL_LEN_DEFAULT;
 use engine_spec::{AttentionConfig, Device, Dtype, EngineConfig, ModelConfig, Parallelism};
 use serde::{Deserialize, Serialize};
 
+use crate::device::{StepBounds, device_workspace};
 use crate::misfit::{Misfit, Nearest};
 use crate::weights::{ResidentDtype, resident_dtype, weight_bytes_per_rank};
 use crate::workspace::workspace;
@@ -143,7 +144,10 @@ pub fn resolve_max_model_len(config: &ModelConfig, asked: Option<u32>) -> Result
 pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan, Misfit> {
     let max_model_len = resolve_max_model_len(config, request.max_model_len)?;
     check_parallelism(config, request.parallelism)?;
-    let fixed = fixed_bytes(config, request);
+    if (request.dtype, request.device) == (Dtype::Float32, Device::Nvidia) {
+        return Err(Misfit::NoArithmetic);
+    }
+    let fixed = fixed_bytes(config, request, max_model_len);
     let block_bytes = u64::from(request.block_size) * kv_bytes_per_token(config, request);
     let blocks_per_sequence = u64::from(max_model_len.div_ceil(request.block_size));
     let blocks_wanted = blocks_per_sequence * u64::from(request.max_num_seqs);
@@ -176,23 +180,38 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
 }
 
 /// All parts but the KV cache.
-fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest) -> RankBytes {
+fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest, max_model_len: u32) -> RankBytes {
     let dtype = resident_dtype(request.dtype, config, request.device);
     let runtime_bytes = match (request.device, request.parallelism.ranks()) {
         (Device::Cpu, _) => RUNTIME_CPU_BYTES,
         (Device::Nvidia, 1) => RUNTIME_NVIDIA_BYTES,
         (Device::Nvidia, _) => RUNTIME_NVIDIA_BYTES + RUNTIME_COLLECTIVES_BYTES,
     };
-    RankBytes {
-        weights_bytes: weight_bytes_per_rank(config, dtype, request.parallelism),
-        kv_bytes: 0,
-        workspace_bytes: workspace(
+    let workspace_bytes = match request.device {
+        Device::Cpu => workspace(
             config,
             request.parallelism,
             request.max_num_seqs,
             request.max_num_batched_tokens,
         )
         .bytes(),
+        Device::Nvidia => device_workspace(
+            config,
+            dtype,
+            request.parallelism,
+            StepBounds {
+                max_model_len,
+                max_num_seqs: request.max_num_seqs,
+                max_num_batched_tokens: request.max_num_batched_tokens,
+                block_size: request.block_size,
+            },
+        )
+        .bytes(),
+    };
+    RankBytes {
+        weights_bytes: weight_bytes_per_rank(config, dtype, request.device, request.parallelism),
+        kv_bytes: 0,
+        workspace_bytes,
         runtime_bytes,
     }
 }
@@ -334,7 +353,7 @@ fn memory_plan_fits(config: &ModelConfig, request: &MemoryRequest) -> bool {
     }
     let blocks = u64::from(max_model_len.div_ceil(request.block_size));
     let kv = blocks * u64::from(request.block_size) * kv_bytes_per_token(config, request);
-    let needed = fixed_bytes(config, request).total() + kv;
+    let needed = fixed_bytes(config, request, max_model_len).total() + kv;
     request
         .capacity_bytes
         .is_none_or(|capacity| needed <= capacity)

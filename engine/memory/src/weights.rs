@@ -32,7 +32,8 @@ impl ResidentDtype {
         }
     }
 
-    /// Matrices that are never stored in eight bits: embedding, head, gate.
+    /// Matrices that are never stored in eight bits: embedding and head, and on the GPU the key-value up-projection,
+    /// whose batched products have no eight-bit form.
     fn wide(self) -> Self {
         match self {
             Self::Float8E4m3(_) => Self::Bfloat16,
@@ -49,21 +50,55 @@ impl ResidentDtype {
     }
 }
 
+/// Rows and columns of a block that the GPU's eight-bit products take.
+const DEVICE_BLOCK: u32 = 128;
+/// Eight-bit values that a GPU loads at once: inner widths are whole multiples.
+const DEVICE_VECTOR: u32 = 16;
+
 /// What `dtype` means for a model on a device.
 ///
-/// The CPU has no eight-bit path yet, so FP8 files are widened to bfloat16 when they are read.
-/// float16 does not fit into bfloat16 without loss and is widened to float32.
+/// The CPU has no eight-bit path yet, so FP8 files are widened to bfloat16 when they are read; a GPU does the same with
+/// blocks or widths that its products do not take. float16 does not fit into bfloat16 without loss and is widened to
+/// float32 on the CPU; the GPU computes in bfloat16 only.
 pub fn resident_dtype(dtype: Dtype, config: &ModelConfig, device: Device) -> ResidentDtype {
     match (dtype, config.stored_dtype, config.weight_blocks, device) {
         (Dtype::Float32, ..) => ResidentDtype::Float32,
         (Dtype::Bfloat16, ..) => ResidentDtype::Bfloat16,
-        (Dtype::Auto, StoredDtype::Float8E4m3, Some(blocks), Device::Nvidia) => {
+        (Dtype::Auto, StoredDtype::Float8E4m3, Some(blocks), Device::Nvidia)
+            if eight_bit_products(config, blocks) =>
+        {
             ResidentDtype::Float8E4m3(blocks)
         }
+        (Dtype::Auto, _, _, Device::Nvidia) => ResidentDtype::Bfloat16,
         (Dtype::Auto, StoredDtype::Float32 | StoredDtype::Float16, ..) => ResidentDtype::Float32,
         (Dtype::Auto, StoredDtype::Bfloat16 | StoredDtype::Float8E4m3, ..) => {
             ResidentDtype::Bfloat16
         }
+    }
+}
+
+/// Whether every FP8 matrix has the blocks and widths that the GPU multiplies in eight bits. Gate and up of an MLP lie one
+/// after the other there, so an inner width must be whole blocks.
+fn eight_bit_products(config: &ModelConfig, blocks: WeightBlocks) -> bool {
+    let (rank, values) = match &config.attention {
+        AttentionConfig::Latent(a) => (a.q_lora_rank, a.heads * a.v_head_dim),
+        AttentionConfig::Grouped(a) => (None, a.heads * a.head_dim),
+    };
+    let inputs = [config.hidden_size, rank.unwrap_or(DEVICE_VECTOR), values];
+    let expert = config.moe.as_ref().map_or(0, |moe| moe.intermediate_size);
+    blocks.rows == DEVICE_BLOCK
+        && blocks.columns == DEVICE_BLOCK
+        && inputs.iter().all(|n| n.is_multiple_of(DEVICE_VECTOR))
+        && [config.intermediate_size, expert]
+            .iter()
+            .all(|n| n.is_multiple_of(DEVICE_BLOCK))
+}
+
+/// Bytes of a norm's or gate's weight: the GPU multiplies by bfloat16, the CPU by float32.
+fn precise_bytes(device: Device) -> u64 {
+    match device {
+        Device::Cpu => 4,
+        Device::Nvidia => 2,
     }
 }
 
@@ -78,20 +113,22 @@ pub fn resident_dtype(dtype: Dtype, config: &ModelConfig, device: Device) -> Res
 pub fn weight_bytes_per_rank(
     config: &ModelConfig,
     dtype: ResidentDtype,
+    device: Device,
     parallelism: Parallelism,
 ) -> u64 {
+    let precise = precise_bytes(device);
     let tp = u64::from(parallelism.tensor);
     let d = u64::from(config.hidden_size);
     let vocab = u64::from(config.vocab_size);
     let tables = if config.tied_embeddings { 1 } else { 2 };
-    let outside = tables * dtype.wide().matrix(vocab.div_ceil(tp), d) + d * 4;
+    let outside = tables * dtype.wide().matrix(vocab.div_ceil(tp), d) + d * precise;
     let layers_here = config.layers.div_ceil(parallelism.pipeline);
     let (mut moe, mut dense) = (config.moe_layers(), config.layers - config.moe_layers());
     // The fullest pipeline rank has as many of the heavier layers as fit into its share.
     let layer_moe = config
         .moe
         .as_ref()
-        .map_or(0, |m| moe_bytes(m, d, dtype, parallelism));
+        .map_or(0, |m| moe_bytes(m, d, dtype, precise, parallelism));
     let layer_dense = mlp_bytes(d, u64::from(config.intermediate_size), dtype, tp);
     if layer_moe >= layer_dense {
         moe = moe.min(layers_here);
@@ -101,22 +138,22 @@ pub fn weight_bytes_per_rank(
         moe = layers_here - dense;
     }
     outside
-        + u64::from(layers_here) * attention_bytes(config, dtype, parallelism.tensor)
+        + u64::from(layers_here) * attention_bytes(config, dtype, precise, parallelism.tensor)
         + u64::from(moe) * layer_moe
         + u64::from(dense) * layer_dense
 }
 
 /// Attention of one layer, with the two norms of the residual stream that belong to it.
-fn attention_bytes(config: &ModelConfig, dtype: ResidentDtype, tensor: u32) -> u64 {
+fn attention_bytes(config: &ModelConfig, dtype: ResidentDtype, precise: u64, tensor: u32) -> u64 {
     let d = u64::from(config.hidden_size);
-    2 * d * 4
+    2 * d * precise
         + match &config.attention {
-            AttentionConfig::Latent(mla) => latent_bytes(mla, d, dtype, tensor.into()),
-            AttentionConfig::Grouped(gqa) => grouped_bytes(gqa, d, dtype, tensor),
+            AttentionConfig::Latent(mla) => latent_bytes(mla, d, dtype, precise, tensor.into()),
+            AttentionConfig::Grouped(gqa) => grouped_bytes(gqa, d, dtype, precise, tensor),
         }
 }
 
-fn grouped_bytes(a: &GqaConfig, d: u64, dtype: ResidentDtype, tensor: u32) -> u64 {
+fn grouped_bytes(a: &GqaConfig, d: u64, dtype: ResidentDtype, precise: u64, tensor: u32) -> u64 {
     let width = u64::from(a.head_dim);
     let queries = u64::from(a.heads.div_ceil(tensor)) * width;
     let kv = u64::from(a.kv_heads_per_rank(tensor)) * width;
@@ -125,23 +162,23 @@ fn grouped_bytes(a: &GqaConfig, d: u64, dtype: ResidentDtype, tensor: u32) -> u6
     dtype.matrix(queries, d)
         + 2 * dtype.matrix(kv, d)
         + dtype.matrix(d, queries)
-        + (biases + norms) * 4
+        + (biases + norms) * precise
 }
 
-fn latent_bytes(a: &MlaConfig, d: u64, dtype: ResidentDtype, tp: u64) -> u64 {
+fn latent_bytes(a: &MlaConfig, d: u64, dtype: ResidentDtype, precise: u64, tp: u64) -> u64 {
     let heads = u64::from(a.heads).div_ceil(tp);
     let qk = u64::from(a.qk_head_dim());
     let latent = u64::from(a.kv_lora_rank);
     let query = match a.q_lora_rank.map(u64::from) {
-        Some(rank) => dtype.matrix(rank, d) + rank * 4 + dtype.matrix(heads * qk, rank),
+        Some(rank) => dtype.matrix(rank, d) + rank * precise + dtype.matrix(heads * qk, rank),
         None => dtype.matrix(heads * qk, d),
     };
     let per_head = u64::from(a.qk_nope_head_dim + a.v_head_dim);
     query
         + dtype.matrix(u64::from(a.cached_width()), d)
-        + dtype.matrix(heads * per_head, latent)
+        + dtype.wide().matrix(heads * per_head, latent)
         + dtype.matrix(d, heads * u64::from(a.v_head_dim))
-        + latent * 4
+        + latent * precise
 }
 
 fn mlp_bytes(d: u64, inner: u64, dtype: ResidentDtype, tp: u64) -> u64 {
@@ -149,7 +186,13 @@ fn mlp_bytes(d: u64, inner: u64, dtype: ResidentDtype, tp: u64) -> u64 {
     2 * dtype.matrix(inner, d) + dtype.matrix(d, inner)
 }
 
-fn moe_bytes(moe: &MoeConfig, d: u64, dtype: ResidentDtype, parallelism: Parallelism) -> u64 {
+fn moe_bytes(
+    moe: &MoeConfig,
+    d: u64,
+    dtype: ResidentDtype,
+    precise: u64,
+    parallelism: Parallelism,
+) -> u64 {
     let routed = u64::from(moe.routed_experts);
     let inner = u64::from(moe.intermediate_size);
     let tp = u64::from(parallelism.tensor);
@@ -168,5 +211,5 @@ fn moe_bytes(moe: &MoeConfig, d: u64, dtype: ResidentDtype, parallelism: Paralle
         GateSelection::BiasedGroups => routed * 4,
         GateSelection::Greedy | GateSelection::GroupLimitedGreedy => 0,
     };
-    experts + shared + routed * d * 4 + bias
+    experts + shared + routed * d * precise + bias
 }

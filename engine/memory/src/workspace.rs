@@ -64,7 +64,7 @@ pub fn workspace(
 }
 
 /// Values per token between the normed input of attention and its output projection.
-fn attention(attention: &AttentionConfig, tensor: u32) -> u64 {
+pub(crate) fn attention(attention: &AttentionConfig, tensor: u32) -> u64 {
     let heads = u64::from(attention.heads().div_ceil(tensor));
     match attention {
         AttentionConfig::Latent(a) => {

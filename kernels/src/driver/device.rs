@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::{Driver, DriverError, Handle, Stream};
 use crate::image::fatbin_of;
 use crate::params::{Address, TensorMap};
-use crate::plan::Format;
+use crate::plan::{Format, Launch};
 
 /// `cp.async`, bf16 tensor cores: the lowest level the kernels are built for.
 const CAPABILITY_MIN: (u32, u32) = (8, 0);
@@ -147,6 +147,24 @@ impl Device {
     /// Major and minor compute capability.
     pub fn capability(&self) -> (u32, u32) {
         self.capability
+    }
+
+    /// Loads kernels now instead of at their first use: what does not fit the device is then known at start, and a graph
+    /// can be recorded at once.
+    ///
+    /// # Errors
+    /// No image of a kernel fits the device, or it failed.
+    pub fn load(&self, launches: &[Launch]) -> Result<(), DriverError> {
+        launches.iter().try_for_each(|launch| {
+            self.function(launch.kernel, launch.shared_bytes)
+                .map(|_| ())
+        })
+    }
+
+    /// Lets the kernel after `launches` more fail as if it had read outside its memory. False on a real driver.
+    pub fn emulation_fault(&self, launches: u32) -> bool {
+        // Makes the context current, too.
+        self.memory().is_ok() && self.driver.emulation_fault(launches)
     }
 
     /// Free and total bytes.

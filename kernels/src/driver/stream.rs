@@ -12,8 +12,8 @@ use crate::plan::Launch;
 
 /// A queue of work on a device.
 pub struct Stream {
-    device: Arc<Device>,
-    handle: Handle,
+    pub(super) device: Arc<Device>,
+    pub(super) handle: Handle,
 }
 
 // SAFETY: see Device.
@@ -237,6 +237,14 @@ impl std::fmt::Debug for Event {
 }
 
 impl Event {
+    /// Waits until its place in the queue is reached.
+    ///
+    /// # Errors
+    /// Something before it failed.
+    pub fn synchronize(&self) -> Result<(), DriverError> {
+        call!(&self.device, cuEventSynchronize(self.handle))
+    }
+
     /// Milliseconds of device time since `earlier`; both must have happened.
     ///
     /// # Errors

@@ -96,6 +96,23 @@ MODELS = {
                     num_experts_per_tok=2, n_group=1, topk_group=1, routed_scaling_factor=1.0, norm_topk_prob=False,
                     rope_parameters=dict(rope_type="default", rope_theta=10000.0), num_nextn_predict_layers=0),
         published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
+    # Shapes that the CUDA kernels take: their small head shape, widths of whole vectors, FP8 blocks of 128.
+    "v2-cuda": dict(
+        family="deepseek_v2", seed=16, stored="bf16", shards=1, config="transformers",
+        fields=dict(SHAPE, hidden_size=128, intermediate_size=192, moe_intermediate_size=32, kv_lora_rank=64, qk_nope_head_dim=32,
+                    qk_rope_head_dim=32, v_head_dim=32, num_hidden_layers=2, first_k_dense_replace=1, q_lora_rank=None,
+                    n_routed_experts=12, n_shared_experts=2, num_experts_per_tok=3, n_group=4, topk_group=2,
+                    topk_method="group_limited_greedy", routed_scaling_factor=16.0, norm_topk_prob=False,
+                    rope_parameters=yarn(40.0, 32, 0.707, 0.707)),
+        published=dict(scoring_func="softmax")),
+    "v3-fp8-cuda": dict(
+        family="deepseek_v3", seed=17, stored="fp8", blocks=[128, 128], shards=1, config="published", spread=True,
+        fields=dict(SHAPE, hidden_size=256, intermediate_size=256, moe_intermediate_size=128, kv_lora_rank=64, qk_nope_head_dim=32,
+                    qk_rope_head_dim=32, v_head_dim=32, num_hidden_layers=2, first_k_dense_replace=1, q_lora_rank=48,
+                    n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1,
+                    routed_scaling_factor=1.0, norm_topk_prob=True,
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0), num_nextn_predict_layers=0),
+        published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
     "qwen2": dict(
         family="qwen2", seed=16, stored="bf16", shards=2, config="published",
         fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=False,
@@ -161,6 +178,24 @@ def fill(model, generator, ties):
                 half = bias.shape[0] // 2
                 gate.weight[half:] = 0
                 bias[half:] = -1.1
+
+
+def spread(model):
+    """Makes the scales of FP8 blocks differ by up to 16, so that a wrong one is no small error: gate against up, expert against
+    expert, and the halves of dense rows."""
+    with torch.no_grad():
+        for layer in model.model.layers:
+            experts = getattr(layer.mlp, "experts", None)
+            if experts is None:
+                layer.mlp.gate_proj.weight[:128] *= 4
+                layer.mlp.up_proj.weight[:128] /= 4
+                continue
+            for e, (both, down) in enumerate(zip(experts.gate_up_proj, experts.down_proj)):
+                factor = 2.0 if e % 2 else 0.5
+                gate, up = both.chunk(2, dim=0)
+                gate *= factor
+                up /= factor
+                down *= 1.5 if e < 2 else 0.5
 
 
 def published_tensors(model):
@@ -364,6 +399,8 @@ def random_models(names):
         config._attn_implementation = "eager"
         model = model_class(config).float().eval()
         fill(model, generator, spec.get("ties", False))
+        if spec.get("spread"):
+            spread(model)
         tensors = published_tensors(model)
         stored = {}
         for key, tensor in tensors.items():

@@ -1,0 +1,19 @@
+//! Why the GPU did not compute something.
+
+use kernels::driver::DriverError;
+use kernels::plan::Unsupported;
+use thiserror::Error;
+
+/// See the variants.
+#[derive(Debug, Error)]
+pub enum CudaError {
+    /// The driver or the device failed; names the CUDA error.
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    /// No kernel takes a shape of the model.
+    #[error(transparent)]
+    Shape(#[from] Unsupported),
+    /// The model's graph asks for what this backend does not fuse.
+    #[error("the CUDA backend cannot run this graph: {0}")]
+    Graph(&'static str),
+}

@@ -1,0 +1,22 @@
+//! The CUDA backend: one GPU, one arena, one stream.
+//!
+//! [`Gpu::open`] finds a device or says why there is none; [`CudaExecutor`] runs batches on it over the `kernels` crate.
+//! Activations and cache are bfloat16, weights bfloat16 or FP8 with block scales, sums float32.
+//! Invariant: what is computed for a token does not depend on the rest of the batch, on how a prompt was cut into chunks,
+//! nor on whether a recorded graph ran; see `tests/invariance.rs` for the proof.
+
+mod error;
+mod executor;
+mod gpu;
+mod graphs;
+mod layout;
+mod pass;
+mod shapes;
+mod step;
+mod weights;
+
+pub use error::CudaError;
+pub use executor::{AllocatedBytes, CudaExecutor};
+pub use gpu::Gpu;
+pub use layout::CudaLimits;
+pub use shapes::refusal;

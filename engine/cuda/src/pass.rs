@@ -1,0 +1,366 @@
+//! One forward pass: the GPU's implementation of [`engine_model::Backend`].
+//!
+//! A pass queues kernels and waits for nothing, so that it can be recorded as a graph. All addresses are fixed by the
+//! layout; what differs between steps of one shape is only the inputs that were copied before. Invariant: which sums are
+//! made in which order depends on a row's own shape alone.
+//!
+//! Surprise: an addition is not launched where the model asks for it. It waits for the norm that follows every one of
+//! them, whose kernel adds, stores and norms in one reading.
+
+mod attention;
+mod experts;
+
+use engine_model::{
+    Backend, Gate, GatedMlp, GroupedAttention, LatentAttention, Moe, Norm, Slot, WeightId,
+};
+use kernels::driver::{Arena, Stream};
+use kernels::params::{ActivationParams, Address, EmbedParams, GemmParams, Params, RmsNormParams};
+use kernels::plan::{self, Activation, Format, Launch, QUANT_GROUP};
+
+use crate::CudaError;
+use crate::layout::{Form, Layout, Placed, Span};
+use crate::step::Run;
+
+/// What a pass runs over.
+pub(crate) struct Pass<'a> {
+    pub arena: &'a Arena,
+    pub stream: &'a Stream,
+    pub layout: &'a Layout,
+    /// Where the arena begins.
+    pub base: Address,
+    /// The step's shape.
+    pub rows: usize,
+    pub runs: &'a [Run],
+    pub wanted: usize,
+    /// The wanted rows are all rows in order.
+    pub all_wanted: bool,
+    pub block_size: usize,
+    pub table_length: usize,
+    pub positions_max: usize,
+    /// FP8 scales are powers of two.
+    pub power_of_two: bool,
+    /// Waits to be added to the residual stream.
+    pub pending: Option<Slot>,
+    /// Whose fp8 form the codes hold.
+    pub quantised: Option<Slot>,
+}
+
+/// A matrix on the device, `[rows, columns]`.
+#[derive(Clone, Copy)]
+struct Matrix {
+    at: Address,
+    scales: Option<Address>,
+    rows: usize,
+    columns: usize,
+}
+
+impl Matrix {
+    fn format(&self) -> Format {
+        match self.scales {
+            Some(_) => Format::Fp8,
+            None => Format::Bf16,
+        }
+    }
+}
+
+/// Rows of activations.
+#[derive(Clone, Copy)]
+struct Rows {
+    at: Address,
+    /// Of fp8 rows.
+    scales: Address,
+    count: usize,
+    stride: usize,
+}
+
+impl Pass<'_> {
+    fn place(&self, span: Span) -> Address {
+        self.base.offset(span.at as u64)
+    }
+
+    fn slot(&self, slot: Slot) -> (Address, usize) {
+        let (span, width) = self.layout.buffers.slots[slot as usize];
+        (self.place(span), width)
+    }
+
+    fn placed(&self, id: WeightId) -> Placed {
+        self.layout.weights[id.index()]
+    }
+
+    fn matrix(&self, id: WeightId) -> Matrix {
+        let placed = self.placed(id);
+        Matrix {
+            at: self.place(placed.span),
+            scales: match placed.form {
+                Form::Fp8 { scales } => Some(self.place(scales)),
+                Form::Bf16 | Form::Float32 | Form::Absorbed { .. } => None,
+            },
+            rows: placed.rows,
+            columns: placed.columns,
+        }
+    }
+
+    /// Gate and up of an MLP, which lie one after the other.
+    fn gate_up(&self, mlp: &GatedMlp) -> Matrix {
+        let gate = self.matrix(mlp.gate);
+        Matrix {
+            rows: 2 * gate.rows,
+            ..gate
+        }
+    }
+
+    fn launch<P: Params>(&self, launch: &Launch, params: &P) -> Result<(), CudaError> {
+        Ok(self.arena.launch(self.stream, launch, params)?)
+    }
+
+    fn rows_of(&self, slot: Slot) -> Rows {
+        let (at, stride) = self.slot(slot);
+        Rows {
+            at,
+            scales: Address::NULL,
+            count: self.rows,
+            stride,
+        }
+    }
+
+    /// A slot in the form that a matrix multiplies.
+    fn input(&mut self, slot: Slot, matrix: &Matrix) -> Result<Rows, CudaError> {
+        let rows = self.rows_of(slot);
+        if matrix.format() == Format::Bf16 {
+            return Ok(rows);
+        }
+        let codes = Rows {
+            at: self.place(self.layout.buffers.codes),
+            scales: self.place(self.layout.buffers.code_scales),
+            ..rows
+        };
+        if self.quantised != Some(slot) {
+            let params =
+                self.activation_params(rows.at, codes.at, codes.scales, &rows, rows.stride);
+            let launch = plan::activation(Activation::Quantise, rows.count, rows.stride)?;
+            self.launch(&launch, &params)?;
+            self.quantised = Some(slot);
+        }
+        Ok(codes)
+    }
+
+    fn activation_params(
+        &self,
+        x: Address,
+        out: Address,
+        scales: Address,
+        rows: &Rows,
+        width: usize,
+    ) -> ActivationParams {
+        ActivationParams {
+            x,
+            out,
+            scales,
+            rows: rows.count as i32,
+            width: width as i32,
+            x_stride: rows.stride as i32,
+            out_stride: width as i32,
+            power_of_two_scales: i32::from(self.power_of_two),
+            reserved: 0,
+        }
+    }
+
+    /// The arguments of `c = rows matrix^T`.
+    fn product_params(&self, matrix: &Matrix, rows: &Rows, c: Address) -> GemmParams {
+        GemmParams {
+            a: rows.at,
+            b: matrix.at,
+            c,
+            a_scales: rows.scales,
+            b_scales: matrix.scales.unwrap_or_default(),
+            m: rows.count as i32,
+            n: matrix.rows as i32,
+            k: matrix.columns as i32,
+            lda: rows.stride as i32,
+            ldb: matrix.columns as i32,
+            ldc: matrix.rows as i32,
+            a_scales_stride: matrix.columns.div_ceil(QUANT_GROUP) as i32,
+            b_scales_stride: matrix.columns.div_ceil(QUANT_GROUP) as i32,
+            ..GemmParams::default()
+        }
+    }
+
+    /// `c = rows matrix^T` in bf16.
+    fn product(&self, matrix: &Matrix, rows: &Rows, c: Address) -> Result<(), CudaError> {
+        let launch = plan::gemm(matrix.format(), rows.count, matrix.rows, matrix.columns, 1)?;
+        self.launch(&launch, &self.product_params(matrix, rows, c))
+    }
+
+    /// `c = rows matrix^T` in float32; the matrix is bf16.
+    fn wide_product(&self, matrix: &Matrix, rows: &Rows, c: Address) -> Result<(), CudaError> {
+        let launch = plan::gemm(Format::Bf16, rows.count, matrix.rows, matrix.columns, 1)?;
+        let params = GemmParams {
+            c_is_float32: 1,
+            ..self.product_params(matrix, rows, c)
+        };
+        self.launch(&launch, &params)
+    }
+
+    /// `silu(gate) * up` of `count` rows of `2 * inner` values, in the form that `down` multiplies.
+    fn activate(&self, count: usize, inner: usize, down: &Matrix) -> Result<Rows, CudaError> {
+        let buffers = &self.layout.buffers;
+        let format = down.format();
+        let source = Rows {
+            at: self.place(buffers.gate_up),
+            scales: Address::NULL,
+            count,
+            stride: 2 * inner,
+        };
+        let product = Rows {
+            at: self.place(buffers.product),
+            scales: match format {
+                Format::Bf16 => Address::NULL,
+                Format::Fp8 => self.place(buffers.product_scales),
+            },
+            count,
+            stride: inner,
+        };
+        let params = self.activation_params(source.at, product.at, product.scales, &source, inner);
+        let launch = plan::activation(Activation::Swiglu(format), count, inner)?;
+        self.launch(&launch, &params)?;
+        Ok(product)
+    }
+
+    /// `out = down(silu(gate(from)) * up(from))`.
+    fn mlp_to(&mut self, mlp: &GatedMlp, from: Slot, out: Address) -> Result<(), CudaError> {
+        let (gate_up, down) = (self.gate_up(mlp), self.matrix(mlp.down));
+        let rows = self.input(from, &gate_up)?;
+        self.product(&gate_up, &rows, self.place(self.layout.buffers.gate_up))?;
+        let product = self.activate(rows.count, mlp.inner, &down)?;
+        self.product(&down, &product, out)
+    }
+
+    /// A slot was written: its fp8 form is stale.
+    fn written(&mut self, slot: Slot) {
+        if self.quantised == Some(slot) {
+            self.quantised = None;
+        }
+    }
+}
+
+impl Backend for Pass<'_> {
+    type Error = CudaError;
+
+    fn embed(&mut self, table: WeightId) -> Result<(), CudaError> {
+        let matrix = self.matrix(table);
+        let params = EmbedParams {
+            table: matrix.at,
+            tokens: self.place(self.layout.buffers.tokens),
+            out: self.slot(Slot::Hidden).0,
+            rows: self.rows as i32,
+            width: matrix.columns as i32,
+            vocabulary: matrix.rows as i32,
+            reserved: 0,
+        };
+        self.launch(&plan::embed(self.rows, matrix.columns)?, &params)
+    }
+
+    fn norm(&mut self, norm: &Norm, from: Slot, to: Slot) -> Result<(), CudaError> {
+        let weight = self.placed(norm.weight);
+        let width = weight.columns;
+        let (source, source_stride) = self.slot(from);
+        let (out, out_stride) = self.slot(to);
+        let added = match from {
+            Slot::Hidden => self.pending.take(),
+            _ => None,
+        };
+        let (x, x_stride, residual) = match added {
+            Some(term) => {
+                let (x, stride) = self.slot(term);
+                (x, stride, source)
+            }
+            None => (source, source_stride, Address::NULL),
+        };
+        let params = RmsNormParams {
+            x,
+            residual,
+            weight: self.place(weight.span),
+            out,
+            scales: Address::NULL,
+            rows: self.rows as i32,
+            width: width as i32,
+            x_stride: x_stride as i32,
+            out_stride: out_stride as i32,
+            eps: norm.epsilon,
+            power_of_two_scales: 0,
+        };
+        self.written(to);
+        self.launch(&plan::rms_norm(Format::Bf16, self.rows, width)?, &params)
+    }
+
+    fn linear(&mut self, weight: WeightId, from: Slot, to: Slot) -> Result<(), CudaError> {
+        let matrix = self.matrix(weight);
+        let rows = self.input(from, &matrix)?;
+        self.written(to);
+        self.product(&matrix, &rows, self.slot(to).0)
+    }
+
+    fn latent_attention(
+        &mut self,
+        layer: usize,
+        attention: &LatentAttention,
+    ) -> Result<(), CudaError> {
+        self.attend_latent(layer, attention)
+    }
+
+    fn grouped_attention(&mut self, _: usize, _: &GroupedAttention) -> Result<(), CudaError> {
+        Err(CudaError::Graph("grouped-query attention"))
+    }
+
+    fn mlp(&mut self, mlp: &GatedMlp, from: Slot, to: Slot) -> Result<(), CudaError> {
+        self.written(to);
+        self.mlp_to(mlp, from, self.slot(to).0)
+    }
+
+    fn gate(&mut self, gate: &Gate, from: Slot) -> Result<(), CudaError> {
+        self.choose_experts(gate, from)
+    }
+
+    fn experts(&mut self, moe: &Moe, from: Slot, to: Slot) -> Result<(), CudaError> {
+        self.run_experts(moe, from, to)
+    }
+
+    fn add(&mut self, from: Slot, to: Slot) -> Result<(), CudaError> {
+        if to != Slot::Hidden || self.pending.is_some() {
+            return Err(CudaError::Graph(
+                "an addition that no norm of the residual stream follows",
+            ));
+        }
+        self.pending = Some(from);
+        Ok(())
+    }
+
+    fn head(&mut self, norm: &Norm, table: WeightId) -> Result<(), CudaError> {
+        if self.wanted == 0 {
+            return Ok(());
+        }
+        self.norm(norm, Slot::Hidden, Slot::Normed)?;
+        let matrix = self.matrix(table);
+        let mut rows = Rows {
+            count: self.wanted,
+            ..self.rows_of(Slot::Normed)
+        };
+        let buffers = &self.layout.buffers;
+        if !self.all_wanted {
+            // Picking rows is what an embedding does.
+            let gathered = self.place(buffers.gathered);
+            let params = EmbedParams {
+                table: rows.at,
+                tokens: self.place(buffers.wanted),
+                out: gathered,
+                rows: self.wanted as i32,
+                width: rows.stride as i32,
+                vocabulary: self.rows as i32,
+                reserved: 0,
+            };
+            self.launch(&plan::embed(self.wanted, rows.stride)?, &params)?;
+            rows.at = gathered;
+        }
+        self.wide_product(&matrix, &rows, self.place(buffers.logits))
+    }
+}

@@ -1,0 +1,245 @@
+//! Latent attention on the GPU: cache, absorb, attend, expand.
+//!
+//! Prefill is absorbed too, as on the CPU. The expanded form needs a third of the arithmetic over long prompts, but sums
+//! in another order, and a prompt's bytes would then depend on how it was cut into chunks and on what was cached.
+
+use engine_model::{LatentAttention, Slot};
+use kernels::params::{
+    Address, CacheWriteParams, GemmParams, MlaCombineParams, MlaDecodeParams, RopeParams,
+};
+use kernels::plan::{self, Format, MLA_SPLIT_TOKENS};
+
+use super::Pass;
+use crate::CudaError;
+use crate::layout::Form;
+use crate::step::Run;
+
+/// One product for each head: `out[row, head] = matrix[head] input[row, head]`.
+struct PerHead {
+    input: Address,
+    /// Between rows and between heads of the input.
+    input_strides: (usize, usize),
+    matrix: Address,
+    out: Address,
+    heads: usize,
+    /// Values of a head's output and input.
+    rows: usize,
+    columns: usize,
+}
+
+impl Pass<'_> {
+    /// Caches the step's rows and leaves every head's output in [`Slot::Value`].
+    pub(super) fn attend_latent(
+        &mut self,
+        layer: usize,
+        attention: &LatentAttention,
+    ) -> Result<(), CudaError> {
+        let LatentAttention {
+            heads,
+            nope,
+            value,
+            latent,
+            ..
+        } = *attention;
+        let placed = self.placed(attention.kv_up);
+        let Form::Absorbed { values, .. } = placed.form else {
+            return Err(CudaError::Graph(
+                "a key-value up-projection that was not split by head",
+            ));
+        };
+        self.rotate_queries(attention)?;
+        self.cache_rows(layer, attention)?;
+        let (query, query_row) = self.slot(Slot::Query);
+        self.per_head(&PerHead {
+            input: query,
+            input_strides: (query_row, attention.query_width()),
+            matrix: self.place(placed.span),
+            out: self.slot(Slot::AbsorbedQuery).0,
+            heads,
+            rows: latent,
+            columns: nope,
+        })?;
+        for run in self.runs {
+            self.attend(layer, attention, run)?;
+        }
+        self.written(Slot::Value);
+        self.per_head(&PerHead {
+            input: self.slot(Slot::LatentValue).0,
+            input_strides: (heads * latent, latent),
+            matrix: self.place(values),
+            out: self.slot(Slot::Value).0,
+            heads,
+            rows: value,
+            columns: latent,
+        })
+    }
+
+    fn rotate_queries(&self, attention: &LatentAttention) -> Result<(), CudaError> {
+        let (query, row_stride) = self.slot(Slot::Query);
+        let buffers = &self.layout.buffers;
+        let params = RopeParams {
+            x: query,
+            positions: self.place(buffers.positions),
+            table: self.place(buffers.rotary),
+            rows: self.rows as i32,
+            heads: attention.heads as i32,
+            row_stride: row_stride as i32,
+            head_stride: attention.query_width() as i32,
+            offset: attention.nope as i32,
+            rotary: attention.rope as i32,
+            positions_max: self.positions_max as i32,
+            half_split: 0,
+        };
+        let launch = plan::rope(self.rows, attention.heads, attention.rope)?;
+        self.launch(&launch, &params)
+    }
+
+    fn cache_rows(&self, layer: usize, attention: &LatentAttention) -> Result<(), CudaError> {
+        let (fresh, stride) = self.slot(Slot::CacheRow);
+        let buffers = &self.layout.buffers;
+        let cache = self.layout.cache[layer];
+        let width = attention.latent + attention.rope;
+        let params = CacheWriteParams {
+            kv: fresh,
+            weight: self.place(self.placed(attention.kv_norm.weight).span),
+            positions: self.place(buffers.positions),
+            slots: self.place(buffers.cache_rows),
+            table: self.place(buffers.rotary),
+            cache: self.place(cache),
+            slots_count: (cache.bytes / (width * 2)) as i64,
+            rows: self.rows as i32,
+            kv_stride: stride as i32,
+            latent: attention.latent as i32,
+            rotary: attention.rope as i32,
+            positions_max: self.positions_max as i32,
+            eps: attention.kv_norm.epsilon,
+        };
+        let launch = plan::mla_cache_write(self.rows, attention.latent, attention.rope)?;
+        self.launch(&launch, &params)
+    }
+
+    fn per_head(&self, product: &PerHead) -> Result<(), CudaError> {
+        let PerHead {
+            input,
+            input_strides: (row, head),
+            matrix,
+            out,
+            heads,
+            rows,
+            columns,
+        } = *product;
+        let params = GemmParams {
+            a: input,
+            b: matrix,
+            c: out,
+            a_batch: head as i64,
+            b_batch: (rows * columns) as i64,
+            c_batch: rows as i64,
+            m: self.rows as i32,
+            n: rows as i32,
+            k: columns as i32,
+            lda: row as i32,
+            ldb: columns as i32,
+            ldc: (heads * rows) as i32,
+            ..GemmParams::default()
+        };
+        let launch = plan::gemm(Format::Bf16, self.rows, rows, columns, heads)?;
+        self.launch(&launch, &params)
+    }
+
+    /// Attends in turns of as many rows as the parts have room for.
+    fn attend(
+        &self,
+        layer: usize,
+        attention: &LatentAttention,
+        run: &Run,
+    ) -> Result<(), CudaError> {
+        // A unit is one head's part: a row of the latent's width and a logarithm.
+        let units = self.layout.buffers.lse.bytes / 4;
+        let turn = (units / (attention.heads * run.splits)).max(1);
+        for done in (0..run.rows).step_by(turn) {
+            let part = Run {
+                first: run.first + done,
+                rows: turn.min(run.rows - done),
+                table: if run.one_table {
+                    run.table
+                } else {
+                    run.table + done
+                },
+                ..*run
+            };
+            self.attend_rows(layer, attention, &part)?;
+        }
+        Ok(())
+    }
+
+    fn attend_rows(
+        &self,
+        layer: usize,
+        attention: &LatentAttention,
+        run: &Run,
+    ) -> Result<(), CudaError> {
+        let LatentAttention {
+            heads,
+            nope,
+            rope,
+            latent,
+            scale,
+            ..
+        } = *attention;
+        let buffers = &self.layout.buffers;
+        let at = |address: Address, elements: usize, bytes: usize| {
+            address.offset((elements * bytes) as u64)
+        };
+        let (query, query_row) = self.slot(Slot::Query);
+        let absorbed = self.slot(Slot::AbsorbedQuery).0;
+        let lengths = at(self.place(buffers.lengths), run.first, 4);
+        let (partial, lse) = (self.place(buffers.parts), self.place(buffers.lse));
+        let decode = MlaDecodeParams {
+            q_latent: at(absorbed, run.first * heads * latent, 2),
+            q_rope: at(query, run.first * query_row + nope, 2),
+            cache: self.place(self.layout.cache[layer]),
+            blocks: at(self.place(buffers.tables), run.table * self.table_length, 4),
+            lengths,
+            partial,
+            lse,
+            rows: run.rows as i32,
+            heads: heads as i32,
+            ql_row: (heads * latent) as i32,
+            ql_head: latent as i32,
+            qr_row: query_row as i32,
+            qr_head: attention.query_width() as i32,
+            block_size: self.block_size as i32,
+            blocks_stride: if run.one_table {
+                0
+            } else {
+                self.table_length as i32
+            },
+            splits: run.splits as i32,
+            split_tokens: MLA_SPLIT_TOKENS as i32,
+            scale,
+            reserved: 0,
+        };
+        let launch = plan::mla_decode(run.rows, heads, latent, rope, run.splits)?;
+        self.launch(&launch, &decode)?;
+        let combine = MlaCombineParams {
+            partial,
+            lse,
+            lengths,
+            out: at(
+                self.slot(Slot::LatentValue).0,
+                run.first * heads * latent,
+                2,
+            ),
+            rows: run.rows as i32,
+            heads: heads as i32,
+            splits: run.splits as i32,
+            split_tokens: MLA_SPLIT_TOKENS as i32,
+            latent: latent as i32,
+            out_row: (heads * latent) as i32,
+            out_head: latent as i32,
+            reserved: 0,
+        };
+        self.launch(&plan::mla_combine(run.rows, heads)?, &combine)
+    }
+}

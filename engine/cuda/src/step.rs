@@ -1,0 +1,233 @@
+//! What one step consists of, as the kernels want it.
+//!
+//! Rows are the step's tokens: first those of sequences that go on by one token, which attend together, each with its own
+//! block table; then the chunks of prompts, each attending by itself over one table. A row's result does not depend on
+//! its place. Invariant: everything is within the bounds that the batch was checked against.
+
+use engine_core::{Batch, BatchEntry};
+use kernels::driver::{Arena, DriverError, Part, Stream};
+use kernels::plan;
+
+/// Rows that attend in one launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub first: usize,
+    pub rows: usize,
+    /// Its first block table.
+    pub table: usize,
+    /// All rows use that one; else row `i` uses table `table + i`.
+    pub one_table: bool,
+    /// Parts of its longest context.
+    pub splits: usize,
+}
+
+/// The step's inputs on the host.
+#[derive(Debug, Default)]
+pub(crate) struct Step {
+    pub tokens: Vec<u32>,
+    pub positions: Vec<i32>,
+    /// Positions that each row attends to.
+    pub lengths: Vec<i32>,
+    /// Cache row that each row is written to; -1 for padding.
+    pub cache_rows: Vec<i64>,
+    /// Rows that want logits, in batch order.
+    pub wanted: Vec<u32>,
+    pub tables: Vec<i32>,
+    pub runs: Vec<Run>,
+    block_size: usize,
+    table_length: usize,
+}
+
+/// Places of the inputs on the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Inputs {
+    pub tokens: Part,
+    pub positions: Part,
+    pub lengths: Part,
+    pub cache_rows: Part,
+    pub wanted: Part,
+    pub tables: Part,
+}
+
+impl Step {
+    pub fn new(block_size: usize, table_length: usize) -> Self {
+        Self {
+            block_size,
+            table_length,
+            ..Self::default()
+        }
+    }
+
+    /// Rows, padding included.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    pub fn table_length(&self) -> usize {
+        self.table_length
+    }
+
+    /// Takes a batch that was checked.
+    pub fn prepare(&mut self, batch: &Batch) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.lengths.clear();
+        self.cache_rows.clear();
+        self.tables.clear();
+        self.runs.clear();
+        let mut last_rows = vec![0; batch.entries.len()];
+        let single = |entry: &BatchEntry| entry.tokens.len() == 1;
+        let numbered = || batch.entries.iter().enumerate();
+        let mut longest = 0;
+        for (index, entry) in numbered().filter(|(_, entry)| single(entry)) {
+            last_rows[index] = self.push(entry);
+            longest = longest.max(entry.end());
+        }
+        let singles = self.rows();
+        if singles > 0 {
+            self.runs.push(Run {
+                first: 0,
+                rows: singles,
+                table: 0,
+                one_table: false,
+                splits: plan::mla_splits(longest),
+            });
+        }
+        for (index, entry) in numbered().filter(|(_, entry)| !single(entry)) {
+            let run = Run {
+                first: self.rows(),
+                rows: entry.tokens.len(),
+                table: self.tables.len() / self.table_length,
+                one_table: true,
+                splits: plan::mla_splits(entry.end()),
+            };
+            last_rows[index] = self.push(entry);
+            self.runs.push(run);
+        }
+        self.wanted.clear();
+        self.wanted.extend(
+            numbered()
+                .filter(|(_, entry)| entry.wants_logits)
+                .map(|(index, _)| last_rows[index]),
+        );
+    }
+
+    /// Appends an entry's rows and table; its last row.
+    fn push(&mut self, entry: &BatchEntry) -> u32 {
+        for (offset, token) in entry.tokens.iter().enumerate() {
+            let position = entry.start + offset;
+            let block = entry.blocks[position / self.block_size].index();
+            self.tokens.push(token.0);
+            self.positions.push(position as i32);
+            self.lengths.push(position as i32 + 1);
+            self.cache_rows
+                .push((block * self.block_size + position % self.block_size) as i64);
+        }
+        // Blocks beyond the longest context are never looked at.
+        let used = entry.blocks.len().min(self.table_length);
+        self.tables
+            .extend(entry.blocks[..used].iter().map(|block| block.0 as i32));
+        let rest = self.table_length - used;
+        self.tables.extend(std::iter::repeat_n(0, rest));
+        self.rows() as u32 - 1
+    }
+
+    /// Whether every sequence goes on by one token and wants its logits.
+    pub fn is_decode(&self) -> bool {
+        match self.runs.as_slice() {
+            [run] => !run.one_table && self.wanted.len() == run.rows,
+            _ => false,
+        }
+    }
+
+    /// Rounds a decode step up to `rows` rows of `splits` parts: the added ones attend to nothing and are cached nowhere.
+    pub fn pad(&mut self, rows: usize, splits: usize) {
+        let added = rows - self.rows();
+        self.tokens.extend(std::iter::repeat_n(0, added));
+        self.positions.extend(std::iter::repeat_n(0, added));
+        self.lengths.extend(std::iter::repeat_n(0, added));
+        self.cache_rows.extend(std::iter::repeat_n(-1, added));
+        self.tables
+            .extend(std::iter::repeat_n(0, added * self.table_length));
+        self.wanted = (0..rows as u32).collect();
+        if let Some(run) = self.runs.first_mut() {
+            run.rows = rows;
+            run.splits = splits;
+        }
+    }
+
+    /// Queues the copies to the device.
+    pub fn upload(
+        &self,
+        arena: &Arena,
+        stream: &Stream,
+        inputs: &Inputs,
+    ) -> Result<(), DriverError> {
+        arena.write(stream, inputs.tokens, &self.tokens)?;
+        arena.write(stream, inputs.positions, &self.positions)?;
+        arena.write(stream, inputs.lengths, &self.lengths)?;
+        arena.write(stream, inputs.cache_rows, &self.cache_rows)?;
+        arena.write(stream, inputs.wanted, &self.wanted)?;
+        arena.write(stream, inputs.tables, &self.tables)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use engine_core::{BlockId, SequenceId, TokenId};
+
+    fn entry(tokens: &[u32], start: usize, blocks: &[u32], wants_logits: bool) -> BatchEntry {
+        BatchEntry {
+            sequence: SequenceId(0),
+            tokens: tokens.iter().map(|token| TokenId(*token)).collect(),
+            start,
+            blocks: blocks.iter().map(|block| BlockId(*block)).collect(),
+            wants_logits,
+        }
+    }
+
+    #[test]
+    fn decodes_come_first_and_logits_stay_in_batch_order() {
+        let mut step = Step::new(4, 3);
+        step.prepare(&Batch {
+            entries: vec![
+                entry(&[7, 8, 9], 3, &[5, 2], true),
+                entry(&[1], 8, &[0, 1, 3], true),
+                entry(&[4, 6], 0, &[4], false),
+            ],
+        });
+        assert_eq!(step.tokens, [1, 7, 8, 9, 4, 6]);
+        assert_eq!(step.positions, [8, 3, 4, 5, 0, 1]);
+        assert_eq!(step.lengths, [9, 4, 5, 6, 1, 2]);
+        assert_eq!(step.cache_rows, [12, 23, 8, 9, 16, 17]);
+        assert_eq!(step.wanted, [3, 0]);
+        assert_eq!(step.tables, [0, 1, 3, 5, 2, 0, 4, 0, 0]);
+        let runs: Vec<_> = step
+            .runs
+            .iter()
+            .map(|run| (run.first, run.rows, run.table, run.one_table))
+            .collect();
+        assert_eq!(runs, [(0, 1, 0, false), (1, 3, 1, true), (4, 2, 2, true)]);
+        assert!(!step.is_decode());
+    }
+
+    #[test]
+    fn a_padded_decode_step_writes_and_attends_to_nothing_more() {
+        let mut step = Step::new(4, 2);
+        step.prepare(&Batch {
+            entries: vec![
+                entry(&[1], 5, &[3, 1], true),
+                entry(&[2], 0, &[0], true),
+                entry(&[3], 1, &[2], true),
+            ],
+        });
+        assert!(step.is_decode());
+        step.pad(4, 2);
+        assert_eq!(step.tokens, [1, 2, 3, 0]);
+        assert_eq!(step.cache_rows, [5, 0, 9, -1]);
+        assert_eq!(step.lengths, [6, 1, 2, 0]);
+        assert_eq!(step.tables.len(), 8);
+        assert_eq!((step.runs[0].rows, step.runs[0].splits), (4, 2));
+    }
+}

@@ -1,0 +1,173 @@
+//! What the GPU holds beside weights and cache: the buffers that its backend cuts out of one allocation.
+//!
+//! Activations are bfloat16, what decides or sums (gate scores, attention parts, logits) is float32.
+
+use engine_spec::{AttentionConfig, ModelConfig, Parallelism};
+use serde::{Deserialize, Serialize};
+
+use crate::weights::ResidentDtype;
+use crate::workspace::attention;
+
+/// Positions that one part of a decoded context has (the kernels' fixed split).
+const SPLIT_TOKENS: u64 = 512;
+/// Room for the parts of attention: with more rows than fit, a step attends to them in turns.
+const PARTS_BYTES_MAX: u64 = 256 << 20;
+/// Columns that share a scale when activations are fp8.
+const QUANT_GROUP: u64 = 128;
+/// Rows of the smallest tile of the experts' product.
+const TILE_ROWS: u64 = 16;
+
+/// Bytes of each group of buffers of one GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceWorkspace {
+    /// Residual, normed input, attention output, MLP output: four of tokens x hidden.
+    pub hidden: u64,
+    /// Low-rank query, queries, latent queries, latent outputs, values, new cache rows.
+    pub attention: u64,
+    /// Parts of split contexts and their logarithms: all rows of a step, or at most 256 MiB, but no less than one row.
+    pub parts: u64,
+    /// Gate scores and choices, the sorted rows, and what the widest MLP or the chosen experts compute.
+    pub mlp: u64,
+    /// Activations in fp8 with their scales; none when weights are wider.
+    pub quantised: u64,
+    /// The rows that want logits, and the logits: one per sequence.
+    pub logits: u64,
+    /// Tokens, positions, lengths, slots, wanted rows, block tables.
+    pub inputs: u64,
+    /// Sine and cosine of every position.
+    pub rotary: u64,
+}
+
+/// Sizes that a step is bounded by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepBounds {
+    /// Positions of a sequence.
+    pub max_model_len: u32,
+    /// Sequences of a step.
+    pub max_num_seqs: u32,
+    /// Tokens of a step.
+    pub max_num_batched_tokens: u32,
+    /// Positions per block.
+    pub block_size: u32,
+}
+
+impl DeviceWorkspace {
+    /// Total size.
+    pub fn bytes(&self) -> u64 {
+        let Self {
+            hidden,
+            attention,
+            parts,
+            mlp,
+            quantised,
+            logits,
+            inputs,
+            rotary,
+        } = self;
+        hidden + attention + parts + mlp + quantised + logits + inputs + rotary
+    }
+}
+
+/// Buffers on the GPU for steps within `bounds`.
+pub fn device_workspace(
+    config: &ModelConfig,
+    dtype: ResidentDtype,
+    parallelism: Parallelism,
+    bounds: StepBounds,
+) -> DeviceWorkspace {
+    let tokens = u64::from(bounds.max_num_batched_tokens);
+    let sequences = u64::from(bounds.max_num_seqs);
+    let positions = u64::from(bounds.max_model_len);
+    let blocks = positions.div_ceil(u64::from(bounds.block_size));
+    let d = u64::from(config.hidden_size);
+    let heads = u64::from(config.attention.heads().div_ceil(parallelism.tensor));
+    // A part per split and head, and its logarithm; what goes into the output projection; the low-rank query.
+    let (part, values, rank) = match &config.attention {
+        AttentionConfig::Latent(a) => (
+            u64::from(a.kv_lora_rank) + 1,
+            heads * u64::from(a.v_head_dim),
+            u64::from(a.q_lora_rank.unwrap_or(0)),
+        ),
+        AttentionConfig::Grouped(a) => {
+            let width = u64::from(a.head_dim);
+            (width + 1, heads * width, 0)
+        }
+    };
+    let per_row = positions.div_ceil(SPLIT_TOKENS) * heads * part * 4;
+    let mlp = Inner::of(config, parallelism);
+    let quantised = match dtype {
+        ResidentDtype::Float8E4m3(_) => {
+            let widest = d.max(rank).max(values);
+            tokens * (widest + 4 * widest.div_ceil(QUANT_GROUP)) + tokens * mlp.scales * 4
+        }
+        ResidentDtype::Bfloat16 | ResidentDtype::Float32 => 0,
+    };
+    DeviceWorkspace {
+        hidden: 4 * tokens * d * 2,
+        attention: tokens * attention(&config.attention, parallelism.tensor) * 2,
+        parts: (tokens * per_row).min(PARTS_BYTES_MAX).max(per_row),
+        mlp: tokens * mlp.per_token + mlp.tables(tokens),
+        quantised,
+        logits: sequences * (u64::from(config.vocab_size) * 4 + d * 2),
+        inputs: tokens * (3 * 4 + 8) + sequences * 4 * (1 + blocks),
+        rotary: positions * u64::from(config.attention.rotated_width()) * 4,
+    }
+}
+
+/// Inner sizes of MLPs and experts.
+struct Inner {
+    /// Bytes of a token in the widest MLP or in all its experts.
+    per_token: u64,
+    /// Scales of a token's products in fp8.
+    scales: u64,
+    experts: u64,
+    top_k: u64,
+}
+
+impl Inner {
+    fn of(config: &ModelConfig, parallelism: Parallelism) -> Self {
+        let tp = u64::from(parallelism.tensor);
+        let d = u64::from(config.hidden_size);
+        let has_dense = config.moe_layers() < config.layers;
+        let dense = u64::from(has_dense) * u64::from(config.intermediate_size).div_ceil(tp);
+        let Some(moe) = &config.moe else {
+            return Self {
+                per_token: 3 * dense * 2,
+                scales: dense.div_ceil(QUANT_GROUP),
+                experts: 0,
+                top_k: 0,
+            };
+        };
+        let (experts, top_k) = (
+            u64::from(moe.routed_experts),
+            u64::from(moe.experts_per_token),
+        );
+        let routed = u64::from(moe.intermediate_size).div_ceil(tp);
+        let shared =
+            (u64::from(moe.intermediate_size) * u64::from(moe.shared_experts)).div_ceil(tp);
+        let shared_out = if moe.shared_experts > 0 { d } else { 0 };
+        // Gate and up, their product, the output; a dense layer or the shared expert uses the same rows in its turn.
+        let inner = 3 * (top_k * routed).max(dense).max(shared);
+        let per_token = (inner + top_k * d + shared_out) * 2;
+        // Scores; choice, weight, sorted row and its inverse for each chosen expert.
+        let tables = experts * 4 + top_k * 4 * 4;
+        Self {
+            per_token: per_token + tables,
+            scales: (top_k * routed.div_ceil(QUANT_GROUP))
+                .max(dense.div_ceil(QUANT_GROUP))
+                .max(shared.div_ceil(QUANT_GROUP)),
+            experts,
+            top_k,
+        }
+    }
+
+    /// First rows of experts, and the tiles of the experts' product.
+    fn tables(&self, tokens: u64) -> u64 {
+        if self.experts == 0 {
+            return 0;
+        }
+        let tiles = tokens * self.top_k / TILE_ROWS + self.experts;
+        (self.experts + 1) * 4 + tiles * 8
+    }
+}

@@ -1,0 +1,109 @@
+//! Which device serves a model, and why.
+//!
+//! A GPU that was asked for is never replaced by the processors: a fleet that was sized for GPUs would answer a hundred
+//! times slower and look healthy. Only `auto` falls back, and the log has one line that says why.
+
+use std::path::Path;
+
+use engine_cuda::{CudaExecutor, CudaLimits, Gpu, refusal};
+use engine_memory::{MemoryRequest, memory_plan};
+use engine_spec::{Device, EngineConfig, ModelConfig};
+
+use crate::cli::DeviceChoice;
+
+/// What there is to compute on.
+pub enum Found {
+    /// The processors, and why not a GPU.
+    Cpu(String),
+    /// A GPU.
+    Gpu(Gpu),
+}
+
+/// Looks for a GPU unless the processors were asked for.
+///
+/// # Errors
+/// One was asked for and there is none: why.
+pub fn find(choice: DeviceChoice, driver: Option<&Path>) -> Result<Found, String> {
+    if choice == DeviceChoice::Cpu {
+        return Ok(Found::Cpu("the device cpu was asked for".into()));
+    }
+    match Gpu::open(driver, 0) {
+        Ok(gpu) => Ok(Found::Gpu(gpu)),
+        Err(error) => fall_back(choice, error.to_string()),
+    }
+}
+
+/// Keeps a GPU that serves the model; says in the log what is used and why.
+///
+/// # Errors
+/// The GPU was asked for and does not serve the model: why.
+pub fn settle(
+    found: Found,
+    choice: DeviceChoice,
+    config: &EngineConfig,
+    model: &ModelConfig,
+) -> Result<Found, String> {
+    let settled = match found {
+        Found::Gpu(gpu) => match unserved(config, model) {
+            Some(why) => fall_back(choice, why)?,
+            None => Found::Gpu(gpu),
+        },
+        cpu @ Found::Cpu(_) => cpu,
+    };
+    match &settled {
+        Found::Cpu(reason) => tracing::info!(device = "cpu", reason, "device chosen"),
+        Found::Gpu(gpu) => {
+            let (major, minor) = gpu.capability();
+            let capability = format!("{major}.{minor}");
+            let reason = match choice {
+                DeviceChoice::Cuda => "a GPU was asked for",
+                DeviceChoice::Auto | DeviceChoice::Cpu => "it serves this model",
+            };
+            tracing::info!(
+                device = "cuda",
+                name = gpu.name(),
+                capability,
+                reason,
+                "device chosen"
+            );
+        }
+    }
+    Ok(settled)
+}
+
+fn fall_back(choice: DeviceChoice, why: String) -> Result<Found, String> {
+    match choice {
+        DeviceChoice::Cuda => Err(format!(
+            "device = nvidia, and no GPU serves this model: {why}. Mend that, or set device to cpu (--device cpu, or \
+             spec.accelerator.type: cpu)"
+        )),
+        DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Found::Cpu(why)),
+    }
+}
+
+/// Why the GPU backend does not serve a model, its memory aside.
+fn unserved(config: &EngineConfig, model: &ModelConfig) -> Option<String> {
+    let ranks = config.parallelism.ranks();
+    if ranks > 1 {
+        return Some(format!(
+            "parallelism asks for {ranks} devices, but this engine serves a replica on one GPU"
+        ));
+    }
+    let request = MemoryRequest {
+        device: Device::Nvidia,
+        ..MemoryRequest::from_engine_config(config, None)
+    };
+    let plan = match memory_plan(model, &request) {
+        Ok(plan) => plan,
+        Err(misfit) => return Some(misfit.to_string()),
+    };
+    let limits = CudaLimits::from_plan(
+        model,
+        &plan,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+    );
+    CudaExecutor::check(model, &limits)
+        .err()
+        .map(|reason| refusal(&reason))
+}

@@ -1,0 +1,330 @@
+//! The binary and its devices: what it says where there is no GPU, and what it answers on one (the emulated driver's).
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use kernels::emulation::{BuildError, Emulation};
+use serde_json::{Value, json};
+
+/// Longest a test waits; the emulator is slow and the machine may be busy.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn tiny() -> PathBuf {
+    root().join("e2e/models/tiny-r1")
+}
+
+/// The emulated driver, or none on a machine without a C++ compiler.
+fn driver() -> Option<PathBuf> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulation");
+    match Emulation::new(&folder).build() {
+        Ok(path) => Some(path),
+        Err(error @ (BuildError::NoCompiler | BuildError::WrongMachine)) => {
+            eprintln!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("the emulated driver does not build: {error}"),
+    }
+}
+
+fn engine(model: &Path, device: &str, driver: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
+    command
+        .args(["serve", "--host", "127.0.0.1", "--port", "0"])
+        .args(["--max-model-len", "256", "--max-num-seqs", "2"])
+        .args(["--max-num-batched-tokens", "64"])
+        .args(["--device", device, "--model"])
+        .arg(model)
+        .env("CACHALOT_CUDA_DRIVER", driver)
+        .env_remove("RUST_LOG")
+        .stderr(Stdio::piped());
+    command
+}
+
+/// Runs to its end: the exit code and everything it said.
+fn run(mut command: Command) -> (i32, String) {
+    let mut child = command
+        .args(["--failure-linger-seconds", "0"])
+        .spawn()
+        .unwrap();
+    let mut errors = child.stderr.take().unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        errors.read_to_string(&mut text).unwrap();
+        text
+    });
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    (status.code().unwrap_or(-1), reader.join().unwrap())
+}
+
+/// A running engine; ended when dropped.
+struct Engine {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+    seen: String,
+    address: String,
+}
+
+impl Engine {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.spawn().unwrap();
+        let errors = BufReader::new(child.stderr.take().unwrap());
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            for line in errors.lines().map_while(Result::ok) {
+                if sender.send(line).is_err() {
+                    return;
+                }
+            }
+        });
+        let mut engine = Self {
+            child,
+            lines,
+            seen: String::new(),
+            address: String::new(),
+        };
+        let line = engine.line("address=");
+        let address = line.split("address=").nth(1).unwrap();
+        engine.address = address.split_whitespace().next().unwrap().to_owned();
+        engine
+    }
+
+    /// The first line of the log that has `word`.
+    fn line(&mut self, word: &str) -> String {
+        let deadline = Instant::now() + PATIENCE;
+        while let Ok(line) = self
+            .lines
+            .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+        {
+            self.seen.push_str(&line);
+            self.seen.push('\n');
+            if line.contains(word) {
+                return line;
+            }
+        }
+        panic!("no line with \"{word}\" in:\n{}", self.seen);
+    }
+
+    fn request(&self, head: &str, body: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let length = body.len();
+        write!(
+            stream,
+            "{head} HTTP/1.1\r\nHost: engine\r\nConnection: close\r\nContent-Type: application/json\r\n\
+             Content-Length: {length}\r\n\r\n{body}"
+        )
+        .unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        let status = text.split_whitespace().nth(1).unwrap().parse().unwrap();
+        let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        (status, body.to_owned())
+    }
+
+    fn get(&self, path: &str) -> (u16, String) {
+        self.request(&format!("GET {path}"), "")
+    }
+
+    fn ask(&self, question: &str, max_tokens: u32) -> (u16, String) {
+        let body = json!({"model": "tiny-r1", "temperature": 0, "max_tokens": max_tokens,
+            "messages": [{"role": "user", "content": question}]});
+        self.request("POST /v1/chat/completions", &body.to_string())
+    }
+
+    fn wait_ready(&self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.get("/readyz").0 != 200 {
+            let (_, startup) = self.get("/startupz");
+            assert!(Instant::now() < deadline, "not ready: {startup}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // It may have ended already.
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+#[test]
+fn a_gpu_that_was_asked_for_and_is_not_there_is_an_error_and_no_cpu() {
+    let (code, text) = run(engine(&tiny(), "cuda", Path::new("/nowhere/libcuda.so.1")));
+    assert_eq!(code, 1, "{text}");
+    assert!(
+        text.contains(
+            "error: DeviceUnavailable: device = nvidia, and no GPU serves this model: no CUDA driver: cannot load \
+             /nowhere/libcuda.so.1. Mend that, or set device to cpu"
+        ),
+        "{text}"
+    );
+    assert!(!text.contains("device chosen"), "{text}");
+}
+
+/// As the operator configures a pod: the file says nvidia, no flag says anything.
+#[test]
+fn a_gpu_that_the_file_asks_for_is_not_replaced_either() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("engine.json");
+    let config = json!({"apiVersion": "engine.cachalot.dev/v1", "device": "nvidia", "host": "127.0.0.1", "port": 0,
+        "model": {"source": tiny()}});
+    std::fs::write(&file, config.to_string()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_engine"));
+    command
+        .args(["serve", "--config"])
+        .arg(&file)
+        .env("CACHALOT_CUDA_DRIVER", "/nowhere/libcuda.so.1")
+        .stderr(Stdio::piped());
+    let (code, text) = run(command);
+    assert_eq!(code, 1, "{text}");
+    assert!(
+        text.contains("error: DeviceUnavailable: device = nvidia"),
+        "{text}"
+    );
+}
+
+#[test]
+fn every_kind_of_unusable_gpu_is_named() {
+    let Some(driver) = driver() else { return };
+    for (name, value, why) in [
+        (
+            "VERSION",
+            "12080",
+            "the CUDA driver is 12.8, but the kernels need 13.0",
+        ),
+        (
+            "DEVICES",
+            "0",
+            "cuInit failed with CUDA_ERROR_NO_DEVICE (100)",
+        ),
+        (
+            "CAPABILITY",
+            "75",
+            "CPU emulation of CUDA has compute capability 7.5, but the kernels need 8.0 or later",
+        ),
+        (
+            "IMAGES",
+            "0",
+            "cuModuleLoadData failed with CUDA_ERROR_NO_BINARY_FOR_GPU (209)",
+        ),
+    ] {
+        let mut command = engine(&tiny(), "cuda", &driver);
+        command.env(format!("CACHALOT_EMULATION_{name}"), value);
+        let (code, text) = run(command);
+        assert_eq!(code, 1, "{text}");
+        assert!(text.contains(why), "{name}: {text}");
+    }
+}
+
+#[test]
+fn too_little_device_memory_is_refused_with_the_settings_that_fit() {
+    let Some(driver) = driver() else { return };
+    let mut command = engine(&tiny(), "auto", &driver);
+    // One GiB of it is the runtime's.
+    command.env("CACHALOT_EMULATION_MEMORY", (1_028 << 20).to_string());
+    let (code, text) = run(command);
+    assert_eq!(code, 1, "{text}");
+    assert!(
+        text.contains("DoesNotFit: needs 1.0 GiB per device (weights 3.6 MiB"),
+        "{text}"
+    );
+    assert!(text.contains("it would fit with"), "{text}");
+}
+
+#[test]
+fn a_model_without_kernels_is_served_by_the_cpu_only_when_any_device_will_do() {
+    let Some(driver) = driver() else { return };
+    let model = root().join("engine/cpu/tests/golden/v3-groups");
+    let (_, text) = run(engine(&model, "cuda", &driver));
+    let why = "no CUDA kernel takes this model: rms_norm: width is 28";
+    assert!(
+        text.contains("error: DeviceUnavailable:") && text.contains(why),
+        "{text}"
+    );
+    // This model has no tokenizer, so that it goes no further than the choice.
+    let (_, text) = run(engine(&model, "auto", &driver));
+    assert!(
+        text.contains("device chosen device=\"cpu\" reason="),
+        "{text}"
+    );
+    assert!(text.contains(why), "{text}");
+}
+
+#[test]
+fn auto_without_a_driver_serves_on_the_cpu_and_says_why() {
+    let command = engine(&tiny(), "auto", Path::new("/nowhere/libcuda.so.1"));
+    let mut engine = Engine::start(command);
+    let line = engine.line("device chosen");
+    assert!(line.contains("device=\"cpu\""), "{line}");
+    assert!(
+        line.contains("no CUDA driver: cannot load /nowhere/libcuda.so.1"),
+        "{line}"
+    );
+    engine.wait_ready();
+}
+
+#[test]
+fn both_devices_answer_the_quick_starts_question_alike() {
+    let Some(driver) = driver() else { return };
+    let mut answers = Vec::new();
+    for device in ["auto", "cpu"] {
+        let mut engine = Engine::start(engine(&tiny(), device, &driver));
+        let line = engine.line("device chosen");
+        let expected = if device == "auto" {
+            "device=\"cuda\""
+        } else {
+            "device=\"cpu\""
+        };
+        assert!(line.contains(expected), "{line}");
+        engine.wait_ready();
+        let (status, body) = engine.ask("What is 123 + 456?", 120);
+        assert_eq!(status, 200, "{body}");
+        let answer: Value = serde_json::from_str(&body).unwrap();
+        answers.push(answer["choices"].clone());
+    }
+    assert_eq!(answers[0], answers[1]);
+    let content = answers[0][0]["message"]["content"].as_str().unwrap();
+    assert!(content.contains("579"), "{content}");
+}
+
+#[test]
+fn a_kernel_that_faults_makes_the_engine_unhealthy_with_the_cuda_error() {
+    let Some(driver) = driver() else { return };
+    let mut command = engine(&tiny(), "cuda", &driver);
+    // Past the canary, in the middle of the first answer.
+    command
+        .env("CACHALOT_EMULATION_FAULT_AFTER", "2000")
+        .args(["--failure-linger-seconds", "3"]);
+    let mut engine = Engine::start(command);
+    engine.line("device chosen");
+    engine.wait_ready();
+    assert_eq!(engine.get("/livez").0, 200);
+    let (status, body) = engine.ask("What is 123 + 456?", 120);
+    assert_ne!(status, 200, "{body}");
+    let (status, body) = engine.get("/livez");
+    assert_eq!(status, 503, "{body}");
+    assert!(body.contains("CUDA_ERROR_ILLEGAL_ADDRESS (700)"), "{body}");
+    let code = engine.child.wait().unwrap().code();
+    assert_eq!(code, Some(1));
+}
