@@ -187,7 +187,7 @@ class OpenAIPython(unittest.TestCase):
         self.assertEqual(streamed.function.arguments, call.function.arguments)
         # The call and its result go back; the model only has to answer something.
         after = self.client.chat.completions.create(
-            model="tiny-r1", max_tokens=5,
+            model="tiny-r1", temperature=0, max_tokens=5, extra_body={"ignore_eos": True},
             messages=[
                 {"role": "user", "content": "Paint."},
                 {"role": "assistant", "content": None, "tool_calls": [call.model_dump(exclude={"function": {"parsed_arguments"}})]},

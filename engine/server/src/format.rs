@@ -1,6 +1,6 @@
 //! What the answer must be: OpenAI's `response_format`, vLLM's `structured_outputs`, and calls that are forced.
 
-use engine_text::{AnswerRule, CallRule, ContentRule, GRAMMAR_BYTES_MAX};
+use engine_text::{AnswerRule, CallRule, CallableFunction, ContentRule, GRAMMAR_BYTES_MAX};
 use serde_json::Value;
 
 use crate::error::ApiError;
@@ -63,11 +63,10 @@ pub fn answer_rule(format: Option<Format>, tools: &Tools) -> Option<(AnswerRule,
     let functions = |chosen: &dyn Fn(&str) -> bool| {
         let tools = tools.declared.iter().filter(|tool| chosen(name_of(tool)));
         tools
-            .map(|tool| {
-                (
-                    name_of(tool).to_owned(),
-                    tool["function"]["parameters"].clone(),
-                )
+            .map(|tool| CallableFunction {
+                name: name_of(tool).to_owned(),
+                schema: tool["function"]["parameters"].clone(),
+                strict: tool["function"]["strict"] == true,
             })
             .collect()
     };

@@ -53,11 +53,22 @@ pub enum ContentRule {
     Lark(String),
 }
 
+/// A function that may be called.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CallableFunction {
+    /// Its name.
+    pub name: String,
+    /// Schema of its arguments.
+    pub schema: Value,
+    /// Refuse what cannot be enforced.
+    pub strict: bool,
+}
+
 /// Calls that an answer must consist of.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CallRule {
-    /// Names and schemas of the arguments.
-    pub functions: Vec<(String, Value)>,
+    /// Which ones.
+    pub functions: Vec<CallableFunction>,
     /// More than one may be called.
     pub many: bool,
 }
@@ -308,12 +319,12 @@ fn write_calls(calls: &CallRule, format: ToolFormat, rules: &mut String) {
         .map(|index| format!("call_{index}"))
         .collect();
     rules.push_str(&names.join(" | "));
-    for (index, (name, schema)) in calls.functions.iter().enumerate() {
-        let (head, tail) = format.frame(name);
+    for (index, function) in calls.functions.iter().enumerate() {
+        let (head, tail) = format.frame(&function.name);
         rules.push_str(&format!(
             "\ncall_{index}: {}%json {} {}",
             literal(&head),
-            bounded(schema, false),
+            bounded(&function.schema, function.strict),
             literal(&tail)
         ));
     }

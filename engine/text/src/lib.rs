@@ -24,8 +24,8 @@ pub use bytes::TokenBytes;
 pub use detokenizer::Detokenizer;
 pub use generation::GenerationDefaults;
 pub use grammar::{
-    Allowed, AnswerRule, CallRule, ContentRule, GRAMMAR_BYTES_MAX, Grammar, GrammarError,
-    GrammarState,
+    Allowed, AnswerRule, CallRule, CallableFunction, ContentRule, GRAMMAR_BYTES_MAX, Grammar,
+    GrammarError, GrammarState,
 };
 pub use output::{Delta, OutputParser};
 pub use reasoning::{REASONING_END, REASONING_START, ReasoningParser};

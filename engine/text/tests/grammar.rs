@@ -6,8 +6,8 @@ mod bytes_tokenizer;
 
 use bytes_tokenizer::{VOCABULARY, files, id};
 use engine_text::{
-    Allowed, AnswerRule, CallRule, ContentRule, Grammar, GrammarError, Text, ToolCallParser,
-    ToolFormat,
+    Allowed, AnswerRule, CallRule, CallableFunction, ContentRule, Grammar, GrammarError, Text,
+    ToolCallParser, ToolFormat,
 };
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -28,6 +28,14 @@ fn schema(schema: Value) -> AnswerRule {
         schema,
         strict: true,
     })
+}
+
+fn function(name: &str, schema: &Value) -> CallableFunction {
+    CallableFunction {
+        name: name.to_owned(),
+        schema: schema.clone(),
+        strict: true,
+    }
 }
 
 fn mix(mut x: u64) -> u64 {
@@ -143,10 +151,7 @@ fn forced_calls_are_read_by_the_parser_of_the_same_format() {
     let rule = |many| AnswerRule {
         content: None,
         calls: Some(CallRule {
-            functions: vec![
-                ("add".into(), arguments.clone()),
-                ("sub".into(), arguments.clone()),
-            ],
+            functions: vec![function("add", &arguments), function("sub", &arguments)],
             many,
         }),
     };
@@ -217,7 +222,7 @@ fn rules_that_cannot_be_enforced_are_refused_in_words() {
     let none = AnswerRule {
         content: None,
         calls: Some(CallRule {
-            functions: vec![("f".into(), json!({}))],
+            functions: vec![function("f", &json!({}))],
             many: false,
         }),
     };
@@ -268,8 +273,11 @@ fn is_valid(value: &Value, schema: &Value) -> bool {
     }
     match (schema["type"].as_str().unwrap(), value) {
         ("boolean", Value::Bool(_)) | ("null", Value::Null) => true,
-        ("integer", Value::Number(number)) => number.as_i64().is_some_and(|n| {
-            n >= schema["minimum"].as_i64().unwrap() && n <= schema["maximum"].as_i64().unwrap()
+        // A number without a fraction is an integer, `-0` too.
+        ("integer", Value::Number(number)) => number.as_f64().is_some_and(|n| {
+            n.fract() == 0.0
+                && n >= schema["minimum"].as_f64().unwrap()
+                && n <= schema["maximum"].as_f64().unwrap()
         }),
         ("string", Value::String(text)) => within(text.chars().count(), "minLength", "maxLength"),
         ("array", Value::Array(items)) => {

@@ -76,6 +76,13 @@ impl fmt::Display for Revision {
     }
 }
 
+/// JSON with its keys in order. Without this a hash would depend on whether the operator was built together with a crate
+/// that lets serde_json keep the order of insertion, and another build would replace every pod.
+pub fn canonical(mut value: serde_json::Value) -> String {
+    value.sort_all_objects();
+    value.to_string()
+}
+
 /// The first eight hexadecimal digits of SHA-256.
 pub fn short_hash(text: &str) -> String {
     hex(&Sha256::digest(text.as_bytes())[..4])

@@ -26,7 +26,7 @@ pub fn revision(valid: &ValidDeployment, layout: &Layout, settings: &Settings) -
     let unknown = Revision::of("");
     let pod = engine_pod(valid, layout, settings, &unknown, &slot);
     let template = (&valid.template.labels, &valid.template.annotations);
-    let text = serde_json::json!([layout.engine, pod.spec, template]).to_string();
+    let text = names::canonical(serde_json::json!([layout.engine, pod.spec, template]));
     Revision::of(&text)
 }
 

@@ -244,7 +244,8 @@ pub fn inspect_pod(valid: &ValidDeployment, settings: &Settings, hash: &str, att
 
 /// Hash of all that an inspection depends on; a failed one is tried again at once when it changes.
 pub fn inspect_inputs(valid: &ValidDeployment, settings: &Settings) -> String {
-    names::short_hash(&serde_json::json!(inspect_spec(valid, settings)).to_string())
+    let text = names::canonical(serde_json::json!(inspect_spec(valid, settings)));
+    names::short_hash(&text)
 }
 
 fn inspect_spec(valid: &ValidDeployment, settings: &Settings) -> PodSpec {
