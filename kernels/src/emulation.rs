@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use thiserror::Error;
 
@@ -99,6 +101,11 @@ impl Emulation {
             return Err(BuildError::WrongMachine);
         }
         let compiler = compiler().ok_or(BuildError::NoCompiler)?;
+        // Tests of one process ask for the unchanged library at once: the first builds it, the others find it.
+        let _building = self.replaced.is_empty().then(|| {
+            static UNCHANGED: Mutex<()> = Mutex::new(());
+            UNCHANGED.lock().unwrap_or_else(PoisonError::into_inner)
+        });
         create(&self.out)?;
         let shared = self.shared_text()?;
         let mut objects = Vec::new();
@@ -147,7 +154,7 @@ impl Emulation {
         let library = folder.join("libcuda.so.1");
         if !library.exists() {
             create(&folder)?;
-            let temporary = folder.join(format!("libcuda.{}", std::process::id()));
+            let temporary = folder.join(format!("libcuda.{}", unique()));
             let mut command = Command::new(&compiler);
             command
                 .args(["-shared", "-pthread", "-Wl,-soname,libcuda.so.1"])
@@ -277,7 +284,7 @@ fn compiler() -> Option<String> {
 }
 
 fn compile(compiler: &str, source: &Path, object: &Path) -> Result<(), BuildError> {
-    let temporary = object.with_extension(format!("{}.tmp", std::process::id()));
+    let temporary = object.with_extension(format!("{}.tmp", unique()));
     let mut command = Command::new(compiler);
     command
         .args(FLAGS)
@@ -287,6 +294,13 @@ fn compile(compiler: &str, source: &Path, object: &Path) -> Result<(), BuildErro
         .arg(source);
     finish(command, source)?;
     std::fs::rename(&temporary, object).map_err(|source| file(object, source))
+}
+
+/// A name that no other build on this machine uses now.
+fn unique() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("{}-{count}", std::process::id())
 }
 
 fn finish(mut command: Command, path: &Path) -> Result<(), BuildError> {
