@@ -225,6 +225,7 @@ impl Shared {
         deployment: Arc<ModelDeployment>,
     ) -> Result<(bool, Option<Duration>), Error> {
         let this = &self.controller;
+        this.applier.settle(key).await?;
         let model_config = match &deployment.spec.model.config_map_ref {
             None => None,
             Some(reference) => {
@@ -335,7 +336,7 @@ fn same(
 }
 
 fn waits_for_room(status: &operator_api::ModelDeploymentStatus) -> bool {
-    let waiting: BTreeSet<&str> = ["NoNodeFits", "MemoryDoesNotFit"].into();
+    let waiting: BTreeSet<&str> = ["NoNodeFits", "MemoryDoesNotFit", "GpuQuotaExceeded"].into();
     status
         .conditions
         .iter()

@@ -117,6 +117,8 @@ closed! {
         MemoryDoesNotFit,
         /// No node can take another replica now; the message says why for each group of nodes.
         NoNodeFits,
+        /// A ResourceQuota of the namespace allows no further GPUs.
+        GpuQuotaExceeded,
         /// The plan needs something this version does not serve yet.
         NotServedYet,
         /// An object that the deployment needs exists already and belongs to someone else.
@@ -151,6 +153,8 @@ closed! {
         ReplicasFailing,
         /// A node with replicas does not answer.
         NodeLost,
+        /// The GPUs of a node with replicas are reported at fault.
+        GpuFault,
 
         // ScalingActive
         /// `spec.replicas` fixes the number.

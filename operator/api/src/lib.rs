@@ -15,9 +15,9 @@ pub use condition::{ConditionStatus, ConditionType, Reason};
 pub use crd::crd;
 pub use quantity::Quantity;
 pub use spec::{
-    Accelerator, AcceleratorType, Autoscaling, AutoscalingTargets, ConfigMapReference, Context,
-    Model, ModelDeployment, ModelDeploymentSpec, Parallelism, Placement, Precision, Rollout,
-    SecretReference, Stabilization, Topology,
+    Accelerator, AcceleratorType, Autoscaling, AutoscalingTargets, Binding, ConfigMapReference,
+    Context, Model, ModelDeployment, ModelDeploymentSpec, Parallelism, Placement, Precision,
+    Rollout, SecretReference, Stabilization, Topology,
 };
 pub use status::{
     AutoscalingStatus, LoadProgress, ModelDeploymentStatus, PendingScale, Performance, Phase,

@@ -354,6 +354,8 @@ pub struct Rollout {
 /// Which nodes may be used.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!(has(self.binding) && self.binding == 'direct' && has(self.priorityClassName))")
+    .message("placement.binding direct passes kube-scheduler by, so placement.priorityClassName would have no effect; remove one of them"))]
 pub struct Placement {
     /// Labels a node must carry.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -373,6 +375,22 @@ pub struct Placement {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub priority_class_name: Option<String>,
+
+    /// Who binds pods to nodes: `scheduler` or `direct`. Defaults to `scheduler`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub binding: Option<Binding>,
+}
+
+/// Who binds pods to nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Binding {
+    /// kube-scheduler, among the nodes of the plan: everything else in the cluster is respected.
+    #[default]
+    Scheduler,
+    /// The operator, by writing the node into the pod: faster, for pools that belong to cachalot
+    /// alone. Priorities, preemption and other schedulers do not count then.
+    Direct,
 }
 
 /// How replicas are spread.

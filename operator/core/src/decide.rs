@@ -65,6 +65,21 @@ fn decide(snapshot: &Snapshot, settings: &Settings) -> Plan {
     decided.plan(settings)
 }
 
+/// The revision and layout that a plan made from `snapshot` uses; none while the spec is not valid
+/// or the model's facts are not known.
+pub(crate) fn chosen(
+    snapshot: &Snapshot,
+    settings: &Settings,
+) -> Option<Result<(ValidDeployment, Revision, Layout), NoLayout>> {
+    let replicas = replicas::observe(snapshot);
+    let valid = validate(&snapshot.deployment).ok()?;
+    let Facts::Known(facts) = inspect::inspect(&valid, snapshot, settings).facts else {
+        return None;
+    };
+    let choice = Decided::new(snapshot, &replicas, &valid).choose(&facts, settings);
+    Some(choice.map(|(revision, layout)| (valid, revision, layout)))
+}
+
 /// The plan when nothing may be decided: status and events only.
 fn blocked(snapshot: &Snapshot, replicas: &[Replica<'_>], verdict: Verdict) -> Plan {
     let stored = snapshot.deployment.status.as_ref();
@@ -353,6 +368,15 @@ impl<'a> Decided<'a> {
         let words = fit::layout_words(layout);
         if moves.unplaced == 0 {
             return Verdict::yes(Reason::FitFound, words);
+        }
+        if let Some(quota) = &moves.over_quota {
+            return Verdict::no(
+                Reason::GpuQuotaExceeded,
+                format!(
+                    "{} of {} replicas may not be made. {quota}. The plan is {words}",
+                    moves.unplaced, self.wanted
+                ),
+            );
         }
         let why_not = placement::grouped(moves.why_not.iter().cloned());
         let is_rolling = self.replicas.iter().any(|replica| {

@@ -107,16 +107,28 @@ fn from_config_map(name: &str, snapshot: &Snapshot) -> Facts {
     let Some(text) = config_map.data.get(names::CONFIG_JSON) else {
         return missing("the config map has no such key");
     };
-    match ModelConfig::from_hf_json(text) {
-        Ok(config) => {
-            let digest = format!("sha256:{}", names::long_hash(text));
-            Facts::Known(Box::new(ModelFacts::from_config(config, digest)))
-        }
+    match facts_of_config(text) {
+        Ok(facts) => Facts::Known(Box::new(facts)),
         Err(error) => Facts::Failed {
             reason: Reason::ModelConfigInvalid,
             message: format!("config map {name}, key {}: {error}", names::CONFIG_JSON),
         },
     }
+}
+
+/// What a model's published config says about it, without a look at its weights.
+///
+/// # Errors
+/// In words, naming the field.
+pub fn facts_of_config(text: &str) -> Result<ModelFacts, String> {
+    let config = ModelConfig::from_hf_json(text).map_err(|error| error.to_string())?;
+    let digest = format!("sha256:{}", names::long_hash(text));
+    Ok(ModelFacts::from_config(config, digest))
+}
+
+/// What an inspection that found these facts leaves in its termination message.
+pub fn report_of(facts: ModelFacts) -> String {
+    InspectReport::Facts(Box::new(facts)).to_message()
 }
 
 fn from_inspection(
@@ -204,7 +216,8 @@ fn ended(
             return Inspection {
                 facts: Facts::Known(facts),
                 actions: vec![Action::Apply(Object::ConfigMap(Box::new(config_map)))],
-                wake_after: None,
+                // Nothing else need happen before the pod that is done with is removed.
+                wake_after: Some(Duration::from_secs(1)),
             };
         }
         Ok(InspectReport::Error(error)) => (

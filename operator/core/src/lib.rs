@@ -6,13 +6,17 @@
 
 pub mod check;
 mod decide;
+pub mod explain;
 pub mod fit;
+pub mod health;
 pub mod inspect;
+pub mod inventory;
 pub mod names;
 pub mod objects;
 pub mod placement;
 pub mod plan;
 pub mod replicas;
+pub mod report;
 pub mod resources;
 pub mod scaling;
 pub mod sim;
@@ -23,10 +27,12 @@ pub mod validate;
 
 pub use check::{Flaw, check};
 pub use decide::plan;
+pub use explain::{Explanation, explain};
+pub use inventory::Inventory;
 pub use plan::{Action, Event, EventKind, Kind, Object, Plan, Settings};
 pub use resources::Resources;
 pub use snapshot::{
     Claim, Cluster, ConfigMapView, ContainerView, Demand, LoadSample, NodeView, PodPhase,
-    PodSamples, PodView, Scheduled, Snapshot, Taint, TaintEffect, Terminated,
+    PodSamples, PodView, QuotaView, Scheduled, Snapshot, Taint, TaintEffect, Terminated,
 };
 pub use validate::{ValidDeployment, Violation, Violations, validate};

@@ -34,6 +34,8 @@ pub const ATTEMPT: &str = "cachalot.dev/attempt";
 pub const FAILURES: &str = "cachalot.dev/failures";
 /// Annotation: nodes the pod was planned for, in order of preference, comma separated.
 pub const PLANNED_NODES: &str = "cachalot.dev/planned-nodes";
+/// Annotation: nodes whose kubelet refused the pods before this one, comma separated.
+pub const REFUSED_NODES: &str = "cachalot.dev/refused-nodes";
 /// Annotation: hash of all that an inspection pod depends on.
 pub const INSPECT_INPUTS: &str = "cachalot.dev/inspect-inputs";
 /// Annotation: since when a pod finishes its requests before it leaves.

@@ -4,7 +4,7 @@
 //! that are not bound yet included. A replica is offered several nodes, best first, so that a
 //! choice made on slightly old news is not wrong at once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use k8s_openapi::api::core::v1::Toleration;
@@ -105,6 +105,53 @@ impl WhyNot {
     }
 }
 
+impl WhyNot {
+    /// What would make the node fit, for people.
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::NotReady => "bring its kubelet back, or delete the node".into(),
+            Self::Cordoned => "kubectl uncordon it".into(),
+            Self::Selector(label) => {
+                format!("label it {label}, or take that out of spec.placement.nodeSelector")
+            }
+            Self::Tainted(taint) => {
+                format!("add {taint} to spec.placement.tolerations, or remove the taint")
+            }
+            Self::Faulty(_) => {
+                "repair it; it is used again when the fault is no longer reported".into()
+            }
+            Self::NoGpu => "none: the plan is for GPUs".into(),
+            Self::SharedGpu => "offer whole GPUs: no time-slicing, no MPS, no MIG".into(),
+            Self::OldGpu(_) => "none: bfloat16 needs newer GPUs".into(),
+            Self::OtherProduct(product) => {
+                format!("name {product} first in spec.accelerator.products to plan for it instead")
+            }
+            Self::GpuMemory { needs, .. } => format!(
+                "GPUs that can give {} each, more of them per replica (spec.parallelism.tensor), or a smaller spec.context",
+                human_bytes(*needs)
+            ),
+            Self::FewGpus { needs, .. } => format!("a node with {needs} GPUs"),
+            Self::GpusTaken { needs, has } => {
+                format!(
+                    "free {} more GPUs on one of them",
+                    needs.saturating_sub(*has)
+                )
+            }
+            Self::Memory { needs, has } => format!(
+                "free {} more memory on one of them",
+                human_bytes(needs.saturating_sub(*has))
+            ),
+            Self::Cpu { needs, has } => {
+                format!(
+                    "free {}m more CPU on one of them",
+                    needs.saturating_sub(*has)
+                )
+            }
+            Self::Pods => "fewer pods on it, or a higher maxPods of its kubelet".into(),
+        }
+    }
+}
+
 impl fmt::Display for WhyNot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -147,27 +194,51 @@ impl fmt::Display for WhyNot {
     }
 }
 
-/// Reasons of all nodes, grouped: "3 nodes: …; 1 node: …", most nodes first.
-pub fn grouped(reasons: impl IntoIterator<Item = WhyNot>) -> String {
-    let mut groups: BTreeMap<WhyNot, (u64, usize)> = BTreeMap::new();
-    for reason in reasons {
+/// Nodes that cannot take a replica for the same reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// The reason, with the largest amount that one of them has.
+    pub why_not: WhyNot,
+    /// How many nodes.
+    pub count: usize,
+    /// Their names, in order.
+    pub nodes: Vec<String>,
+}
+
+/// Reasons of nodes, grouped, most nodes first.
+pub fn groups<'a>(reasons: impl IntoIterator<Item = (&'a str, WhyNot)>) -> Vec<Group> {
+    let mut groups: BTreeMap<WhyNot, (u64, Vec<String>)> = BTreeMap::new();
+    for (node, reason) in reasons {
         let (amount, same) = reason.split();
-        let (most, count) = groups.entry(same).or_default();
+        let (most, nodes) = groups.entry(same).or_default();
         *most = amount.max(*most);
-        *count += 1;
+        nodes.push(node.to_owned());
     }
-    let mut lines: Vec<(usize, String)> = groups
+    let mut groups: Vec<Group> = groups
         .into_iter()
-        .map(|(reason, (most, count))| {
-            let nodes = if count == 1 { "node" } else { "nodes" };
-            (count, format!("{count} {nodes}: {}", reason.with(most)))
+        .map(|(reason, (most, nodes))| Group {
+            why_not: reason.with(most),
+            count: nodes.len(),
+            nodes,
         })
         .collect();
-    if lines.is_empty() {
+    groups.sort_by_key(|group| std::cmp::Reverse(group.count));
+    groups
+}
+
+/// Reasons of all nodes, grouped: "3 nodes: …; 1 node: …", most nodes first.
+pub fn grouped(reasons: impl IntoIterator<Item = WhyNot>) -> String {
+    let groups = groups(reasons.into_iter().map(|reason| ("", reason)));
+    if groups.is_empty() {
         return "the cluster has no nodes".into();
     }
-    lines.sort_by_key(|(count, _)| std::cmp::Reverse(*count));
-    let lines: Vec<String> = lines.into_iter().map(|(_, line)| line).collect();
+    let lines: Vec<String> = groups
+        .into_iter()
+        .map(|Group { why_not, count, .. }| {
+            let nodes = if count == 1 { "node" } else { "nodes" };
+            format!("{count} {nodes}: {why_not}")
+        })
+        .collect();
     lines.join("; ")
 }
 
@@ -343,52 +414,148 @@ pub fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
 /// # Errors
 /// When none can: why not, for each node.
 pub fn offer(wish: &Wish<'_>, room: &Room<'_>) -> Result<Vec<String>, Vec<WhyNot>> {
-    let mut fitting = Vec::new();
-    let mut reasons = Vec::new();
-    for node in room.nodes() {
+    Offers::new(wish, room).best(&[])
+}
+
+/// Nodes on offer to replicas that are alike, kept in order while replicas take them, so that a
+/// thousand replicas do not each look at every node.
+#[derive(Clone, Debug)]
+pub struct Offers {
+    /// Nodes that fit, in order, by value of the label that replicas are spread over; all under
+    /// one value when they are not spread.
+    fitting: BTreeMap<String, BTreeSet<Rank>>,
+    /// Replicas of this deployment by that value.
+    counts: BTreeMap<String, usize>,
+    /// Why not, for the others.
+    why_not: BTreeMap<String, WhyNot>,
+}
+
+impl Offers {
+    /// The offers that a snapshot shows.
+    pub fn new(wish: &Wish<'_>, room: &Room<'_>) -> Self {
+        let mut offers = Self {
+            fitting: BTreeMap::new(),
+            counts: BTreeMap::new(),
+            why_not: BTreeMap::new(),
+        };
+        for node in room.nodes() {
+            if wish.placement.spread_by.is_some()
+                && let Some(own) = wish.own.get(&node.name)
+            {
+                *offers.counts.entry(domain(node, wish)).or_default() += own;
+            }
+            offers.put(node, wish, room);
+        }
+        offers
+    }
+
+    fn put(&mut self, node: &NodeView, wish: &Wish<'_>, room: &Room<'_>) {
         match why_not(node, wish, room) {
-            None => fitting.push(node),
-            Some(reason) => reasons.push(reason),
+            None => {
+                let ranks = self.fitting.entry(domain(node, wish)).or_default();
+                ranks.insert(rank(node, wish, room));
+            }
+            Some(reason) => {
+                self.why_not.insert(node.name.clone(), reason);
+            }
         }
     }
-    if fitting.is_empty() {
-        return Err(reasons);
-    }
-    let domains = wish
-        .placement
-        .spread_by
-        .as_deref()
-        .map(|key| domains(key, wish, room));
-    fitting.sort_by_cached_key(|node| order(node, wish, room, domains.as_ref()));
-    fitting.truncate(OFFERED_NODES_MAX);
-    Ok(fitting.into_iter().map(|node| node.name.clone()).collect())
-}
 
-/// Replicas of this deployment by value of the label that replicas are spread over.
-fn domains(key: &str, wish: &Wish<'_>, room: &Room<'_>) -> (String, BTreeMap<String, usize>) {
-    let mut counts = BTreeMap::new();
-    for node in room.nodes() {
-        if let Some(own) = wish.own.get(&node.name) {
-            *counts.entry(node.label(key).to_owned()).or_default() += own;
+    /// Nodes for the next replica, best first; those in `refused` come last.
+    ///
+    /// # Errors
+    /// When there is none: why not, for each node.
+    pub fn best(&self, refused: &[String]) -> Result<Vec<String>, Vec<WhyNot>> {
+        let mut domains: Vec<(usize, &BTreeSet<Rank>)> = self
+            .fitting
+            .iter()
+            .map(|(domain, ranks)| (self.counts.get(domain).copied().unwrap_or(0), ranks))
+            .collect();
+        domains.sort_by_key(|(count, _)| *count);
+        let (mut best, mut last) = (Vec::new(), Vec::new());
+        for alike in domains.chunk_by(|(left, _), (right, _)| left == right) {
+            // No more of each can be among the best than are offered in all.
+            let reach = OFFERED_NODES_MAX + refused.len();
+            let mut ranks: Vec<&Rank> = alike
+                .iter()
+                .flat_map(|(_, ranks)| ranks.iter().take(reach))
+                .collect();
+            ranks.sort();
+            for rank in ranks {
+                if refused.contains(&rank.name) {
+                    &mut last
+                } else {
+                    &mut best
+                }
+                .push(rank.name.clone());
+            }
+            if best.len() >= OFFERED_NODES_MAX {
+                break;
+            }
         }
+        best.append(&mut last);
+        best.truncate(OFFERED_NODES_MAX);
+        if best.is_empty() {
+            return Err(self.why_not.values().cloned().collect());
+        }
+        Ok(best)
     }
-    (key.to_owned(), counts)
+
+    /// A replica takes a node: `before` is the room without it, `wish` and `room` are with it.
+    pub fn take(&mut self, name: &str, before: &Rank, wish: &Wish<'_>, room: &Room<'_>) {
+        let Some(node) = room.cluster.nodes.get(name) else {
+            return;
+        };
+        let domain = domain(node, wish);
+        if let Some(ranks) = self.fitting.get_mut(&domain) {
+            ranks.remove(before);
+            if ranks.is_empty() {
+                self.fitting.remove(&domain);
+            }
+        }
+        if wish.placement.spread_by.is_some() {
+            *self.counts.entry(domain).or_default() += 1;
+        }
+        self.put(node, wish, room);
+    }
 }
 
-/// Sort key: even spread first, then nodes without recent failures and without taints to avoid;
-/// GPU replicas are packed so that whole nodes stay free, CPU replicas go where most is free and
-/// away from GPUs.
-fn order(
-    node: &NodeView,
-    wish: &Wish<'_>,
-    room: &Room<'_>,
-    domains: Option<&(String, BTreeMap<String, usize>)>,
-) -> (usize, bool, bool, usize, u64, u64, String) {
-    let in_domain = domains.map_or(0, |(key, counts)| {
-        counts.get(node.label(key)).copied().unwrap_or(0)
+/// Value of the label that replicas are spread over; empty when they are not spread.
+fn domain(node: &NodeView, wish: &Wish<'_>) -> String {
+    let key = wish.placement.spread_by.as_deref();
+    key.map_or("", |key| node.label(key)).to_owned()
+}
+
+/// What reports the GPUs of a node at fault, unless the user accepts it; none for replicas that
+/// need no GPU.
+pub fn fault(node: &NodeView, gpus: u32, placement: &ValidPlacement) -> Option<String> {
+    if gpus == 0 {
+        return None;
+    }
+    let tainted = node.taints.iter().find(|taint| {
+        crate::health::is_fault_taint(&taint.key)
+            && taint.effect != TaintEffect::PreferNoSchedule
+            && !placement.tolerations.iter().any(|t| tolerates(t, taint))
     });
-    let failed_here = wish.avoid.contains(&node.name);
-    let tainted = !node.taints.is_empty();
+    let tainted = tainted.map(|taint| format!("taint {}", taint.key));
+    node.faults.first().cloned().or(tainted)
+}
+
+/// Order of nodes of one domain: those without recent failures and without taints to avoid come
+/// first; GPU replicas are packed so that whole nodes stay free, CPU replicas go where most is free
+/// and away from GPUs.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rank {
+    failed_here: bool,
+    tainted: bool,
+    own: usize,
+    first: u64,
+    second: u64,
+    name: String,
+}
+
+/// The rank of a node.
+pub fn rank(node: &NodeView, wish: &Wish<'_>, room: &Room<'_>) -> Rank {
     let free = room.free(node);
     let (own, first) = if wish.layout.gpus() > 0 {
         (0, free.gpus)
@@ -396,14 +563,12 @@ fn order(
         let own = wish.own.get(&node.name).copied().unwrap_or(0);
         (own, node.allocatable.gpus)
     };
-    let second = u64::MAX - free.memory_bytes;
-    (
-        in_domain,
-        failed_here,
-        tainted,
+    Rank {
+        failed_here: wish.avoid.contains(&node.name),
+        tainted: !node.taints.is_empty(),
         own,
         first,
-        second,
-        node.name.clone(),
-    )
+        second: u64::MAX - free.memory_bytes,
+        name: node.name.clone(),
+    }
 }

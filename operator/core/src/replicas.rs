@@ -11,11 +11,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use operator_api::Binding;
 
 use crate::fit::Layout;
 use crate::names::{self, Revision};
 use crate::objects::{self, Slot};
-use crate::placement::{self, Room, WhyNot, Wish};
+use crate::placement::{self, Offers, Room, WhyNot, Wish};
 use crate::plan::{Action, Kind, Object, Settings};
 use crate::snapshot::{PodSamples, PodView, Scheduled, Snapshot};
 use crate::time::seconds_between;
@@ -32,6 +33,8 @@ const BACKOFF_SECONDS: u64 = 5;
 const BACKOFF_SECONDS_MAX: u64 = 300;
 /// A replica that answered for so long starts counting its failures anew.
 const HEALTHY_SECONDS: u64 = 600;
+/// Nodes that refused a replica and are remembered.
+const REFUSED_NODES_MAX: usize = 8;
 /// Seconds after which endpoints have forgotten a draining replica and its load can be believed.
 const SETTLE_SECONDS: u64 = 5;
 
@@ -50,6 +53,10 @@ pub struct Moves {
     pub unplaced: u32,
     /// Why not.
     pub why_not: Vec<WhyNot>,
+    /// The quota that allows no further GPUs, in words.
+    pub over_quota: Option<String>,
+    /// Replicas on nodes whose GPUs are at fault, in words.
+    pub sick: Vec<String>,
     /// First choices of the pods that are created.
     pub nodes: Vec<String>,
     /// When to look again.
@@ -98,7 +105,11 @@ pub fn moves(given: Given<'_>, replicas: &[Replica<'_>]) -> Moves {
         room: Room::new(&given.snapshot.cluster),
         wish: wish(given, replicas),
         gone: BTreeSet::new(),
+        gpus_granted: 0,
+        offers: None,
+        indices: replicas.iter().filter_map(Replica::index).collect(),
     };
+    planner.tell_sick(&mut moves);
     planner.remove_lost(&mut moves);
     planner.finish_draining(&mut moves);
     planner.move_refused(&mut moves);
@@ -162,6 +173,12 @@ struct Planner<'a> {
     wish: Wish<'a>,
     /// Pods that this plan removes or takes back, by name.
     gone: BTreeSet<&'a str>,
+    /// GPUs of the pods that this plan creates.
+    gpus_granted: u64,
+    /// Nodes for new replicas, once one is asked for.
+    offers: Option<Offers>,
+    /// Indices of all pods, whatever they are doing.
+    indices: BTreeSet<u32>,
 }
 
 impl<'a> Planner<'a> {
@@ -169,8 +186,40 @@ impl<'a> Planner<'a> {
         self.given.snapshot.now
     }
 
-    fn is_current(&self, replica: &Replica<'_>) -> bool {
+    fn is_of_revision(&self, replica: &Replica<'_>) -> bool {
         replica.revision() == self.given.revision.as_str()
+    }
+
+    /// Whether a replica is as wanted: of the current revision, on GPUs that are not at fault. One
+    /// that is not is replaced as in a rollout: within surge and what may be missing, and drained.
+    fn is_current(&self, replica: &Replica<'_>) -> bool {
+        self.is_of_revision(replica) && self.fault(replica).is_none()
+    }
+
+    /// What reports the GPUs under a replica at fault.
+    fn fault(&self, replica: &Replica<'_>) -> Option<String> {
+        let Given {
+            snapshot,
+            valid,
+            layout,
+            ..
+        } = self.given;
+        let node = snapshot.cluster.nodes.get(replica.pod.node.as_ref()?)?;
+        placement::fault(node, layout.gpus(), &valid.placement)
+    }
+
+    fn tell_sick(&self, moves: &mut Moves) {
+        moves.sick = self
+            .live()
+            .filter_map(|replica| {
+                let fault = self.fault(replica)?;
+                let node = replica.pod.node.as_deref().unwrap_or_default();
+                let pod = &replica.pod.name;
+                Some(format!(
+                    "node {node} reports {fault}; pod {pod} is replaced"
+                ))
+            })
+            .collect();
     }
 
     fn live(&self) -> impl Iterator<Item = &'a Replica<'a>> + '_ {
@@ -308,10 +357,11 @@ impl<'a> Planner<'a> {
         let missing = self.given.wanted.saturating_sub(current);
         let mut budget = missing.min(allowed.saturating_sub(live + draining));
         budget -= self.succeed(moves, budget);
-        let mut indices = created_indices(moves);
+        let indices = created_indices(moves);
+        let mut next = 0;
         while budget > 0 {
-            let replica = self.free_index(&indices);
-            indices.insert(replica);
+            let replica = self.free_index(&indices, next);
+            next = replica.saturating_add(1);
             let slot = Slot {
                 replica,
                 ..Slot::default()
@@ -346,7 +396,7 @@ impl<'a> Planner<'a> {
                     && other.pod.number(names::ATTEMPT) > replica.pod.number(names::ATTEMPT)
                     && other.revision() == replica.revision()
             });
-            if is_succeeded || !self.is_current(replica) || spoken_for >= budget {
+            if is_succeeded || !self.is_of_revision(replica) || spoken_for >= budget {
                 self.remove(moves, replica, message);
                 continue;
             }
@@ -362,11 +412,12 @@ impl<'a> Planner<'a> {
                 // Another pod has the index only if someone meddled; then a free one is used.
                 replica: match replica.index() {
                     Some(index) if !taken.contains(&index) => index,
-                    _ => self.free_index(&taken),
+                    _ => self.free_index(&taken, 0),
                 },
                 attempt: replica.pod.number(names::ATTEMPT).saturating_add(1),
                 failures,
                 nodes: Vec::new(),
+                refused: refused_before(replica.pod),
             };
             taken.insert(slot.replica);
             if self.create(moves, slot) {
@@ -379,25 +430,34 @@ impl<'a> Planner<'a> {
         spoken_for
     }
 
-    /// The smallest index that no pod has, whatever it is doing, and that is not `taken`.
-    fn free_index(&self, taken: &BTreeSet<u32>) -> u32 {
-        let used: BTreeSet<u32> = self.replicas.iter().filter_map(Replica::index).collect();
-        (0..)
-            .find(|index| !used.contains(index) && !taken.contains(index))
+    /// The smallest index from `from` on that no pod has, whatever it is doing, and that is not
+    /// `taken`.
+    fn free_index(&self, taken: &BTreeSet<u32>, from: u32) -> u32 {
+        (from..)
+            .find(|index| !self.indices.contains(index) && !taken.contains(index))
             .unwrap_or(u32::MAX)
     }
 
     fn create(&mut self, moves: &mut Moves, mut slot: Slot) -> bool {
-        match placement::offer(&self.wish, &self.room) {
+        if let Some(words) = self.over_quota() {
+            moves.over_quota = Some(words);
+            return false;
+        }
+        let (wish, room) = (&self.wish, &self.room);
+        let offers = self.offers.get_or_insert_with(|| Offers::new(wish, room));
+        match offers.best(&slot.refused) {
             Ok(nodes) => slot.nodes = nodes,
             Err(why_not) => {
                 moves.why_not = why_not;
                 return false;
             }
         }
+        if self.given.valid.placement.binding == Binding::Direct {
+            slot.nodes.truncate(1);
+        }
+        self.gpus_granted += u64::from(self.given.layout.gpus());
         if let Some(node) = slot.nodes.first() {
-            self.room.take(node, self.wish.requests);
-            *self.wish.own.entry(node.clone()).or_insert(0) += 1;
+            self.take(node);
             moves.nodes.push(node.clone());
         }
         let Given {
@@ -417,6 +477,36 @@ impl<'a> Planner<'a> {
         true
     }
 
+    /// A replica that is created takes a node.
+    fn take(&mut self, name: &str) {
+        let Some(node) = self.given.snapshot.cluster.nodes.get(name) else {
+            return;
+        };
+        let before = placement::rank(node, &self.wish, &self.room);
+        self.room.take(name, self.wish.requests);
+        *self.wish.own.entry(name.to_owned()).or_insert(0) += 1;
+        if let Some(offers) = &mut self.offers {
+            offers.take(name, &before, &self.wish, &self.room);
+        }
+    }
+
+    /// The quota of the namespace under which no further replica can be made, in words.
+    fn over_quota(&self) -> Option<String> {
+        let needs = u64::from(self.given.layout.gpus());
+        let quota = self.given.snapshot.quotas.iter().find(|quota| {
+            let used = quota.gpus_used.saturating_add(self.gpus_granted);
+            needs > 0 && used.saturating_add(needs) > quota.gpus_max
+        })?;
+        Some(format!(
+            "ResourceQuota {} allows {} GPUs in namespace {} and {} are asked for already; a replica needs {needs}. Raise requests.{}, or ask for fewer replicas",
+            quota.name,
+            quota.gpus_max,
+            self.given.valid.namespace,
+            quota.gpus_used.saturating_add(self.gpus_granted),
+            crate::resources::NVIDIA_GPU,
+        ))
+    }
+
     /// Removes replicas of other revisions and those beyond the wanted number.
     fn retire(&mut self, moves: &mut Moves) {
         let wanted = self.given.wanted;
@@ -434,6 +524,8 @@ impl<'a> Planner<'a> {
             }
             let why = if is_current {
                 "fewer replicas are wanted"
+            } else if self.is_of_revision(replica) {
+                "the GPUs of its node are at fault"
             } else {
                 "its revision is replaced"
             };
@@ -501,6 +593,19 @@ fn wish<'a>(given: Given<'a>, replicas: &[Replica<'_>]) -> Wish<'a> {
         own,
         avoid,
     }
+}
+
+/// Nodes that refused a pod or those before it in its place, the latest last.
+fn refused_before(pod: &PodView) -> Vec<String> {
+    let mut nodes: Vec<String> = pod.refused_nodes().into_iter().map(str::to_owned).collect();
+    if pod.is_refused_by_kubelet()
+        && let Some(node) = &pod.node
+    {
+        nodes.retain(|known| known != node);
+        nodes.push(node.clone());
+    }
+    let more = nodes.len().saturating_sub(REFUSED_NODES_MAX);
+    nodes.split_off(more)
 }
 
 /// Indices of the pods that a plan creates.

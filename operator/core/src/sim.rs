@@ -1,61 +1,29 @@
 //! A small cluster that misbehaves on purpose, from a seed: the same seed gives the same story.
 //!
-//! The world is a store of real Kubernetes objects with a toy scheduler and toy kubelets; the
-//! operator sees it through a view that lags, except for its own writes, as `operator-k8s` does.
-//! Whatever happens, these must hold: one pod at most that may run for each replica index, no plan
-//! that breaks a rule, and quiet once the faults stop.
+//! The world is a store of real Kubernetes objects with a toy scheduler and toy kubelets, and any
+//! number of ModelDeployments that compete for its nodes. The operator sees it through a view that
+//! lags, except for its own writes, and looks at a ModelDeployment when something happened to it or
+//! when its last plan said so, as `operator-k8s` does. Whatever happens, the rules of [`rules`] must
+//! hold, and there must be quiet once the faults stop.
 
+mod faults;
+mod happening;
+mod nature;
+mod rules;
+mod view;
 mod world;
 
-use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::Node;
-use operator_api::ModelDeployment;
+use jiff::Timestamp;
+use operator_api::ModelDeploymentStatus;
 
-use crate::names;
-use crate::plan::{Action, Kind, Object, Plan, Settings};
-use crate::replicas::{State, observe};
+use crate::inventory::Inventory;
+use crate::plan::{Plan, Settings};
+use crate::time::seconds_between;
 
-pub use world::{Seed, World};
-
-/// How much goes wrong; each is a chance in a thousand for each step of the clock.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Faults {
-    /// A write fails before it takes effect, and the rest of the plan is not carried out.
-    pub lost_write: u64,
-    /// A write takes effect but its answer is lost.
-    pub lost_answer: u64,
-    /// The view is not refreshed.
-    pub stale_view: u64,
-    /// The operator starts anew and forgets everything.
-    pub restart: u64,
-    /// Someone deletes a pod.
-    pub pod_deleted: u64,
-    /// A pod ends for good.
-    pub pod_failed: u64,
-    /// A node falls silent, or comes back.
-    pub node_silent: u64,
-    /// The user changes the number of replicas.
-    pub rescaled: u64,
-    /// The user changes something that forces new pods.
-    pub revised: u64,
-}
-
-impl Faults {
-    /// Everything goes wrong now and then.
-    pub fn all() -> Self {
-        Self {
-            lost_write: 50,
-            lost_answer: 50,
-            stale_view: 300,
-            restart: 20,
-            pod_deleted: 10,
-            pod_failed: 20,
-            node_silent: 10,
-            rescaled: 10,
-            revised: 5,
-        }
-    }
-}
+pub use faults::Faults;
+pub use happening::{Happening, Planned, replay};
+pub use nature::Pace;
+pub use world::{Key, Seed, World};
 
 /// A rule that was broken, with the story that led there.
 #[derive(Clone, Debug)]
@@ -71,171 +39,208 @@ pub struct Broken {
 /// Figures of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
+    /// Plans made.
+    pub plans: usize,
     /// Writes carried out.
     pub writes: usize,
-    /// Seconds from the last fault to quiet.
-    pub settled_seconds: i64,
+    /// Seconds from the last fault to the last write.
+    pub settled_seconds: u64,
+}
+
+/// A story to be: what is there at the start, and what goes wrong.
+#[derive(Clone, Debug)]
+pub struct Story {
+    /// Everything that chance decides follows from it.
+    pub seed: u64,
+    /// Nodes, and the wishes that compete for them.
+    pub inventory: Inventory,
+    /// What inspections find.
+    pub report: String,
+    /// The operator's configuration.
+    pub settings: Settings,
+    /// What goes wrong.
+    pub faults: Faults,
+    /// Steps of the clock with faults.
+    pub steps: usize,
 }
 
 /// Seconds of one step of the clock.
-const STEP_SECONDS: i64 = 3;
-/// Steps without any write after which the world counts as quiet.
-const QUIET_STEPS: usize = 40;
-/// Steps after the last fault within which it must be quiet.
-const SETTLE_STEPS: usize = 1200;
+const STEP_SECONDS: u64 = 3;
+/// Seconds after a failed pass until the next.
+const RETRY_SECONDS: u64 = 3;
+/// Seconds after which a ModelDeployment is looked at although nothing happened.
+const RESYNC_SECONDS: u64 = 600;
+/// Seconds without any write after which the world counts as quiet: longer than every pause.
+const QUIET_SECONDS: u64 = 700;
+/// Seconds after the last fault within which it must be quiet.
+const SETTLE_SECONDS: u64 = 3 * 3600;
 
 /// Runs one story: `steps` with faults, then none until it is quiet.
 ///
 /// # Errors
 /// The first rule that is broken.
-pub fn run(
-    seed: u64,
-    deployment: ModelDeployment,
-    nodes: Vec<Node>,
-    report: String,
-    settings: Settings,
-    faults: Faults,
-    steps: usize,
-) -> Result<Outcome, Box<Broken>> {
-    let mut world = World::new(seed, deployment, nodes, report);
+pub fn run(story: Story) -> Result<Outcome, Box<Broken>> {
+    let Story {
+        seed,
+        inventory,
+        report,
+        settings,
+        faults,
+        steps,
+    } = story;
+    let mut world = World::new(seed, inventory, report, Pace::default());
     let mut outcome = Outcome::default();
     for _ in 0..steps {
         world.clock(STEP_SECONDS);
         world.happen(&faults);
-        outcome.writes += pass(&mut world, &settings, &faults)?;
+        world.refresh(&faults);
+        turn(&mut world, &settings, &faults, &mut outcome)?;
     }
     let end = world.now;
     world.heal();
-    let mut quiet = 0;
-    for _ in 0..SETTLE_STEPS {
-        world.clock(STEP_SECONDS);
-        let writes = pass(&mut world, &settings, &Faults::default())?;
-        outcome.writes += writes;
-        quiet = if writes == 0 { quiet + 1 } else { 0 };
-        if quiet >= QUIET_STEPS && settled(&world).is_ok() {
-            let waited = world.now.duration_since(end) - quiet_time();
-            outcome.settled_seconds = waited.as_secs();
+    let mut repeats = rules::Repeats::default();
+    let mut last_write = end;
+    while seconds_between(end, world.now) < SETTLE_SECONDS {
+        let idle = world
+            .next_event()
+            .map_or(QUIET_SECONDS, |at| seconds_between(world.now, at));
+        world.clock(idle.clamp(STEP_SECONDS, QUIET_SECONDS));
+        world.see_everything();
+        let before = outcome.writes;
+        for action in turn(&mut world, &settings, &Faults::default(), &mut outcome)? {
+            repeats.count(&world, &action)?;
+        }
+        if outcome.writes > before {
+            last_write = world.now;
+        }
+        if seconds_between(last_write, world.now) >= QUIET_SECONDS {
+            rules::settled(&world, &settings).map_err(|why| world.broken(why))?;
+            outcome.settled_seconds = seconds_between(end, last_write);
             return Ok(outcome);
         }
     }
-    let why = settled(&world)
-        .err()
-        .unwrap_or_else(|| "writes never end".into());
-    Err(world.broken(format!("it does not settle: {why}")))
+    Err(world.broken("writes never end".into()))
 }
 
-fn quiet_time() -> SignedDuration {
-    SignedDuration::from_secs(STEP_SECONDS * i64::try_from(QUIET_STEPS).unwrap_or(0))
+/// One turn of the operator over every ModelDeployment that is due; returns what it wrote.
+fn turn(
+    world: &mut World,
+    settings: &Settings,
+    faults: &Faults,
+    outcome: &mut Outcome,
+) -> Result<Vec<String>, Box<Broken>> {
+    let mut written = Vec::new();
+    for key in world.due() {
+        // As `operator-k8s` does: no plan before the outcome of every write is known.
+        if !world.settle(&key) {
+            world.failed(&key);
+            continue;
+        }
+        let Some(snapshot) = world.snapshot(&key) else {
+            continue;
+        };
+        let plan = crate::plan(&snapshot, settings);
+        outcome.plans += 1;
+        let writes = pass(world, &key, plan, faults)?;
+        outcome.writes += writes.len();
+        written.extend(writes);
+    }
+    Ok(written)
 }
 
-/// One pass of the operator; returns the number of writes that took effect.
-fn pass(world: &mut World, settings: &Settings, faults: &Faults) -> Result<usize, Box<Broken>> {
-    world.refresh(faults);
-    let snapshot = world.snapshot();
-    let plan = crate::plan(&snapshot, settings);
-    inspect_plan(world, &plan)?;
-    let mut writes = 0;
-    for action in &plan.actions {
-        if world.chance(faults.lost_write) {
-            world.tell(format!("lost before it took effect: {action}"));
+/// Carries out one plan as far as faults let it; returns the writes that took effect.
+fn pass(
+    world: &mut World,
+    key: &Key,
+    plan: Plan,
+    faults: &Faults,
+) -> Result<Vec<String>, Box<Broken>> {
+    rules::plan(world, &plan)?;
+    let Plan {
+        actions,
+        status,
+        wake_after,
+        ..
+    } = plan;
+    let wanted = wanted(&status);
+    let wake_seconds = wake_after.map_or(RESYNC_SECONDS, |after| after.as_secs());
+    world.looked(
+        key,
+        wake_seconds.min(RESYNC_SECONDS),
+        waits_for_room(&status),
+    );
+    let mut writes = Vec::new();
+    for action in &actions {
+        if !world.answers() || world.chance(faults.lost_write) {
+            world.tell(format!("refused, without effect: {action}"));
+            world.failed(key);
             break;
         }
-        world.tell(action.to_string());
         let is_unheard = world.chance(faults.lost_answer);
-        writes += usize::from(world.write(action, is_unheard));
-        one_pod_per_index(world)?;
+        let words = format!("{}: {action}", key.1);
+        world.tell(if is_unheard {
+            format!("{words}, and the answer is lost")
+        } else {
+            words.clone()
+        });
+        let before = rules::serving(world, key, action);
+        if world.write(key, action, is_unheard) {
+            writes.push(words);
+        }
+        rules::write(world, key, action, wanted, before)?;
         if is_unheard {
-            world.tell("its answer is lost".into());
+            world.failed(key);
             break;
+        }
+        if world.chance(faults.killed) {
+            // Not even the status is stored.
+            world.restart();
+            return Ok(writes);
         }
     }
     // As `operator-k8s` does: the status says what was decided also when a write failed.
-    world.store_status(plan.status);
+    if world.answers() {
+        world.store_status(key, status);
+    }
     Ok(writes)
 }
 
-fn inspect_plan(world: &World, plan: &Plan) -> Result<(), Box<Broken>> {
-    let rejected = plan
-        .status
-        .conditions
-        .iter()
-        .find(|condition| condition.reason == operator_api::Reason::PlanRejected.as_str());
-    if let Some(condition) = rejected {
-        return Err(world.broken(condition.message.clone()));
-    }
-    for action in &plan.actions {
-        let is_foreign = match action {
-            Action::Delete { kind, .. } => !matches!(kind, Kind::Pod | Kind::ConfigMap),
-            Action::Create(object) => !matches!(object, Object::Pod(_)),
-            _ => false,
-        };
-        if is_foreign {
-            return Err(world.broken(format!("an action of a form that is never used: {action}")));
-        }
-    }
-    Ok(())
+fn wanted(status: &ModelDeploymentStatus) -> u32 {
+    status
+        .wanted_replicas
+        .and_then(|number| u32::try_from(number).ok())
+        .unwrap_or(0)
 }
 
-fn one_pod_per_index(world: &World) -> Result<(), Box<Broken>> {
-    let mut seen = std::collections::BTreeMap::new();
-    for pod in world.pod_views() {
-        if pod.label(names::COMPONENT) != names::ENGINE || pod.is_finished() {
-            continue;
-        }
-        let index = pod.label(names::REPLICA).to_owned();
-        if let Some(other) = seen.insert(index.clone(), pod.name.clone()) {
-            return Err(world.broken(format!(
-                "replica {index} has two pods: {other} and {}",
-                pod.name
-            )));
-        }
-    }
-    Ok(())
+/// As the operator's controller decides whom room wakes.
+fn waits_for_room(status: &ModelDeploymentStatus) -> bool {
+    status.conditions.iter().any(|condition| {
+        condition.type_ == "Planned"
+            && condition.status == "False"
+            && matches!(
+                condition.reason.as_str(),
+                "NoNodeFits" | "MemoryDoesNotFit" | "GpuQuotaExceeded"
+            )
+    })
 }
 
-/// Whether the world is as the user wants it.
-fn settled(world: &World) -> Result<(), String> {
-    let snapshot = world.truth();
-    let wanted = usize::try_from(snapshot.deployment.spec.replicas.unwrap_or(0)).unwrap_or(0);
-    let replicas = observe(&snapshot);
-    let ready = replicas
-        .iter()
-        .filter(|replica| replica.state == State::Ready)
-        .count();
-    if ready != wanted || replicas.len() != wanted {
-        let states: Vec<String> = replicas
-            .iter()
-            .map(|replica| format!("{}: {:?}", replica.pod.name, replica.state))
-            .collect();
-        return Err(format!("{wanted} replicas are wanted: {states:?}"));
+impl World {
+    /// A pass over a wish begins.
+    fn looked(&mut self, key: &Key, wake_seconds: u64, is_hungry: bool) {
+        let due = nature::later(self.now, wake_seconds.max(1));
+        if let Some(wish) = self.wishes.get_mut(key) {
+            wish.is_woken = false;
+            wish.due = Some(due);
+            wish.is_hungry = is_hungry;
+        }
     }
-    let revisions: std::collections::BTreeSet<_> = replicas
-        .iter()
-        .map(|replica| replica.revision().to_owned())
-        .collect();
-    if revisions.len() > 1 {
-        return Err(format!("replicas of several revisions: {revisions:?}"));
-    }
-    // One for the facts, one for the current revision.
-    if snapshot.config_maps.len() > 2 {
-        return Err(format!(
-            "{} config maps are left over",
-            snapshot.config_maps.len()
-        ));
-    }
-    let status = snapshot.deployment.status.clone().unwrap_or_default();
-    let reason = if wanted == 0 {
-        "ScaledToZero"
-    } else {
-        "AllReplicasReady"
-    };
-    let ready = status
-        .conditions
-        .iter()
-        .find(|condition| condition.type_ == "Ready");
-    match ready {
-        Some(condition) if condition.reason == reason => Ok(()),
-        other => Err(format!("condition Ready is {other:?}")),
+
+    /// A pass over a wish failed and is repeated.
+    fn failed(&mut self, key: &Key) {
+        let due = nature::later(self.now, RETRY_SECONDS);
+        if let Some(wish) = self.wishes.get_mut(key) {
+            wish.due = Some(due);
+        }
     }
 }
 

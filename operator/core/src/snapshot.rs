@@ -10,13 +10,16 @@ use std::sync::Arc;
 use engine_spec::{LoadReport, StartupReport};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    ConfigMap, ContainerStatus, Node, Pod, PodStatus, Service, Taint as NodeTaint,
+    ConfigMap, ContainerStatus, Node, Pod, PodStatus, ResourceQuota, Service, Taint as NodeTaint,
 };
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use operator_api::ModelDeployment;
+use operator_api::quantity::parse_millis;
 
 use crate::names;
-use crate::resources::Resources;
+use crate::plan::{Action, Object, Plan};
+use crate::resources::{NVIDIA_GPU, Resources};
 
 /// Everything one decision about one ModelDeployment may depend on.
 #[derive(Clone, Debug)]
@@ -35,6 +38,8 @@ pub struct Snapshot {
     pub service: Option<Arc<Service>>,
     /// The PodDisruptionBudget of its name, whoever made it.
     pub disruption_budget: Option<Arc<PodDisruptionBudget>>,
+    /// Quotas on GPUs in its namespace.
+    pub quotas: Vec<Arc<QuotaView>>,
     /// Nodes and what is taken on them.
     pub cluster: Arc<Cluster>,
     /// What engine pods said about themselves, by pod name.
@@ -183,7 +188,7 @@ pub struct NodeView {
     pub ready: bool,
     /// When that last changed.
     pub ready_changed: Option<Timestamp>,
-    /// GPU fault conditions that are True.
+    /// What reports its GPUs at fault.
     pub faults: Vec<String>,
     /// What pods may take in total.
     pub allocatable: Resources,
@@ -196,6 +201,17 @@ pub struct Cluster {
     pub nodes: BTreeMap<String, Arc<NodeView>>,
     /// Sum of claims by node name.
     pub used: BTreeMap<String, Resources>,
+}
+
+/// A limit on the GPUs of a namespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct QuotaView {
+    /// Name of the ResourceQuota.
+    pub name: String,
+    /// GPUs that all pods of the namespace may ask for.
+    pub gpus_max: u64,
+    /// GPUs that they ask for now, as Kubernetes counts.
+    pub gpus_used: u64,
 }
 
 /// A config map.
@@ -239,24 +255,6 @@ pub struct Demand {
     /// Share of the KV cache in use, mean over replicas, 0 to 1.
     pub kv_utilization: f64,
 }
-
-/// Fault conditions that NVSentinel sets on nodes.
-const FAULT_CONDITIONS: &[&str] = &[
-    "GpuMemWatch",
-    "GpuNvlinkWatch",
-    "GpuThermalWatch",
-    "GpuPcieWatch",
-    "GpuPowerWatch",
-    "GpuInforomWatch",
-    "GpuSmWatch",
-    "GpuMcuWatch",
-    "GpuPmuWatch",
-    "GpuDriverWatch",
-    "SysLogsXIDError",
-    "SysLogsGPUFallenOff",
-    "NVSwitchFatalError",
-    "NVSwitchDown",
-];
 
 impl PodView {
     /// The view of a pod that belongs to a ModelDeployment.
@@ -306,6 +304,27 @@ impl PodView {
             .get(names::PLANNED_NODES)
             .map(|text| text.split(',').filter(|name| !name.is_empty()).collect())
             .unwrap_or_default()
+    }
+
+    /// Nodes whose kubelet refused the pods that came before this one in its place.
+    pub fn refused_nodes(&self) -> Vec<&str> {
+        self.annotations
+            .get(names::REFUSED_NODES)
+            .map(|text| text.split(',').filter(|name| !name.is_empty()).collect())
+            .unwrap_or_default()
+    }
+
+    /// Whether its node's kubelet would not take it: it had no room, or does not match.
+    pub fn is_refused_by_kubelet(&self) -> bool {
+        self.phase == PodPhase::Failed
+            && (self.reason.starts_with("OutOf")
+                || [
+                    "UnexpectedAdmissionError",
+                    "NodeAffinity",
+                    "NodeName",
+                    "TaintToleration",
+                ]
+                .contains(&self.reason.as_str()))
     }
 
     /// Whether it has ended for good.
@@ -426,10 +445,7 @@ impl NodeView {
             unschedulable: spec.is_some_and(|s| s.unschedulable == Some(true)),
             ready: ready.is_some_and(|c| c.status == "True"),
             ready_changed: ready.and_then(|c| c.last_transition_time.as_ref().map(|t| t.0)),
-            faults: conditions()
-                .filter(|c| c.status == "True" && FAULT_CONDITIONS.contains(&c.type_.as_str()))
-                .map(|c| c.type_.clone())
-                .collect(),
+            faults: crate::health::faults(node),
             allocatable: status
                 .and_then(|s| s.allocatable.as_ref())
                 .map(Resources::of)
@@ -480,10 +496,48 @@ impl Cluster {
         Self { nodes, used }
     }
 
+    /// Counts what the pods of a plan will take, each on the node it prefers.
+    pub fn take(&mut self, plan: &Plan) {
+        for action in &plan.actions {
+            if let Action::Create(Object::Pod(pod)) = action
+                && let Some(claim) = Claim::of(pod)
+            {
+                *self.used.entry(claim.node).or_default() += claim.requests;
+            }
+        }
+    }
+
     /// What is free on a node.
     pub fn free(&self, node: &NodeView) -> Resources {
         let used = self.used.get(&node.name).copied().unwrap_or_default();
         node.allocatable.minus(used)
+    }
+}
+
+impl QuotaView {
+    /// The view of a quota; none when it does not limit the GPUs of every pod. One with scopes
+    /// holds for some pods only, and Kubernetes alone can say for which.
+    pub fn of(quota: &ResourceQuota) -> Option<Self> {
+        let spec = quota.spec.as_ref()?;
+        if spec
+            .scopes
+            .as_ref()
+            .is_some_and(|scopes| !scopes.is_empty())
+            || spec.scope_selector.is_some()
+        {
+            return None;
+        }
+        let key = format!("requests.{NVIDIA_GPU}");
+        let count = |list: Option<&BTreeMap<String, Quantity>>| {
+            let millis = parse_millis(&list?.get(&key)?.0)?;
+            Some(u64::try_from(millis / 1000).unwrap_or(u64::MAX))
+        };
+        let status = quota.status.as_ref();
+        Some(Self {
+            name: quota.metadata.name.clone().unwrap_or_default(),
+            gpus_max: count(spec.hard.as_ref())?,
+            gpus_used: count(status.and_then(|status| status.used.as_ref())).unwrap_or(0),
+        })
     }
 }
 

@@ -229,6 +229,9 @@ impl Report<'_> {
                 _ => {}
             }
         }
+        if let (Some(first), true) = (self.moves.sick.first(), failing.is_empty()) {
+            return Verdict::yes(Reason::GpuFault, first.clone());
+        }
         let Some((first, message)) = failing.first() else {
             return Verdict::no(Reason::AsExpected, "nothing is wrong");
         };

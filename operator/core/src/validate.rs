@@ -13,8 +13,8 @@ use std::fmt;
 use engine_spec::{Dtype, Parallelism};
 use k8s_openapi::api::core::v1::Toleration;
 use operator_api::{
-    AcceleratorType, Autoscaling, ModelDeployment, ModelDeploymentSpec, Placement, PodTemplate,
-    Precision, Rollout,
+    AcceleratorType, Autoscaling, Binding, ModelDeployment, ModelDeploymentSpec, Placement,
+    PodTemplate, Precision, Rollout,
 };
 
 pub use model::{CLAIM_MOUNT, Source};
@@ -164,6 +164,8 @@ pub struct ValidPlacement {
     pub spread_by: Option<String>,
     /// Priority class.
     pub priority_class: Option<String>,
+    /// Who binds pods to nodes.
+    pub binding: Binding,
 }
 
 /// Collects violations.
@@ -510,6 +512,7 @@ fn valid_placement(rules: &mut Rules, given: &Placement) -> ValidPlacement {
         tolerations,
         topology,
         priority_class_name,
+        binding,
     } = given;
     template::check_labels(rules, "spec.placement.nodeSelector", node_selector);
     for toleration in tolerations {
@@ -556,7 +559,15 @@ fn valid_placement(rules: &mut Rules, given: &Placement) -> ValidPlacement {
             "must be the key of a node label, such as topology.kubernetes.io/zone",
         );
     }
+    let binding = binding.unwrap_or_default();
+    rules.require(
+        binding == Binding::Scheduler || priority_class_name.is_none(),
+        "spec.placement.binding",
+        "direct",
+        "passes kube-scheduler by, so spec.placement.priorityClassName would have no effect; remove one of them",
+    );
     ValidPlacement {
+        binding,
         node_selector: node_selector.clone(),
         tolerations: tolerations.clone(),
         spread_by,

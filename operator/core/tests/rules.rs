@@ -551,6 +551,18 @@ fn template_rows() -> Vec<(&'static str, Refused, &'static str, Value)> {
             spec(json!({"placement": {"priorityClassName": "high"}})),
         ),
         (
+            "pods that the operator binds",
+            Never,
+            "",
+            spec(json!({"placement": {"binding": "direct"}})),
+        ),
+        (
+            "a priority that kube-scheduler would never see",
+            Everywhere,
+            "spec.placement.binding",
+            spec(json!({"placement": {"binding": "direct", "priorityClassName": "high"}})),
+        ),
+        (
             "an empty image",
             Everywhere,
             "image reference",

@@ -3,9 +3,13 @@
 //! Creates that follow each other run concurrently with a slow start: one, two, four … up to [`CONCURRENCY_MAX`]. A
 //! quota or an admission rule that refuses the first pod is then met once and not a thousand times. The first failure
 //! ends the pass; whatever was done before it is harmless to repeat.
+//!
+//! A write to a pod whose answer was lost may have taken effect. Until the pod was read back nobody may plan for its
+//! ModelDeployment: a plan that does not know of a create gives its index away twice, one that does not know of a drain
+//! takes another replica away. [`Applier::settle`] reads back, and a pass begins with it.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -13,7 +17,7 @@ use operator_api::{ModelDeployment, ModelDeploymentStatus};
 use operator_core::{Action, Kind, Object};
 use serde_json::{Value, json};
 
-use crate::error::Error;
+use crate::error::{Category, Error};
 use crate::watch::Key;
 use crate::world::World;
 use crate::write::{Writer, Written};
@@ -35,12 +39,73 @@ pub struct Applied<'a> {
 pub struct Applier {
     writer: Writer,
     world: Arc<World>,
+    unsure: Arc<Unsure>,
+}
+
+/// Pods that may or may not be as a write wanted them.
+#[derive(Debug, Default)]
+struct Unsure(Mutex<BTreeSet<Key>>);
+
+impl Unsure {
+    fn add(&self, namespace: &str, pod: &str) {
+        let mut pods = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pods.insert(Key::new(namespace, pod));
+    }
+
+    fn remove(&self, pod: &Key) {
+        let mut pods = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pods.remove(pod);
+    }
+
+    /// Those that may be of `owner`: its pods are named `<its name>-…`, and so are those of longer names.
+    fn of(&self, owner: &Key) -> Vec<Key> {
+        let prefix = format!("{}-", owner.name);
+        let pods = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pods.iter()
+            .filter(|pod| pod.namespace == owner.namespace && pod.name.starts_with(&prefix))
+            .cloned()
+            .collect()
+    }
 }
 
 impl Applier {
     /// An applier that tells `world` what it wrote.
     pub fn new(writer: Writer, world: Arc<World>) -> Self {
-        Applier { writer, world }
+        Applier {
+            writer,
+            world,
+            unsure: Arc::default(),
+        }
+    }
+
+    /// Reads back the pods of `owner` whose last write has no known outcome.
+    ///
+    /// # Errors
+    /// One of them cannot be read: nobody may plan yet.
+    pub async fn settle(&self, owner: &Key) -> Result<(), Error> {
+        for pod in self.unsure.of(owner) {
+            let found = self
+                .writer
+                .read_back::<Pod>("Pod", &pod.namespace, &pod.name)
+                .await?;
+            match found {
+                Some(found) => self.world.wrote_pod(found),
+                // It was never made, or is gone; of a pod that was there the watch tells.
+                None => self.world.unassume(&pod.namespace, &pod.name),
+            }
+            self.unsure.remove(&pod);
+        }
+        Ok(())
+    }
+
+    /// Remembers a pod whose write failed in a way that does not say whether it took effect.
+    fn doubt(&self, namespace: &str, pod: &str, error: &Error) {
+        if matches!(
+            error.category(),
+            Category::Timeout | Category::Transport | Category::Server | Category::Malformed
+        ) {
+            self.unsure.add(namespace, pod);
+        }
     }
 
     /// Carries out `actions` in `namespace`; `told` hears of each. Returns how many were written.
@@ -150,9 +215,14 @@ impl Applier {
                 self.world.wrote_pod(pod);
                 Ok(true)
             }
-            Ok(Written::Already) => Ok(false),
+            Ok(Written::Already) => {
+                // An earlier attempt of ours, or an earlier life; what is there may be older than the plan.
+                self.unsure.add(namespace, object.name());
+                Ok(false)
+            }
             Err(error) => {
                 self.world.unassume(namespace, object.name());
+                self.doubt(namespace, object.name(), &error);
                 Err(error)
             }
         }
@@ -197,12 +267,16 @@ impl Applier {
         annotations: &BTreeMap<String, Option<String>>,
     ) -> Result<bool, Error> {
         let metadata: Value = json!({ "uid": uid, "labels": labels, "annotations": annotations });
-        match self.writer.patch_pod(namespace, name, metadata).await? {
-            Written::Done(pod) => {
+        match self.writer.patch_pod(namespace, name, metadata).await {
+            Ok(Written::Done(pod)) => {
                 self.world.wrote_pod(pod);
                 Ok(true)
             }
-            Written::Already => Ok(false),
+            Ok(Written::Already) => Ok(false),
+            Err(error) => {
+                self.doubt(namespace, name, &error);
+                Err(error)
+            }
         }
     }
 
@@ -216,7 +290,10 @@ impl Applier {
         let writer = &self.writer;
         let word = kind.as_str();
         let written = match kind {
-            Kind::Pod => writer.delete::<Pod>(word, namespace, name, uid).await?,
+            Kind::Pod => {
+                let deleted = writer.delete::<Pod>(word, namespace, name, uid).await;
+                deleted.inspect_err(|error| self.doubt(namespace, name, error))?
+            }
             Kind::ConfigMap => {
                 writer
                     .delete::<ConfigMap>(word, namespace, name, uid)
@@ -240,5 +317,26 @@ pub fn action_label(action: &Action) -> &'static str {
         Action::Apply(_) => "apply",
         Action::PatchPod { .. } => "patch_pod",
         Action::Delete { .. } => "delete",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pods_in_doubt_are_found_by_their_owner() {
+        let unsure = Unsure::default();
+        for (namespace, pod) in [
+            ("d", "m-0-abc-0"),
+            ("d", "other-0-abc-0"),
+            ("e", "m-0-abc-0"),
+        ] {
+            unsure.add(namespace, pod);
+        }
+        let owner = Key::new("d", "m");
+        assert_eq!(unsure.of(&owner), [Key::new("d", "m-0-abc-0")]);
+        unsure.remove(&Key::new("d", "m-0-abc-0"));
+        assert!(unsure.of(&owner).is_empty());
     }
 }

@@ -10,6 +10,7 @@ pub mod events;
 pub mod http;
 pub mod lease;
 mod ledger;
+pub mod list;
 pub mod prometheus;
 pub mod read;
 pub mod retry;

@@ -8,13 +8,15 @@ use std::ops::Bound;
 use std::sync::{Arc, Mutex};
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, ResourceQuota, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::api::Api;
 use kube::runtime::watcher;
 use kube::{Client, Resource};
 use operator_api::ModelDeployment;
-use operator_core::{Claim, ConfigMapView, Demand, NodeView, PodSamples, Snapshot, names};
+use operator_core::{
+    Claim, ConfigMapView, Demand, NodeView, PodSamples, QuotaView, Snapshot, names,
+};
 use tokio::task::JoinSet;
 
 use crate::ledger::Ledger;
@@ -42,6 +44,8 @@ pub struct World {
     pub services: Arc<Mirror<Service>>,
     /// Disruption budgets, of everyone.
     pub budgets: Arc<Mirror<PodDisruptionBudget>>,
+    /// Quotas that limit GPUs.
+    pub quotas: Arc<Mirror<QuotaView>>,
     ledger: Mutex<Ledger>,
     wakes: Wakes,
 }
@@ -68,6 +72,7 @@ impl World {
             config_maps: Mirror::new("ConfigMap"),
             services: Mirror::new("Service"),
             budgets: Mirror::new("PodDisruptionBudget"),
+            quotas: Mirror::new("ResourceQuota"),
             ledger: Mutex::default(),
             wakes: Wakes::default(),
         })
@@ -83,7 +88,7 @@ impl World {
     }
 
     /// Kind, readiness, watch errors and size of every mirror.
-    pub fn each(&self) -> [(&'static str, bool, u64, usize); 7] {
+    pub fn each(&self) -> [(&'static str, bool, u64, usize); 8] {
         fn of<V>(mirror: &Mirror<V>) -> (&'static str, bool, u64, usize) {
             (
                 mirror.kind,
@@ -100,6 +105,7 @@ impl World {
             of(&self.config_maps),
             of(&self.services),
             of(&self.budgets),
+            of(&self.quotas),
         ]
     }
 
@@ -155,10 +161,21 @@ impl World {
             model_config,
             service: self.services.get(key).and_then(Result::ok),
             disruption_budget: self.budgets.get(key).and_then(Result::ok),
+            quotas: self.quotas_of(&key.namespace),
             cluster: Arc::clone(&lock(&self.ledger).cluster),
             samples,
             demand,
         }
+    }
+
+    fn quotas_of(&self, namespace: &str) -> Vec<Arc<QuotaView>> {
+        let first = Key::new(namespace, "");
+        self.quotas
+            .read()
+            .range::<Key, _>((Bound::Included(&first), Bound::Unbounded))
+            .take_while(|(key, _)| key.namespace == namespace)
+            .filter_map(|(_, entry)| entry.as_ref().ok().map(Arc::clone))
+            .collect()
     }
 
     /// Counts what a pod will take before it exists, so that two decisions do not give away the same GPU.
@@ -310,6 +327,18 @@ impl World {
             api(client, namespace),
             all(),
             trim_budget,
+            changed,
+        ));
+
+        let world = Arc::clone(self);
+        // Kubernetes counts a pod that is gone only now: there may be room under the quota again.
+        let changed = move |_: Change<'_, QuotaView>| world.wakes.room_appeared();
+        let trim = |quota: ResourceQuota| Ok(QuotaView::of(&quota));
+        tasks.spawn(watch::follow(
+            Arc::clone(&self.quotas),
+            api(client, namespace),
+            all(),
+            trim,
             changed,
         ));
     }

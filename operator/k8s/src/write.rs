@@ -11,7 +11,7 @@ use std::fmt::Debug;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Client, Resource};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -90,6 +90,32 @@ impl Writer {
             Err(error) if error.category() == Category::AlreadyExists => Ok(Written::Already),
             Err(error) => Err(error),
         }
+    }
+
+    /// The object as it is now; none when there is none. For a write whose outcome is not known.
+    ///
+    /// # Errors
+    /// The API server refuses or does not answer.
+    pub async fn read_back<K>(
+        &self,
+        kind: &'static str,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Option<K>, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned,
+    {
+        // A list of one, which the right to list and watch allows; the newest, not a cached one.
+        let call = Call::on("list", kind, namespace, name);
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
+        let parameters = ListParams::default().fields(&format!("metadata.name={name}"));
+        let found = RetryPolicy::CALL
+            .run(&call, || api.list(&parameters))
+            .await?;
+        Ok(found.items.into_iter().next())
     }
 
     /// Makes the object's fields what is given, creating it when it is not there.

@@ -16,6 +16,7 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use operator_api::Binding;
 
 use crate::fit::Layout;
 use crate::names::{self, Revision};
@@ -65,6 +66,8 @@ pub struct Slot {
     pub failures: u32,
     /// Nodes, best first.
     pub nodes: Vec<String>,
+    /// Nodes whose kubelet refused the pods before.
+    pub refused: Vec<String>,
 }
 
 /// What an engine pod asks for, as the planner counts it.
@@ -158,6 +161,14 @@ pub fn engine_pod(
     annotations.insert(names::ATTEMPT.into(), slot.attempt.to_string());
     annotations.insert(names::FAILURES.into(), slot.failures.to_string());
     annotations.insert(names::PLANNED_NODES.into(), slot.nodes.join(","));
+    if !slot.refused.is_empty() {
+        annotations.insert(names::REFUSED_NODES.into(), slot.refused.join(","));
+    }
+    // Bound by us, a pod names its node; kube-scheduler then leaves it alone.
+    let bound = match valid.placement.binding {
+        Binding::Scheduler => None,
+        Binding::Direct => slot.nodes.first().cloned(),
+    };
     metadata.annotations = Some(annotations);
 
     let mut volumes = common_volumes(valid);
@@ -215,7 +226,11 @@ pub fn engine_pod(
             volumes: Some(volumes),
             restart_policy: Some("Always".into()),
             termination_grace_period_seconds: Some(drain + PRE_STOP_SECONDS + KILL_MARGIN_SECONDS),
-            affinity: affinity(&slot.nodes),
+            affinity: match bound {
+                None => affinity(&slot.nodes),
+                Some(_) => None,
+            },
+            node_name: bound,
             node_selector: node_selector(valid),
             tolerations: tolerations(valid, layout.gpus() > 0),
             ..pod_spec(valid)
@@ -557,8 +572,11 @@ fn affinity(nodes: &[String]) -> Option<Affinity> {
     })
 }
 
-/// The nodes a pod's affinity names, best first.
+/// The node a pod is bound to, or those its affinity names, best first.
 pub fn preferred_nodes(pod: &Pod) -> Vec<String> {
+    if let Some(node) = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()) {
+        return vec![node];
+    }
     let terms = pod
         .spec
         .as_ref()

@@ -1,29 +1,30 @@
-//! The simulated cluster: a store of objects, a scheduler, kubelets, and a lagging view of it all.
+//! The simulated cluster: a store of objects, what the operator sees of it, and what its writes do.
+//!
+//! Views and claims are made anew only when an object changes, and shared; a story costs little
+//! more than the plans that are made in it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use engine_spec::LoadReport;
-use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::{
-    ConfigMap, ContainerState, ContainerStateTerminated, ContainerStatus, Node, NodeCondition, Pod,
-    PodCondition, PodStatus, Service,
-};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Node, Pod, PodStatus, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use operator_api::{ModelDeployment, ModelDeploymentStatus};
 
-use super::{Broken, Faults, epoch};
+use super::nature::{Pace, later};
+use super::view::View;
+use super::{Broken, epoch};
+use crate::inventory::Inventory;
 use crate::names;
-use crate::objects::preferred_nodes;
 use crate::plan::{Action, Kind, Object};
-use crate::resources::Resources;
-use crate::snapshot::{
-    Claim, Cluster, ConfigMapView, LoadSample, NodeView, PodSamples, PodView, Snapshot,
-};
+use crate::snapshot::{Claim, Cluster, ConfigMapView, NodeView, PodSamples, PodView, Snapshot};
 
 /// Happenings kept for the story of a broken rule.
-const STORY_MAX: usize = 60;
+const STORY_MAX: usize = 80;
+
+/// Namespace and name.
+pub type Key = (String, String);
 
 /// A source of chance that gives the same numbers for the same seed (splitmix64).
 #[derive(Clone, Debug)]
@@ -43,13 +44,58 @@ impl Seed {
     pub fn below(&mut self, end: u64) -> u64 {
         self.next_u64() % end.max(1)
     }
+
+    /// One of several.
+    pub fn of<'a, T>(&mut self, all: &'a [T]) -> Option<&'a T> {
+        let pick = self.below(u64::try_from(all.len()).unwrap_or(u64::MAX));
+        all.get(usize::try_from(pick).unwrap_or(0))
+    }
 }
 
-/// What the operator sees.
-#[derive(Clone, Debug, Default)]
-struct View {
-    pods: BTreeMap<String, Pod>,
-    nodes: BTreeMap<String, Node>,
+/// A pod, and what is made of it whenever it changes.
+#[derive(Clone, Debug)]
+pub(super) struct StoredPod {
+    pub(super) pod: Pod,
+    pub(super) view: Arc<PodView>,
+    pub(super) claim: Option<Claim>,
+    /// When it becomes ready, or its inspection ends; none before it is bound.
+    pub(super) ready_at: Option<Timestamp>,
+    /// When it is gone, once it is deleted.
+    pub(super) gone_at: Option<Timestamp>,
+}
+
+impl StoredPod {
+    fn new(pod: Pod) -> Self {
+        Self {
+            view: Arc::new(PodView::of(&pod)),
+            claim: Claim::of(&pod),
+            pod,
+            ready_at: None,
+            gone_at: None,
+        }
+    }
+}
+
+/// A node, and the view of it.
+#[derive(Clone, Debug)]
+pub(super) struct StoredNode {
+    pub(super) node: Node,
+    pub(super) view: Arc<NodeView>,
+}
+
+/// A ModelDeployment, what belongs to it alone, and when the operator looks at it.
+#[derive(Clone, Debug)]
+pub(super) struct Wish {
+    pub(super) deployment: Arc<ModelDeployment>,
+    pub(super) service: Option<Arc<Service>>,
+    pub(super) budget: Option<Arc<PodDisruptionBudget>>,
+    pub(super) samples: BTreeMap<String, PodSamples>,
+    /// When the operator looks again by itself.
+    pub(super) due: Option<Timestamp>,
+    /// Whether something happened to it that the operator was told of.
+    pub(super) is_woken: bool,
+    /// Whether it waits for room, and is woken by some.
+    pub(super) is_hungry: bool,
 }
 
 /// The simulated cluster.
@@ -57,53 +103,88 @@ struct View {
 pub struct World {
     /// The time.
     pub now: Timestamp,
-    seed: u64,
-    chance: Seed,
-    deployment: ModelDeployment,
-    pods: BTreeMap<String, Pod>,
-    config_maps: BTreeMap<String, ConfigMap>,
-    service: Option<Service>,
-    budget: Option<PodDisruptionBudget>,
-    nodes: BTreeMap<String, Node>,
-    /// When each bound pod becomes ready, or an inspection ends.
-    ready_at: BTreeMap<String, Timestamp>,
-    /// When each deleted pod is gone.
-    gone_at: BTreeMap<String, Timestamp>,
-    view: View,
-    samples: BTreeMap<String, PodSamples>,
+    pub(super) seed: u64,
+    pub(super) chance: Seed,
+    pub(super) pace: Pace,
+    pub(super) wishes: BTreeMap<Key, Wish>,
+    pub(super) pods: BTreeMap<Key, StoredPod>,
+    /// Config maps with the name of the wish they belong to.
+    pub(super) config_maps: BTreeMap<Key, (String, Arc<ConfigMapView>)>,
+    pub(super) nodes: BTreeMap<String, StoredNode>,
+    /// Nodes that left, and when one like them joins.
+    pub(super) joining: Vec<(Timestamp, Node)>,
+    pub(super) view: View,
+    /// Nodes that ever joined later.
+    pub(super) joined: u32,
+    /// Until when the API server answers nobody.
+    pub(super) silent_until: Option<Timestamp>,
+    /// Steps for which nothing is seen yet.
+    pub(super) blind_steps: u64,
+    /// Pods whose last write has no known outcome; the operator reads them before it plans.
+    pub(super) unsure: BTreeSet<Key>,
+    /// Pods that answered until something else than the operator ended that.
+    pub(super) lost: BTreeSet<Key>,
+    /// Whether requests come; without, replicas are idle.
+    pub(super) is_busy: bool,
     report: String,
     uids: u64,
     story: Vec<String>,
 }
 
 impl World {
-    /// A world with nothing but nodes and one wish. `report` is what an inspection finds.
-    pub fn new(
-        seed: u64,
-        mut deployment: ModelDeployment,
-        nodes: Vec<Node>,
-        report: String,
-    ) -> Self {
-        deployment.metadata.generation = Some(1);
-        let named = |node: Node| (node.metadata.name.clone().unwrap_or_default(), node);
+    /// A world of what was listed. `report` is what an inspection finds.
+    pub fn new(seed: u64, inventory: Inventory, report: String, pace: Pace) -> Self {
+        let Inventory {
+            nodes,
+            pods,
+            config_maps,
+            services: _,
+            budgets: _,
+            quotas: _,
+            deployments,
+        } = inventory;
         let mut world = Self {
             now: epoch(),
             seed,
             chance: Seed(seed),
-            deployment,
+            pace,
+            wishes: BTreeMap::new(),
             pods: BTreeMap::new(),
             config_maps: BTreeMap::new(),
-            service: None,
-            budget: None,
-            nodes: nodes.into_iter().map(named).collect(),
-            ready_at: BTreeMap::new(),
-            gone_at: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            joining: Vec::new(),
             view: View::default(),
-            samples: BTreeMap::new(),
+            joined: 0,
+            silent_until: None,
+            blind_steps: 0,
+            unsure: BTreeSet::new(),
+            lost: BTreeSet::new(),
+            is_busy: true,
             report,
             uids: 0,
             story: Vec::new(),
         };
+        for node in nodes {
+            world.put_node(node);
+        }
+        for pod in pods {
+            let key = key_of(&pod.metadata);
+            let mut stored = StoredPod::new(pod);
+            // What is bound already runs, or will go on starting as it was.
+            stored.ready_at = stored.view.node.as_ref().map(|_| world.now);
+            stored.gone_at = stored.view.deleting.then_some(world.now);
+            world.pods.insert(key, stored);
+        }
+        for map in config_maps {
+            let view = Arc::new(ConfigMapView::of(&map));
+            let owner = owner_of(&map.metadata);
+            world
+                .config_maps
+                .insert(key_of(&map.metadata), (owner, view));
+        }
+        for deployment in deployments {
+            world.put_wish(deployment);
+        }
         world.see_everything();
         world
     }
@@ -130,114 +211,202 @@ impl World {
         })
     }
 
-    /// Views of the pods as they are.
-    pub fn pod_views(&self) -> impl Iterator<Item = PodView> + '_ {
-        self.pods.values().map(PodView::of)
+    /// What inspections find.
+    pub(super) fn report(&self) -> &str {
+        &self.report
     }
 
-    fn see_everything(&mut self) {
-        self.view = View {
-            pods: self.pods.clone(),
-            nodes: self.nodes.clone(),
+    pub(super) fn uid(&mut self) -> String {
+        self.uids += 1;
+        format!("uid-{}", self.uids)
+    }
+
+    /// A wish appears, or its spec is what is given; the status is kept.
+    pub fn put_wish(&mut self, mut deployment: ModelDeployment) {
+        let key = key_of(&deployment.metadata);
+        match self.wishes.get_mut(&key) {
+            Some(wish) => {
+                let before = &wish.deployment;
+                let generation = before.metadata.generation.unwrap_or(0);
+                deployment.metadata.generation = Some(generation + 1);
+                deployment.metadata.uid.clone_from(&before.metadata.uid);
+                deployment.status.clone_from(&before.status);
+                wish.deployment = Arc::new(deployment);
+                wish.is_woken = true;
+            }
+            None => {
+                deployment.metadata.generation.get_or_insert(1);
+                if deployment.metadata.uid.is_none() {
+                    deployment.metadata.uid = Some(self.uid());
+                }
+                let wish = Wish {
+                    deployment: Arc::new(deployment),
+                    service: None,
+                    budget: None,
+                    samples: BTreeMap::new(),
+                    due: None,
+                    is_woken: true,
+                    is_hungry: false,
+                };
+                self.wishes.insert(key, wish);
+            }
+        }
+    }
+
+    /// Changes a spec as a user would.
+    pub fn edit(&mut self, key: &Key, change: impl FnOnce(&mut operator_api::ModelDeploymentSpec)) {
+        if let Some(wish) = self.wishes.get(key) {
+            let mut deployment = (*wish.deployment).clone();
+            change(&mut deployment.spec);
+            self.put_wish(deployment);
+        }
+    }
+
+    /// The user deletes a ModelDeployment; Kubernetes collects what it owned.
+    pub fn remove_wish(&mut self, key: &Key) {
+        if self.wishes.remove(key).is_none() {
+            return;
+        }
+        let (namespace, name) = key;
+        self.config_maps
+            .retain(|(space, _), (owner, _)| space != namespace || owner != name);
+        for pod in self.pods_of(key) {
+            self.delete_pod(&pod, self.pace.delete_seconds_max);
+        }
+    }
+
+    /// Names of the wishes.
+    pub fn keys(&self) -> Vec<Key> {
+        self.wishes.keys().cloned().collect()
+    }
+
+    pub(super) fn pods_of(&self, key: &Key) -> Vec<Key> {
+        let (namespace, name) = key;
+        self.pods
+            .iter()
+            .filter(|((space, _), pod)| {
+                space == namespace && pod.view.label(names::MODEL_DEPLOYMENT) == name
+            })
+            .map(|(key, _)| key.clone())
+            .collect()
+    }
+
+    /// A node joins, or changes.
+    pub fn put_node(&mut self, node: Node) {
+        let view = Arc::new(NodeView::of(&node));
+        self.nodes
+            .insert(view.name.clone(), StoredNode { node, view });
+    }
+
+    /// Changes a node; false when there is none of that name.
+    pub fn change_node(&mut self, name: &str, change: impl FnOnce(&mut Node)) -> bool {
+        let Some(stored) = self.nodes.get(name) else {
+            return false;
         };
+        let mut node = stored.node.clone();
+        change(&mut node);
+        self.put_node(node);
+        true
     }
 
-    /// The operator's caches catch up, or do not.
-    pub fn refresh(&mut self, faults: &Faults) {
-        if self.chance(faults.restart) {
-            self.tell("the operator starts anew".into());
-            self.samples.clear();
-            self.see_everything();
-        } else if !self.chance(faults.stale_view) {
-            self.see_everything();
+    /// Changes a pod; its view and claim follow.
+    pub(super) fn change_pod(&mut self, key: &Key, change: impl FnOnce(&mut Pod)) {
+        if let Some(stored) = self.pods.get_mut(key) {
+            change(&mut stored.pod);
+            let view = PodView::of(&stored.pod);
+            if *stored.view != view {
+                stored.view = Arc::new(view);
+                stored.claim = Claim::of(&stored.pod);
+            }
         }
     }
 
     /// What the operator sees.
-    pub fn snapshot(&self) -> Snapshot {
-        self.snapshot_of(&self.view)
+    pub fn snapshot(&self, key: &Key) -> Option<Snapshot> {
+        self.snapshot_of(key, &self.view)
     }
 
     /// What is.
-    pub fn truth(&self) -> Snapshot {
-        self.snapshot_of(&View {
-            pods: self.pods.clone(),
-            nodes: self.nodes.clone(),
-        })
+    pub fn truth(&self, key: &Key) -> Option<Snapshot> {
+        self.snapshot_of(key, &View::of(self))
     }
 
-    fn snapshot_of(&self, view: &View) -> Snapshot {
-        let claims: Vec<Claim> = view.pods.values().filter_map(Claim::of).collect();
-        let nodes = view.nodes.values().map(|node| Arc::new(NodeView::of(node)));
-        Snapshot {
+    fn snapshot_of(&self, key: &Key, view: &View) -> Option<Snapshot> {
+        let wish = self.wishes.get(key)?;
+        let (namespace, name) = key;
+        let wanted = wish.deployment.spec.model.config_map_ref.as_ref();
+        let model_config = wanted
+            .and_then(|wanted| {
+                self.config_maps
+                    .get(&(namespace.clone(), wanted.name.clone()))
+            })
+            .map(|(_, map)| Arc::clone(map));
+        let is_own = |space: &String| space == namespace;
+        Some(Snapshot {
             now: self.now,
-            deployment: Arc::new(self.deployment.clone()),
+            deployment: Arc::clone(&wish.deployment),
             pods: view
                 .pods
-                .values()
-                .map(|pod| Arc::new(PodView::of(pod)))
+                .iter()
+                .filter(|((space, _), pod)| {
+                    is_own(space) && pod.view.label(names::MODEL_DEPLOYMENT) == name
+                })
+                .map(|(_, pod)| Arc::clone(&pod.view))
                 .collect(),
             config_maps: self
                 .config_maps
-                .values()
-                .map(|map| Arc::new(ConfigMapView::of(map)))
+                .iter()
+                .filter(|((space, _), (owner, _))| is_own(space) && owner == name)
+                .map(|(_, (_, map))| Arc::clone(map))
                 .collect(),
-            model_config: None,
-            service: self.service.clone().map(Arc::new),
-            disruption_budget: self.budget.clone().map(Arc::new),
-            cluster: Arc::new(Cluster::new(nodes, &claims)),
-            samples: self.samples.clone(),
+            model_config,
+            service: wish.service.clone(),
+            disruption_budget: wish.budget.clone(),
+            quotas: Vec::new(),
+            cluster: Arc::new(view.cluster()),
+            samples: wish.samples.clone(),
             demand: None,
-        }
+        })
     }
 
     /// Stores the status, as its own writer would.
-    pub fn store_status(&mut self, status: ModelDeploymentStatus) {
-        self.deployment.status = Some(status);
+    pub fn store_status(&mut self, key: &Key, status: ModelDeploymentStatus) {
+        if let Some(wish) = self.wishes.get_mut(key) {
+            let mut deployment = (*wish.deployment).clone();
+            deployment.status = Some(status);
+            wish.deployment = Arc::new(deployment);
+        }
     }
 
     /// Carries out one write; true when it changed anything. The operator sees its own writes at
     /// once, unless the answer is lost: then it learns of them like of anything else.
-    pub fn write(&mut self, action: &Action, is_unheard: bool) -> bool {
-        let before = is_unheard.then(|| self.view.clone());
-        let changed = self.carry_out(action);
-        if let Some(before) = before {
-            self.view = before;
-        }
-        changed
-    }
-
-    fn carry_out(&mut self, action: &Action) -> bool {
+    pub fn write(&mut self, wish: &Key, action: &Action, is_unheard: bool) -> bool {
+        let namespace = wish.0.clone();
         match action {
-            Action::Create(Object::Pod(pod)) | Action::Apply(Object::Pod(pod)) => self.create(pod),
-            Action::Create(object) | Action::Apply(object) => {
-                match object.clone() {
-                    Object::ConfigMap(mut map) => {
-                        let name = map.metadata.name.clone().unwrap_or_default();
-                        map.metadata.uid = Some(self.uid());
-                        self.config_maps.insert(name, *map);
-                    }
-                    Object::Service(service) => self.service = Some(*service),
-                    Object::PodDisruptionBudget(budget) => self.budget = Some(*budget),
-                    Object::Pod(_) => {}
+            Action::Create(Object::Pod(pod)) | Action::Apply(Object::Pod(pod)) => {
+                let key = (namespace, pod.metadata.name.clone().unwrap_or_default());
+                let is_new = !self.pods.contains_key(&key);
+                if is_new {
+                    self.create(&key, pod);
                 }
-                true
+                // A create that meets "already exists" reads what is there.
+                self.hear(&key, is_unheard);
+                is_new
             }
+            Action::Create(object) | Action::Apply(object) => self.apply(wish, object.clone()),
             Action::PatchPod {
                 name,
                 uid,
                 labels,
                 annotations,
             } => {
-                let patch = |pods: &mut BTreeMap<String, Pod>| {
-                    let pod = pods
-                        .get_mut(name)
-                        .filter(|pod| pod.metadata.uid.as_ref() == Some(uid));
-                    let Some(pod) = pod else { return false };
-                    pod.metadata
-                        .labels
-                        .get_or_insert_default()
-                        .extend(labels.clone());
+                let key = (namespace, name.clone());
+                if !self.is_it(&key, uid) {
+                    return false;
+                }
+                self.change_pod(&key, |pod| {
+                    let stored = pod.metadata.labels.get_or_insert_default();
+                    stored.extend(labels.clone());
                     let stored = pod.metadata.annotations.get_or_insert_default();
                     for (key, value) in annotations {
                         match value {
@@ -245,38 +414,52 @@ impl World {
                             None => stored.remove(key),
                         };
                     }
-                    true
-                };
-                patch(&mut self.view.pods);
-                patch(&mut self.pods)
+                });
+                self.hear(&key, is_unheard);
+                true
             }
             Action::Delete {
                 kind: Kind::Pod,
                 name,
                 uid,
             } => {
-                let is_it = self
-                    .pods
-                    .get(name)
-                    .is_some_and(|pod| pod.metadata.uid.as_ref() == Some(uid));
-                is_it && self.delete_pod(name)
+                let key = (namespace, name.clone());
+                let done =
+                    self.is_it(&key, uid) && self.delete_pod(&key, self.pace.delete_seconds_max);
+                self.hear(&key, is_unheard);
+                done
             }
-            Action::Delete { name, .. } => self.config_maps.remove(name).is_some(),
+            Action::Delete { name, .. } => self
+                .config_maps
+                .remove(&(namespace, name.clone()))
+                .is_some(),
         }
     }
 
-    fn uid(&mut self) -> String {
-        self.uids += 1;
-        format!("uid-{}", self.uids)
-    }
-
-    fn create(&mut self, pod: &Pod) -> bool {
-        let name = pod.metadata.name.clone().unwrap_or_default();
-        if let Some(there) = self.pods.get(&name) {
-            // A create that meets "already exists" reads what is there.
-            self.view.pods.insert(name, there.clone());
+    fn apply(&mut self, key: &Key, object: Object) -> bool {
+        let uid = self.uid();
+        let Some(wish) = self.wishes.get_mut(key) else {
             return false;
+        };
+        match object {
+            Object::ConfigMap(mut map) => {
+                map.metadata.uid = Some(uid);
+                let (owner, view) = (owner_of(&map.metadata), ConfigMapView::of(&map));
+                let name = (key.0.clone(), view.name.clone());
+                self.config_maps.insert(name, (owner, Arc::new(view)));
+            }
+            Object::Service(service) => wish.service = Some(Arc::new(*service)),
+            Object::PodDisruptionBudget(budget) => wish.budget = Some(Arc::new(*budget)),
+            Object::Pod(_) => return false,
         }
+        true
+    }
+
+    fn is_it(&self, key: &Key, uid: &str) -> bool {
+        self.pods.get(key).is_some_and(|pod| pod.view.uid == uid)
+    }
+
+    fn create(&mut self, key: &Key, pod: &Pod) {
         let mut pod = pod.clone();
         pod.metadata.uid = Some(self.uid());
         pod.metadata.creation_timestamp = Some(Time(self.now));
@@ -284,318 +467,58 @@ impl World {
             phase: Some("Pending".into()),
             ..PodStatus::default()
         });
-        self.view.pods.insert(name.clone(), pod.clone());
-        self.pods.insert(name, pod);
-        true
+        self.pods.insert(key.clone(), StoredPod::new(pod));
     }
 
-    fn delete_pod(&mut self, name: &str) -> bool {
-        let Some(pod) = self.pods.get_mut(name) else {
+    /// Marks a pod as being deleted; false when it is not there or already is.
+    pub(super) fn delete_pod(&mut self, key: &Key, seconds_max: u64) -> bool {
+        let Some(stored) = self.pods.get(key) else {
             return false;
         };
-        if pod.metadata.deletion_timestamp.is_some() {
+        if stored.view.deleting {
             return false;
         }
-        let finished = pod
-            .status
-            .as_ref()
-            .is_some_and(|s| matches!(s.phase.as_deref(), Some("Failed" | "Succeeded")));
-        pod.metadata.deletion_timestamp = Some(Time(self.now));
-        let seconds = if finished { 0 } else { self.chance.below(20) };
-        let seen = pod.clone();
-        self.gone_at
-            .insert(name.to_owned(), later(self.now, seconds));
-        self.view.pods.insert(name.to_owned(), seen);
-        true
-    }
-
-    /// Lets time pass: pods are bound, start, and go.
-    pub fn clock(&mut self, seconds: i64) {
-        self.now = self
-            .now
-            .checked_add(SignedDuration::from_secs(seconds))
-            .unwrap_or(self.now);
-        let gone: Vec<String> = self
-            .gone_at
-            .iter()
-            .filter(|(name, at)| **at <= self.now && !self.is_stuck(name))
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in gone {
-            self.gone_at.remove(&name);
-            self.ready_at.remove(&name);
-            self.samples.remove(&name);
-            self.pods.remove(&name);
-        }
-        let names: Vec<String> = self.pods.keys().cloned().collect();
-        for name in names {
-            self.bind(&name);
-            self.live(&name);
-        }
-    }
-
-    /// A pod on a silent node is not gone until the node is back.
-    fn is_stuck(&self, pod: &str) -> bool {
-        let node = self
-            .pods
-            .get(pod)
-            .and_then(|pod| pod.spec.as_ref()?.node_name.as_ref());
-        node.is_some_and(|node| !self.is_node_ready(node))
-    }
-
-    fn is_node_ready(&self, name: &str) -> bool {
-        self.nodes
-            .get(name)
-            .is_some_and(|node| NodeView::of(node).ready)
-    }
-
-    fn bind(&mut self, name: &str) {
-        let pod = &self.pods[name];
-        let view = PodView::of(pod);
-        if view.node.is_some() || view.deleting || view.is_finished() {
-            return;
-        }
-        let asked = preferred_nodes(pod);
-        let is_offered = |node: &String| asked.is_empty() || asked.contains(node);
-        let bound: Vec<Claim> = self
-            .pods
-            .values()
-            .filter(|pod| {
-                pod.spec
-                    .as_ref()
-                    .is_some_and(|spec| spec.node_name.is_some())
-            })
-            .filter_map(Claim::of)
-            .collect();
-        let nodes = self.nodes.values().map(|node| Arc::new(NodeView::of(node)));
-        let cluster = Cluster::new(nodes, &bound);
-        let fits = |node: &NodeView| {
-            let free = cluster.free(node);
-            let Resources {
-                cpu_millis,
-                memory_bytes,
-                gpus,
-                pods,
-            } = view.requests;
-            node.ready
-                && cpu_millis <= free.cpu_millis
-                && memory_bytes <= free.memory_bytes
-                && gpus <= free.gpus
-                && pods <= free.pods
-        };
-        let chosen = cluster
-            .nodes
-            .values()
-            .filter(|node| is_offered(&node.name) && fits(node))
-            .min_by_key(|node| asked.iter().position(|name| *name == node.name))
-            .map(|node| node.name.clone());
-        let now = self.now;
-        let delay = 3 + self.chance.below(40);
-        let Some(pod) = self.pods.get_mut(name) else {
-            return;
-        };
-        let status = pod.status.get_or_insert_default();
-        match chosen {
-            Some(node) => {
-                pod.spec.get_or_insert_default().node_name = Some(node);
-                set_condition(status, "PodScheduled", true, now, "");
-                self.ready_at.insert(name.to_owned(), later(now, delay));
-            }
-            None => set_condition(status, "PodScheduled", false, now, "no node fits"),
-        }
-    }
-
-    fn live(&mut self, name: &str) {
-        let Some(ready_at) = self.ready_at.get(name).copied() else {
-            return;
-        };
-        let view = PodView::of(&self.pods[name]);
-        let node_ready = view
-            .node
-            .as_ref()
-            .is_some_and(|node| self.is_node_ready(node));
-        let (now, report) = (self.now, self.report.clone());
-        let busy = self.chance.below(4);
-        let Some(pod) = self.pods.get_mut(name) else {
-            return;
-        };
-        let status = pod.status.get_or_insert_default();
-        if view.is_finished() {
-            return;
-        }
-        if !node_ready {
-            set_condition(status, "Ready", false, now, "");
-            return;
-        }
-        if now < ready_at || view.deleting {
-            return;
-        }
-        if view.label(names::COMPONENT) == names::INSPECT {
-            end(status, "Succeeded", "", 0, &report, now);
-            return;
-        }
-        status.phase = Some("Running".into());
-        set_condition(status, "Ready", true, now, "");
-        // Requests come to pods that serve and run out in pods that drain.
-        let running = if view.label(names::SERVING) == "true" {
-            busy
+        let seconds = if stored.view.is_finished() {
+            0
         } else {
-            busy / 3
+            self.chance.below(seconds_max)
         };
-        let samples = self.samples.entry(name.to_owned()).or_default();
-        let report = LoadReport {
-            running: u32::try_from(running).unwrap_or(0),
-            ..LoadReport::default()
-        };
-        samples.previous = samples.latest.replace(LoadSample { at: now, report });
+        let (now, gone_at) = (self.now, later(self.now, seconds));
+        self.change_pod(key, |pod| pod.metadata.deletion_timestamp = Some(Time(now)));
+        if let Some(stored) = self.pods.get_mut(key) {
+            stored.gone_at = Some(gone_at);
+        }
+        true
     }
 
-    /// Chance strikes.
-    pub fn happen(&mut self, faults: &Faults) {
-        if self.chance(faults.pod_deleted)
-            && let Some(name) = self.any_pod()
-        {
-            self.tell(format!("someone deletes {name}"));
-            let before = self.view.clone();
-            self.delete_pod(&name);
-            // Not a write of ours: the view learns of it later.
-            self.view = before;
-        }
-        if self.chance(faults.pod_failed)
-            && let Some(name) = self.any_pod()
-        {
-            self.tell(format!("{name} is evicted"));
-            let now = self.now;
-            if let Some(status) = self.pods.get_mut(&name).and_then(|pod| pod.status.as_mut()) {
-                end(status, "Failed", "Evicted", 137, "", now);
-            }
-        }
-        if self.chance(faults.node_silent) {
-            let silent = self
-                .nodes
-                .keys()
-                .filter(|node| !self.is_node_ready(node))
-                .count();
-            let pick = self
-                .chance
-                .below(u64::try_from(self.nodes.len()).unwrap_or(1));
-            let name = self
-                .nodes
-                .keys()
-                .nth(usize::try_from(pick).unwrap_or(0))
-                .cloned();
-            if let Some(name) = name {
-                let ready = self.is_node_ready(&name);
-                // Some nodes stay, or there is nothing to decide.
-                if !ready || silent * 2 < self.nodes.len() {
-                    self.set_node(&name, !ready);
-                }
-            }
-        }
-        if self.chance(faults.rescaled) {
-            let replicas = i32::try_from(self.chance.below(5)).unwrap_or(1);
-            self.tell(format!("the user asks for {replicas} replicas"));
-            self.edit(|spec| spec.replicas = Some(replicas));
-        }
-        if self.chance(faults.revised) {
-            let tokens = 64 + i32::try_from(self.chance.below(8)).unwrap_or(0) * 16;
-            self.tell(format!("the user asks for a context of {tokens}"));
-            self.edit(|spec| spec.context.max_tokens = Some(tokens));
-        }
+    /// The nodes and what bound pods take of them.
+    pub(super) fn bound(&self) -> Cluster {
+        let nodes = self.nodes.values().map(|node| Arc::clone(&node.view));
+        let claims = self
+            .pods
+            .values()
+            .filter(|pod| pod.view.node.is_some())
+            .filter_map(|pod| pod.claim.as_ref());
+        Cluster::new(nodes, claims)
     }
 
-    /// Changes the spec as a user would.
-    pub fn edit(&mut self, change: impl FnOnce(&mut operator_api::ModelDeploymentSpec)) {
-        change(&mut self.deployment.spec);
-        let generation = self.deployment.metadata.generation.unwrap_or(0);
-        self.deployment.metadata.generation = Some(generation + 1);
-    }
-
-    /// Every node answers again and every view is fresh.
-    pub fn heal(&mut self) {
-        let names: Vec<String> = self.nodes.keys().cloned().collect();
-        for name in names {
-            if !self.is_node_ready(&name) {
-                self.set_node(&name, true);
-            }
-        }
-        self.see_everything();
-        self.tell("no more faults".into());
-    }
-
-    /// A node answers or falls silent.
-    pub fn set_node(&mut self, name: &str, ready: bool) {
-        self.tell(format!(
-            "node {name} {}",
-            if ready { "is back" } else { "falls silent" }
-        ));
-        let now = self.now;
-        if let Some(node) = self.nodes.get_mut(name) {
-            let status = node.status.get_or_insert_default();
-            status.conditions = Some(vec![NodeCondition {
-                type_: "Ready".into(),
-                status: if ready { "True" } else { "Unknown" }.into(),
-                last_transition_time: Some(Time(now)),
-                ..NodeCondition::default()
-            }]);
-        }
-    }
-
-    fn any_pod(&mut self) -> Option<String> {
-        let count = u64::try_from(self.pods.len())
-            .ok()
-            .filter(|count| *count > 0)?;
-        let pick = usize::try_from(self.chance.below(count)).ok()?;
-        let (name, pod) = self.pods.iter().nth(pick)?;
-        let view = PodView::of(pod);
-        (!view.deleting && !view.is_finished()).then(|| name.clone())
+    /// Whether a node is there and answers.
+    pub(super) fn is_node_ready(&self, name: &str) -> bool {
+        self.nodes.get(name).is_some_and(|node| node.view.ready)
     }
 }
 
-fn later(now: Timestamp, seconds: u64) -> Timestamp {
-    let seconds = i64::try_from(seconds).unwrap_or(0);
-    now.checked_add(SignedDuration::from_secs(seconds))
-        .unwrap_or(now)
+pub(super) fn key_of(metadata: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta) -> Key {
+    (
+        metadata.namespace.clone().unwrap_or_default(),
+        metadata.name.clone().unwrap_or_default(),
+    )
 }
 
-fn set_condition(status: &mut PodStatus, kind: &str, holds: bool, now: Timestamp, message: &str) {
-    let wanted = if holds { "True" } else { "False" };
-    let conditions = status.conditions.get_or_insert_default();
-    let since = conditions
-        .iter()
-        .find(|condition| condition.type_ == kind && condition.status == wanted)
-        .and_then(|condition| condition.last_transition_time.clone());
-    conditions.retain(|condition| condition.type_ != kind);
-    conditions.push(PodCondition {
-        type_: kind.to_owned(),
-        status: wanted.to_owned(),
-        message: Some(message.to_owned()),
-        last_transition_time: Some(since.unwrap_or(Time(now))),
-        ..PodCondition::default()
-    });
-}
-
-fn end(
-    status: &mut PodStatus,
-    phase: &str,
-    reason: &str,
-    exit_code: i32,
-    message: &str,
-    now: Timestamp,
-) {
-    status.phase = Some(phase.to_owned());
-    status.reason = Some(reason.to_owned());
-    set_condition(status, "Ready", false, now, "");
-    status.container_statuses = Some(vec![ContainerStatus {
-        state: Some(ContainerState {
-            terminated: Some(ContainerStateTerminated {
-                exit_code,
-                message: Some(message.to_owned()),
-                finished_at: Some(Time(now)),
-                ..ContainerStateTerminated::default()
-            }),
-            ..ContainerState::default()
-        }),
-        ..ContainerStatus::default()
-    }]);
+fn owner_of(metadata: &k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta) -> String {
+    let labels = metadata.labels.as_ref();
+    labels
+        .and_then(|labels| labels.get(names::MODEL_DEPLOYMENT))
+        .cloned()
+        .unwrap_or_default()
 }

@@ -1,6 +1,7 @@
 //! Builders that read aloud: `story(deployment("m").replicas(3)).on(h200x8(2))`.
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod fleets;
 pub mod schema;
 
 use std::sync::Arc;
@@ -164,6 +165,7 @@ pub fn story(deployment: ModelDeployment) -> Story {
             model_config: None,
             service: None,
             disruption_budget: None,
+            quotas: Vec::new(),
             cluster: Arc::new(Cluster::default()),
             samples: Default::default(),
             demand: None,
@@ -260,9 +262,11 @@ impl Story {
                 if let Some(node) = operator_core::objects::preferred_nodes(&pod).first() {
                     pod.spec.as_mut().unwrap().node_name = Some(node.clone());
                 }
-                self.claims.extend(Claim::of(&pod));
                 let mut view = PodView::of(&pod);
                 shape(&mut view);
+                // A pod that has ended takes nothing.
+                self.claims
+                    .extend(Claim::of(&pod).filter(|_| !view.is_finished()));
                 self.snapshot.pods.push(Arc::new(view));
             }
             Action::Create(_) => panic!("only pods are created"),

@@ -1,0 +1,337 @@
+//! A plan as people and scripts read it: what is done, where, and for every other node why not.
+//!
+//! Made from the plan and the snapshot it came from, with the planner's own reasons, so that it
+//! can say nothing the operator would not say. Nodes are judged as the next replica would find
+//! them, after everything this plan takes.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::decide::chosen;
+use crate::fit::{Layout, layout_words, parallelism_words};
+use crate::objects;
+use crate::placement::{self, Room, WhyNot, Wish};
+use crate::plan::{Action, Object, Plan, Settings};
+use crate::replicas::{State, observe};
+use crate::resources::Resources;
+use crate::snapshot::Snapshot;
+
+/// Nodes named in a group; the others are counted.
+pub const NODES_NAMED_MAX: usize = 8;
+/// Nodes named as places of one pod.
+const CHOICES_NAMED_MAX: usize = 4;
+
+/// A plan and its reasons.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Explanation {
+    /// Namespace of the ModelDeployment.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Replicas wanted.
+    pub wanted: u32,
+    /// Whether all of them have a place.
+    pub fits: bool,
+    /// Conditions as the plan would report them.
+    pub conditions: Vec<Judgement>,
+    /// How one replica is laid out, once that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layout: Option<LayoutWords>,
+    /// Engine pods that exist.
+    pub pods: Vec<PodWords>,
+    /// Engine pods that the plan creates.
+    pub places: Vec<Place>,
+    /// Writes, in order.
+    pub actions: Vec<String>,
+    /// All nodes by what they mean for the next replica; empty while there is no layout.
+    pub nodes: Vec<NodeGroup>,
+    /// Seconds after which the operator looks again by itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub look_again_seconds: Option<u64>,
+}
+
+/// A condition without its times.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Judgement {
+    /// Type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Status.
+    pub status: String,
+    /// Reason.
+    pub reason: String,
+    /// For people.
+    pub message: String,
+}
+
+/// A layout in words and numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LayoutWords {
+    /// Revision that it makes.
+    pub revision: String,
+    /// Product, or `CPU`.
+    pub device: String,
+    /// GPUs of one replica.
+    pub gpus_per_replica: u32,
+    /// For example `TP 8, EP 8`.
+    pub parallelism: String,
+    /// Bytes of one rank.
+    pub rank_bytes: u64,
+    /// Tokens the KV cache of one replica holds.
+    pub kv_tokens: u64,
+    /// One line with the parts of the memory plan.
+    pub words: String,
+}
+
+/// An engine pod that exists.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodWords {
+    /// Name.
+    pub name: String,
+    /// What it is doing: Ready, Starting, Draining, …
+    pub state: &'static str,
+    /// Node it is bound to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Revision.
+    pub revision: String,
+    /// Why, where there is something to say.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub message: String,
+}
+
+/// A pod that the plan creates.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Place {
+    /// Name of the pod.
+    pub pod: String,
+    /// Nodes it may be bound to, best first, at most four of them.
+    pub nodes: Vec<String>,
+    /// Further nodes.
+    pub more_nodes: usize,
+}
+
+/// What nodes mean for the next replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Standing {
+    /// A replica of this ModelDeployment is there or planned there, and no further one fits.
+    InUse,
+    /// Another replica fits.
+    Fits,
+    /// No replica fits.
+    DoesNotFit,
+}
+
+/// Nodes that mean the same for the next replica.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeGroup {
+    /// What they mean.
+    pub standing: Standing,
+    /// How many there are.
+    pub count: usize,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    /// What would make one of them fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remedy: Option<String>,
+    /// Names of the first eight.
+    pub nodes: Vec<String>,
+}
+
+/// Explains `plan`, which was made from `snapshot`.
+pub fn explain(snapshot: &Snapshot, settings: &Settings, plan: &Plan) -> Explanation {
+    let choice = chosen(snapshot, settings).and_then(Result::ok);
+    let metadata = &snapshot.deployment.metadata;
+    let is_planned = |c: &&k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition| {
+        c.type_ == operator_api::ConditionType::Planned.as_str()
+    };
+    let planned = plan.status.conditions.iter().find(is_planned);
+    let nodes = choice.as_ref().map(|(valid, _, layout)| {
+        let requests = objects::engine_requests(valid, layout);
+        let wish = Wish {
+            layout,
+            requests,
+            placement: &valid.placement,
+            own: own_nodes(snapshot, plan),
+            avoid: Vec::new(),
+        };
+        node_groups(snapshot, plan, &wish)
+    });
+    Explanation {
+        namespace: metadata.namespace.clone().unwrap_or_default(),
+        name: metadata.name.clone().unwrap_or_default(),
+        wanted: plan
+            .status
+            .wanted_replicas
+            .and_then(|number| u32::try_from(number).ok())
+            .unwrap_or(0),
+        fits: planned.is_some_and(|condition| condition.status == "True"),
+        conditions: judgements(&plan.status.conditions),
+        layout: choice
+            .as_ref()
+            .map(|(_, revision, layout)| layout_of(revision.as_str(), layout)),
+        pods: pods(snapshot),
+        places: places(plan),
+        actions: plan.actions.iter().map(ToString::to_string).collect(),
+        nodes: nodes.unwrap_or_default(),
+        look_again_seconds: plan.wake_after.map(|after| after.as_secs()),
+    }
+}
+
+/// Conditions without their times.
+pub fn judgements(
+    conditions: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition],
+) -> Vec<Judgement> {
+    conditions
+        .iter()
+        .map(|condition| Judgement {
+            kind: condition.type_.clone(),
+            status: condition.status.clone(),
+            reason: condition.reason.clone(),
+            message: condition.message.clone(),
+        })
+        .collect()
+}
+
+/// Engine pods that exist, and what they are doing.
+pub fn pods(snapshot: &Snapshot) -> Vec<PodWords> {
+    observe(snapshot)
+        .iter()
+        .map(|replica| {
+            let (state, message) = words_of(&replica.state);
+            PodWords {
+                name: replica.pod.name.clone(),
+                state,
+                node: replica.pod.node.clone(),
+                revision: replica.revision().to_owned(),
+                message,
+            }
+        })
+        .collect()
+}
+
+fn words_of(state: &State) -> (&'static str, String) {
+    match state {
+        State::Refused { message } => ("Refused", message.clone()),
+        State::Starting => ("Starting", String::new()),
+        State::Failing { message } => ("Failing", message.clone()),
+        State::Ready => ("Ready", String::new()),
+        State::Draining { since } => ("Draining", format!("since {since}")),
+        State::Leaving => ("Leaving", String::new()),
+        State::Failed { message, .. } => ("Failed", message.clone()),
+        State::Lost { node } => ("Lost", format!("node {node} does not answer")),
+    }
+}
+
+fn layout_of(revision: &str, layout: &Layout) -> LayoutWords {
+    LayoutWords {
+        revision: revision.to_owned(),
+        device: layout.kind.to_string(),
+        gpus_per_replica: layout.gpus(),
+        parallelism: parallelism_words(layout),
+        rank_bytes: layout.memory.total_bytes(),
+        kv_tokens: layout.memory.kv_tokens,
+        words: layout_words(layout),
+    }
+}
+
+/// Pods that the plan creates, with the nodes they may be bound to.
+fn created(plan: &Plan) -> impl Iterator<Item = (&k8s_openapi::api::core::v1::Pod, Vec<String>)> {
+    plan.actions.iter().filter_map(|action| match action {
+        Action::Create(Object::Pod(pod)) => {
+            let nodes = objects::preferred_nodes(pod);
+            (!nodes.is_empty()).then_some((&**pod, nodes))
+        }
+        _ => None,
+    })
+}
+
+fn places(plan: &Plan) -> Vec<Place> {
+    created(plan)
+        .map(|(pod, mut nodes)| {
+            let more_nodes = nodes.len().saturating_sub(CHOICES_NAMED_MAX);
+            nodes.truncate(CHOICES_NAMED_MAX);
+            Place {
+                pod: pod.metadata.name.clone().unwrap_or_default(),
+                nodes,
+                more_nodes,
+            }
+        })
+        .collect()
+}
+
+/// Replicas of this deployment by node, those to be created included.
+fn own_nodes(snapshot: &Snapshot, plan: &Plan) -> BTreeMap<String, usize> {
+    let mut own = BTreeMap::new();
+    for replica in observe(snapshot) {
+        let planned = replica.pod.planned_nodes().first().map(|n| (*n).to_owned());
+        if let Some(node) = replica.pod.node.clone().or(planned)
+            && (replica.is_live() || matches!(replica.state, State::Draining { .. }))
+        {
+            *own.entry(node).or_insert(0) += 1;
+        }
+    }
+    for (_, nodes) in created(plan) {
+        if let Some(node) = nodes.into_iter().next() {
+            *own.entry(node).or_insert(0) += 1;
+        }
+    }
+    own
+}
+
+fn node_groups(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Vec<NodeGroup> {
+    let mut room = Room::new(&snapshot.cluster);
+    for (pod, nodes) in created(plan) {
+        if let (Some(node), Some(spec)) = (nodes.first(), &pod.spec) {
+            room.take(node, Resources::of_pod(spec));
+        }
+    }
+    let mut in_use = Vec::new();
+    let mut fitting = Vec::new();
+    let mut reasons: Vec<(&str, WhyNot)> = Vec::new();
+    for node in room.nodes() {
+        match placement::why_not(node, wish, &room) {
+            None => fitting.push(node.name.clone()),
+            Some(_) if wish.own.contains_key(&node.name) => in_use.push(node.name.clone()),
+            Some(reason) => reasons.push((&node.name, reason)),
+        }
+    }
+    let simple = |standing, nodes: Vec<String>| NodeGroup {
+        standing,
+        count: nodes.len(),
+        why: None,
+        remedy: None,
+        nodes: first(nodes),
+    };
+    let mut groups = vec![
+        simple(Standing::InUse, in_use),
+        simple(Standing::Fits, fitting),
+    ];
+    groups.retain(|group| group.count > 0);
+    groups.extend(
+        placement::groups(reasons)
+            .into_iter()
+            .map(|group| NodeGroup {
+                standing: Standing::DoesNotFit,
+                count: group.count,
+                remedy: Some(group.why_not.remedy()),
+                why: Some(group.why_not.to_string()),
+                nodes: first(group.nodes),
+            }),
+    );
+    groups
+}
+
+fn first(mut nodes: Vec<String>) -> Vec<String> {
+    nodes.truncate(NODES_NAMED_MAX);
+    nodes
+}

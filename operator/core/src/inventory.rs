@@ -1,0 +1,205 @@
+//! A cluster as lists of Kubernetes objects, and the snapshot of one wish in it.
+//!
+//! The running operator keeps mirrors and never builds this; it is for whoever looks once: the
+//! kubectl plugin, with lists from a live cluster or from files that `kubectl get -o json` wrote,
+//! and tests. What a pod or a node means is decided by the same projections as in the operator.
+
+use std::sync::Arc;
+
+use engine_spec::ModelFacts;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, ResourceQuota, Service};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use operator_api::ModelDeployment;
+
+use crate::inspect::source_hash;
+use crate::names;
+use crate::plan::Settings;
+use crate::snapshot::{Claim, Cluster, ConfigMapView, NodeView, PodView, QuotaView, Snapshot};
+use crate::validate::validate;
+
+/// Everything that was listed.
+#[derive(Clone, Debug, Default)]
+pub struct Inventory {
+    /// Nodes.
+    pub nodes: Vec<Node>,
+    /// Pods of everyone.
+    pub pods: Vec<Pod>,
+    /// Config maps: ours, and those that specs name.
+    pub config_maps: Vec<ConfigMap>,
+    /// Services.
+    pub services: Vec<Service>,
+    /// Disruption budgets.
+    pub budgets: Vec<PodDisruptionBudget>,
+    /// Quotas.
+    pub quotas: Vec<ResourceQuota>,
+    /// Wishes.
+    pub deployments: Vec<ModelDeployment>,
+}
+
+impl Inventory {
+    /// Nodes, and what all pods take of them.
+    pub fn cluster(&self) -> Cluster {
+        let claims: Vec<Claim> = self.pods.iter().filter_map(Claim::of).collect();
+        let nodes = self.nodes.iter().map(|node| Arc::new(NodeView::of(node)));
+        Cluster::new(nodes, &claims)
+    }
+
+    /// The wish of that name.
+    pub fn deployment(&self, namespace: &str, name: &str) -> Option<&ModelDeployment> {
+        self.deployments
+            .iter()
+            .find(|deployment| is_named(&deployment.metadata, namespace, name))
+    }
+
+    /// The config map of that name.
+    pub fn config_map(&self, namespace: &str, name: &str) -> Option<&ConfigMap> {
+        self.config_maps
+            .iter()
+            .find(|map| is_named(&map.metadata, namespace, name))
+    }
+
+    /// Lays `given` over what is there, as an apply would: a spec that is given replaces the one
+    /// of that name and keeps its uid and status.
+    pub fn overlay(&mut self, given: Inventory) {
+        let Inventory {
+            nodes,
+            pods,
+            config_maps,
+            services,
+            budgets,
+            quotas,
+            deployments,
+        } = given;
+        for mut deployment in deployments {
+            let key = (&deployment.metadata.namespace, &deployment.metadata.name);
+            let there = self
+                .deployments
+                .iter()
+                .position(|old| (&old.metadata.namespace, &old.metadata.name) == key);
+            if let Some(index) = there {
+                let old = self.deployments.swap_remove(index);
+                deployment.metadata.uid = old.metadata.uid;
+                deployment.metadata.generation = old.metadata.generation;
+                deployment.status = old.status;
+            }
+            self.deployments.push(deployment);
+        }
+        for map in config_maps {
+            let key = (&map.metadata.namespace, &map.metadata.name);
+            self.config_maps
+                .retain(|old| (&old.metadata.namespace, &old.metadata.name) != key);
+            self.config_maps.push(map);
+        }
+        self.nodes.extend(nodes);
+        self.pods.extend(pods);
+        self.services.extend(services);
+        self.budgets.extend(budgets);
+        self.quotas.extend(quotas);
+    }
+
+    /// The operator's configuration as its youngest pod shows it; none while it has made no pod.
+    /// Pods with an image of their own (`podTemplate.image`) say nothing about it.
+    pub fn settings(&self) -> Option<Settings> {
+        let has_own_image = |pod: &Pod| {
+            let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+            let labels = pod.metadata.labels.as_ref();
+            let owner = labels.and_then(|labels| labels.get(names::MODEL_DEPLOYMENT));
+            let owner = owner.and_then(|name| self.deployment(namespace, name));
+            owner.is_none_or(|owner| owner.spec.pod_template.image.is_some())
+        };
+        let youngest = self
+            .pods
+            .iter()
+            .filter(|pod| !has_own_image(pod))
+            .max_by_key(|pod| pod.metadata.creation_timestamp.clone())?;
+        let container = youngest.spec.as_ref()?.containers.first()?;
+        Some(Settings {
+            engine_image: container.image.clone()?,
+            image_pull_policy: container.image_pull_policy.clone()?,
+        })
+    }
+
+    /// What a decision about `deployment` at `now` depends on; `cluster` is [`Inventory::cluster`],
+    /// made once for many wishes. There are no samples: nobody was asked for its load.
+    pub fn snapshot(
+        &self,
+        deployment: ModelDeployment,
+        cluster: Arc<Cluster>,
+        now: Timestamp,
+    ) -> Snapshot {
+        let namespace = deployment.metadata.namespace.clone().unwrap_or_default();
+        let name = deployment.metadata.name.clone().unwrap_or_default();
+        let is_child = |metadata: &ObjectMeta| {
+            let labels = metadata.labels.as_ref();
+            metadata.namespace.as_deref() == Some(&namespace)
+                && labels.and_then(|labels| labels.get(names::MODEL_DEPLOYMENT)) == Some(&name)
+        };
+        let wanted_config = deployment.spec.model.config_map_ref.as_ref();
+        let model_config = wanted_config.and_then(|reference| {
+            let mut maps = self.config_maps.iter();
+            maps.find(|map| is_named(&map.metadata, &namespace, &reference.name))
+        });
+        Snapshot {
+            now,
+            pods: self
+                .pods
+                .iter()
+                .filter(|pod| is_child(&pod.metadata))
+                .map(|pod| Arc::new(PodView::of(pod)))
+                .collect(),
+            config_maps: self
+                .config_maps
+                .iter()
+                .filter(|map| is_child(&map.metadata))
+                .map(|map| Arc::new(ConfigMapView::of(map)))
+                .collect(),
+            model_config: model_config.map(|map| Arc::new(ConfigMapView::of(map))),
+            service: self
+                .services
+                .iter()
+                .find(|service| is_named(&service.metadata, &namespace, &name))
+                .map(|service| Arc::new(service.clone())),
+            disruption_budget: self
+                .budgets
+                .iter()
+                .find(|budget| is_named(&budget.metadata, &namespace, &name))
+                .map(|budget| Arc::new(budget.clone())),
+            quotas: self
+                .quotas
+                .iter()
+                .filter(|quota| quota.metadata.namespace.as_deref() == Some(&namespace))
+                .filter_map(QuotaView::of)
+                .map(Arc::new)
+                .collect(),
+            deployment: Arc::new(deployment),
+            cluster,
+            samples: Default::default(),
+            demand: None,
+        }
+    }
+}
+
+impl Snapshot {
+    /// Supposes that an inspection found these facts, so that a plan can be made before one ran.
+    /// Without effect on a spec that is not valid, or that names a config map for its facts.
+    pub fn suppose_facts(&mut self, facts: &ModelFacts) {
+        let Ok(valid) = validate(&self.deployment) else {
+            return;
+        };
+        let name = names::facts_config_map(&valid.name, &source_hash(&valid));
+        // ModelFacts is plain data with string keys: writing it cannot fail.
+        let text = serde_json::to_string(facts).unwrap_or_default();
+        self.config_maps.retain(|map| map.name != name);
+        self.config_maps.push(Arc::new(ConfigMapView {
+            name,
+            uid: String::new(),
+            data: [(names::FACTS_JSON.to_owned(), text)].into(),
+        }));
+    }
+}
+
+fn is_named(metadata: &ObjectMeta, namespace: &str, name: &str) -> bool {
+    metadata.namespace.as_deref() == Some(namespace) && metadata.name.as_deref() == Some(name)
+}

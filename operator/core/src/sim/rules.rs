@@ -1,0 +1,289 @@
+//! The rules that hold in every story, whatever goes wrong:
+//!
+//! - one pod at most that may run for each replica index of a ModelDeployment;
+//! - no plan that breaks the rules of [`crate::check`];
+//! - never more pods than wanted plus surge by a create of ours;
+//! - never fewer answering replicas than promised by a drain or delete of ours: what others ended
+//!   meanwhile, unseen by us, is not our doing, what we ended is, heard of or not;
+//! - after the last fault: no write repeated for ever, nothing left over, and every ModelDeployment
+//!   complete, or told that no node fits while indeed none does.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::Broken;
+use super::world::{Key, World};
+use crate::explain::{Standing, explain};
+use crate::names;
+use crate::plan::{Action, Kind, Object, Plan, Settings};
+use crate::replicas::{Replica, State, observe};
+use crate::snapshot::PodView;
+use crate::validate::validate;
+
+/// Times that one write may be repeated after the last fault.
+const REPEATS_MAX: usize = 6;
+
+/// Counts writes after the last fault.
+#[derive(Debug, Default)]
+pub(super) struct Repeats(BTreeMap<String, usize>);
+
+impl Repeats {
+    pub(super) fn count(&mut self, world: &World, action: &str) -> Result<(), Box<Broken>> {
+        let count = self.0.entry(action.to_owned()).or_default();
+        *count += 1;
+        if *count > REPEATS_MAX {
+            return Err(world.broken(format!("repeated for ever: {action}")));
+        }
+        Ok(())
+    }
+}
+
+/// What a plan may not be, apart from what [`crate::check`] refuses.
+pub(super) fn plan(world: &World, plan: &Plan) -> Result<(), Box<Broken>> {
+    let rejected = plan
+        .status
+        .conditions
+        .iter()
+        .find(|condition| condition.reason == operator_api::Reason::PlanRejected.as_str());
+    if let Some(condition) = rejected {
+        return Err(world.broken(condition.message.clone()));
+    }
+    for action in &plan.actions {
+        let is_foreign = match action {
+            Action::Delete { kind, .. } => !matches!(kind, Kind::Pod | Kind::ConfigMap),
+            Action::Create(object) => !matches!(object, Object::Pod(_)),
+            _ => false,
+        };
+        if is_foreign {
+            return Err(world.broken(format!("an action of a form that is never used: {action}")));
+        }
+    }
+    Ok(())
+}
+
+fn is_serving(pod: &PodView) -> bool {
+    pod.ready && !pod.deleting && !pod.is_finished() && pod.label(names::SERVING) == "true"
+}
+
+/// Whether a pod does serve, whatever is seen of it: one on a silent node answers nobody.
+fn does_serve(world: &World, pod: &PodView) -> bool {
+    let node = pod.node.as_ref();
+    is_serving(pod) && node.is_some_and(|node| world.is_node_ready(node))
+}
+
+fn engines<'a>(world: &'a World, key: &'a Key) -> impl Iterator<Item = (&'a Key, &'a PodView)> {
+    let (namespace, name) = key;
+    world
+        .pods
+        .iter()
+        .map(|(key, pod)| (key, &*pod.view))
+        .filter(move |((space, _), pod)| {
+            space == namespace
+                && pod.label(names::MODEL_DEPLOYMENT) == name
+                && pod.label(names::COMPONENT) == names::ENGINE
+        })
+}
+
+/// Whether a write takes a replica away that the operator sees answering.
+pub(super) fn serving(world: &World, key: &Key, action: &Action) -> bool {
+    let name = match action {
+        Action::Delete {
+            kind: Kind::Pod,
+            name,
+            ..
+        } => name,
+        Action::PatchPod { name, labels, .. }
+            if labels.get(names::SERVING).map(String::as_str) == Some("false") =>
+        {
+            name
+        }
+        _ => return false,
+    };
+    let pod = (key.0.clone(), name.clone());
+    // One on a node that is seen silent is not seen answering, though it may be back already.
+    let is_seen = world.view.pods.get(&pod).is_some_and(|pod| {
+        let node = pod.view.node.as_ref();
+        is_serving(&pod.view) && node.is_some_and(|node| world.view.is_node_ready(node))
+    });
+    let truth = world.pods.get(&pod);
+    is_seen && truth.is_some_and(|pod| does_serve(world, &pod.view))
+}
+
+/// What must hold after a write; `took_away` is [`serving`] before it.
+pub(super) fn write(
+    world: &World,
+    key: &Key,
+    action: &Action,
+    wanted: u32,
+    took_away: bool,
+) -> Result<(), Box<Broken>> {
+    one_pod_per_index(world, key)?;
+    let Some(valid) = world
+        .wishes
+        .get(key)
+        .and_then(|wish| validate(&wish.deployment).ok())
+    else {
+        return Ok(());
+    };
+    if matches!(action, Action::Create(Object::Pod(pod)) if is_engine(pod)) {
+        let is_counted = |pod: &PodView| {
+            let answers = pod
+                .node
+                .as_ref()
+                .is_none_or(|node| world.is_node_ready(node));
+            !pod.deleting && !pod.is_finished() && answers
+        };
+        let pods = engines(world, key)
+            .filter(|(_, pod)| is_counted(pod))
+            .count();
+        let allowed = wanted.saturating_add(valid.surge_max);
+        if u32::try_from(pods).unwrap_or(u32::MAX) > allowed {
+            return Err(world.broken(format!("{pods} pods of {}, {allowed} are allowed", key.1)));
+        }
+    }
+    if took_away {
+        let left = engines(world, key)
+            .filter(|(_, pod)| does_serve(world, pod))
+            .count();
+        let unseen = world.lost.iter().filter(|lost| {
+            let is_own = lost.0 == key.0
+                && world.view.pods.get(*lost).is_some_and(|pod| {
+                    pod.view.label(names::MODEL_DEPLOYMENT) == key.1 && is_serving(&pod.view)
+                });
+            let truth = world.pods.get(*lost);
+            let is_back = truth.is_some_and(|pod| does_serve(world, &pod.view));
+            is_own && !is_back
+        });
+        let answering = u32::try_from(left + unseen.count()).unwrap_or(u32::MAX);
+        let promised = wanted.saturating_sub(valid.unavailable_max);
+        if answering < promised {
+            return Err(world.broken(format!(
+                "{answering} replicas of {} answer by our doing, {promised} are promised",
+                key.1
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn is_engine(pod: &k8s_openapi::api::core::v1::Pod) -> bool {
+    let labels = pod.metadata.labels.as_ref();
+    labels.and_then(|labels| labels.get(names::COMPONENT).map(String::as_str))
+        == Some(names::ENGINE)
+}
+
+fn one_pod_per_index(world: &World, key: &Key) -> Result<(), Box<Broken>> {
+    let mut seen = BTreeMap::new();
+    for (_, pod) in engines(world, key) {
+        if pod.is_finished() {
+            continue;
+        }
+        let index = pod.label(names::REPLICA);
+        if let Some(other) = seen.insert(index, &pod.name) {
+            return Err(world.broken(format!(
+                "replica {index} has two pods: {other} and {}",
+                pod.name
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether the world is as its users want it.
+pub(super) fn settled(world: &World, settings: &Settings) -> Result<(), String> {
+    for key in world.keys() {
+        wish_settled(world, settings, &key)
+            .map_err(|why| format!("{} does not settle: {why}", key.1))?;
+    }
+    let is_left_over = |(namespace, _): &Key, owner: &str| {
+        !owner.is_empty()
+            && !world
+                .wishes
+                .contains_key(&(namespace.clone(), owner.to_owned()))
+    };
+    for (key, pod) in &world.pods {
+        if is_left_over(key, pod.view.label(names::MODEL_DEPLOYMENT)) {
+            return Err(format!("pod {} is left over", key.1));
+        }
+    }
+    for (key, (owner, _)) in &world.config_maps {
+        if is_left_over(key, owner) {
+            return Err(format!("config map {} is left over", key.1));
+        }
+    }
+    Ok(())
+}
+
+fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), String> {
+    let snapshot = world.truth(key).ok_or("it is gone")?;
+    let plan = crate::plan(&snapshot, settings);
+    let actions: Vec<String> = plan.actions.iter().map(ToString::to_string).collect();
+    if !actions.is_empty() {
+        return Err(format!("there is still something to do: {actions:?}"));
+    }
+    let spec = &snapshot.deployment.spec;
+    let least = spec.autoscaling.as_ref().map(|range| range.min_replicas);
+    let wanted = spec.replicas.or(least).unwrap_or(0);
+    let wanted = usize::try_from(wanted).unwrap_or(0);
+    let replicas = observe(&snapshot);
+    let ready = replicas
+        .iter()
+        .filter(|replica| replica.state == State::Ready)
+        .count();
+    let revisions: BTreeSet<&str> = replicas.iter().map(Replica::revision).collect();
+    // One for the facts, one for each revision that runs; the current one has one too.
+    if snapshot.config_maps.len() > 2 + revisions.len() {
+        return Err(format!(
+            "{} config maps are left over",
+            snapshot.config_maps.len()
+        ));
+    }
+    let status = snapshot.deployment.status.clone().unwrap_or_default();
+    let reason = |kind: &str| {
+        let mut all = status.conditions.iter();
+        all.find(|condition| condition.type_ == kind)
+            .map_or("", |condition| condition.reason.as_str())
+            .to_owned()
+    };
+    let complete = if wanted == 0 {
+        "ScaledToZero"
+    } else {
+        "AllReplicasReady"
+    };
+    if ready == wanted
+        && replicas.len() == wanted
+        && revisions.len() <= 1
+        && reason("Ready") == complete
+    {
+        return Ok(());
+    }
+    let states: Vec<String> = replicas
+        .iter()
+        .map(|replica| {
+            format!(
+                "{} ({}): {:?}",
+                replica.pod.name,
+                replica.revision(),
+                replica.state
+            )
+        })
+        .collect();
+    let words = format!(
+        "{wanted} replicas are wanted: {states:?}, Ready is {}",
+        reason("Ready")
+    );
+    if !matches!(
+        reason("Planned").as_str(),
+        "NoNodeFits" | "MemoryDoesNotFit" | "NotServedYet"
+    ) {
+        return Err(format!("{words}, Planned is {}", reason("Planned")));
+    }
+    let explanation = explain(&snapshot, settings, &plan);
+    let fits = explanation
+        .nodes
+        .iter()
+        .find(|group| group.standing == Standing::Fits);
+    match fits {
+        Some(group) => Err(format!("{words}, though {:?} would fit", group.nodes)),
+        None => Ok(()),
+    }
+}

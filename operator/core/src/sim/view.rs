@@ -1,0 +1,161 @@
+//! What the operator sees of the simulated cluster, and what wakes it: the same rules as the
+//! mirrors and wakes of `operator-k8s`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use super::world::{Key, World};
+use crate::names;
+use crate::snapshot::{Claim, Cluster, NodeView, PodView};
+
+/// A pod as it was last seen.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    pub(super) view: Arc<PodView>,
+    claim: Option<Claim>,
+}
+
+/// Pods and nodes as they were last seen.
+#[derive(Clone, Debug, Default)]
+pub(super) struct View {
+    pub(super) pods: BTreeMap<Key, Seen>,
+    nodes: BTreeMap<String, Arc<NodeView>>,
+}
+
+impl View {
+    /// Whether a node is seen to answer.
+    pub(super) fn is_node_ready(&self, name: &str) -> bool {
+        self.nodes.get(name).is_some_and(|node| node.ready)
+    }
+
+    /// The view that misses nothing.
+    pub(super) fn of(world: &World) -> Self {
+        let seen = |pod: &super::world::StoredPod| Seen {
+            view: Arc::clone(&pod.view),
+            claim: pod.claim.clone(),
+        };
+        Self {
+            pods: world
+                .pods
+                .iter()
+                .map(|(key, pod)| (key.clone(), seen(pod)))
+                .collect(),
+            nodes: world
+                .nodes
+                .iter()
+                .map(|(name, node)| (name.clone(), Arc::clone(&node.view)))
+                .collect(),
+        }
+    }
+
+    /// Nodes, and what is taken on them.
+    pub(super) fn cluster(&self) -> Cluster {
+        let claims = self.pods.values().filter_map(|pod| pod.claim.as_ref());
+        Cluster::new(self.nodes.values().cloned(), claims)
+    }
+}
+
+impl World {
+    /// The operator's caches catch up; who has news is woken.
+    pub fn see_everything(&mut self) {
+        let fresh = View::of(self);
+        let mut woken: BTreeSet<Key> = BTreeSet::new();
+        let mut is_room = false;
+        let keys: BTreeSet<&Key> = self.view.pods.keys().chain(fresh.pods.keys()).collect();
+        for key in keys {
+            let (before, after) = (self.view.pods.get(key), fresh.pods.get(key));
+            let is_same = match (before, after) {
+                (Some(before), Some(after)) => Arc::ptr_eq(&before.view, &after.view),
+                _ => false,
+            };
+            if is_same {
+                continue;
+            }
+            for pod in [before, after].into_iter().flatten() {
+                let owner = pod.view.label(names::MODEL_DEPLOYMENT);
+                woken.insert((key.0.clone(), owner.to_owned()));
+            }
+            let claims = |seen: Option<&Seen>| seen.is_some_and(|seen| seen.claim.is_some());
+            is_room |= claims(before) && !claims(after);
+        }
+        let names: BTreeSet<&String> = self.view.nodes.keys().chain(fresh.nodes.keys()).collect();
+        for name in names {
+            let is_same = match (self.view.nodes.get(name), fresh.nodes.get(name)) {
+                (Some(before), Some(after)) => Arc::ptr_eq(before, after),
+                _ => false,
+            };
+            if !is_same {
+                is_room = true;
+                let on_it = fresh
+                    .pods
+                    .iter()
+                    .filter(|(_, pod)| pod.view.node.as_ref() == Some(name));
+                woken.extend(on_it.map(|((namespace, _), pod)| {
+                    let owner = pod.view.label(names::MODEL_DEPLOYMENT);
+                    (namespace.clone(), owner.to_owned())
+                }));
+            }
+        }
+        for (key, wish) in &mut self.wishes {
+            wish.is_woken |= woken.contains(key) || (is_room && wish.is_hungry);
+        }
+        self.view = fresh;
+    }
+
+    /// The operator hears the answer to a write about a pod, unless it is lost.
+    pub(super) fn hear(&mut self, key: &Key, is_lost: bool) {
+        if is_lost {
+            self.unsure.insert(key.clone());
+            return;
+        }
+        self.unsure.remove(key);
+        match self.pods.get(key) {
+            Some(pod) => {
+                let seen = Seen {
+                    view: Arc::clone(&pod.view),
+                    claim: pod.claim.clone(),
+                };
+                self.view.pods.insert(key.clone(), seen);
+            }
+            None => {
+                self.view.pods.remove(key);
+            }
+        }
+    }
+
+    /// Reads back the pods of a wish whose last write has no known outcome; false when the API
+    /// server does not answer.
+    pub(super) fn settle(&mut self, wish: &Key) -> bool {
+        let prefix = format!("{}-", wish.1);
+        let is_own = |pod: &&Key| pod.0 == wish.0 && pod.1.starts_with(&prefix);
+        let pods: Vec<Key> = self.unsure.iter().filter(is_own).cloned().collect();
+        if !pods.is_empty() && !self.answers() {
+            return false;
+        }
+        for pod in pods {
+            self.hear(&pod, false);
+        }
+        true
+    }
+
+    /// The operator starts anew: it remembers nothing and lists everything.
+    pub fn restart(&mut self) {
+        self.tell("the operator starts anew".into());
+        self.unsure.clear();
+        for wish in self.wishes.values_mut() {
+            wish.samples.clear();
+            wish.is_hungry = false;
+            wish.is_woken = true;
+        }
+        self.see_everything();
+    }
+
+    /// Wishes that the operator looks at now.
+    pub fn due(&self) -> Vec<Key> {
+        self.wishes
+            .iter()
+            .filter(|(_, wish)| wish.is_woken || wish.due.is_some_and(|due| due <= self.now))
+            .map(|(key, _)| key.clone())
+            .collect()
+    }
+}

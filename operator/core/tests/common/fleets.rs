@@ -1,0 +1,136 @@
+//! Random fleets for the simulation: nodes of different sizes, ModelDeployments that compete for
+//! them, and a mix of faults; all from one seed.
+
+use k8s_openapi::api::core::v1::Node;
+use operator_api::ModelDeployment;
+use operator_core::Inventory;
+use operator_core::sim::{Faults, Seed, Story};
+use serde_json::{Value, json};
+
+use super::{deployment, gpu_node, node, settings, small_report, with};
+
+/// The story of a seed.
+pub fn story_of(seed: u64) -> Story {
+    // A stream of its own, so that the world's chances do not repeat those of the fleet.
+    let mut dice = Seed(seed ^ 0x00C0_FFEE_D15E_A5E5);
+    let on_gpus = dice.below(2) == 0;
+    let count = 2 + dice.below(4);
+    let nodes = (0..count)
+        .map(|index| random_node(&mut dice, index, on_gpus))
+        .collect();
+    let wishes = 1 + dice.below(3);
+    let deployments = (0..wishes)
+        .map(|index| random_wish(&mut dice, index, on_gpus))
+        .collect();
+    let inventory = Inventory {
+        nodes,
+        deployments,
+        ..Inventory::default()
+    };
+    Story {
+        seed,
+        inventory,
+        report: small_report(),
+        settings: settings(),
+        faults: random_faults(&mut dice),
+        steps: usize::try_from(30 + dice.below(50)).unwrap(),
+    }
+}
+
+fn random_node(dice: &mut Seed, index: u64, on_gpus: bool) -> Node {
+    let name = format!("node-{index}");
+    let zone = json!({"metadata": {"labels": {"topology.kubernetes.io/zone": format!("zone-{}", dice.below(2))}}});
+    if on_gpus {
+        let gpus = *dice.of(&[1, 2, 4, 8]).unwrap();
+        let (product, memory_mib) = *dice
+            .of(&[("NVIDIA-H200", 143_771), ("NVIDIA-H100-80GB-HBM3", 81_559)])
+            .unwrap();
+        return with(gpu_node(&name, product, memory_mib, gpus), zone);
+    }
+    // Room for a few replicas, each of which asks for 250m, and always for inspections.
+    let cpu = format!("{}m", 250 * (1 + dice.below(4)) + 200);
+    with(node(&name, &cpu, "16Gi"), zone)
+}
+
+fn random_wish(dice: &mut Seed, index: u64, on_gpus: bool) -> ModelDeployment {
+    let (surge, unavailable) = *dice
+        .of(&[(1, 0), (0, 1), (1, 1), (2, 0), (2, 1), (0, 2)])
+        .unwrap();
+    let mut spec = json!({
+        "replicas": dice.below(5),
+        "rollout": {
+            "maxSurge": surge,
+            "maxUnavailable": unavailable,
+            "drainTimeoutSeconds": 10 + dice.below(50),
+        },
+    });
+    if dice.below(4) == 0 {
+        let least = 1 + dice.below(2);
+        spec["replicas"] = Value::Null;
+        spec["autoscaling"] = json!({
+            "minReplicas": least,
+            "maxReplicas": least + dice.below(3),
+            "targets": {"queuedRequestsPerReplica": 1 + dice.below(3)},
+            "stabilization": {"scaleDownSeconds": 30},
+        });
+    }
+    if on_gpus {
+        spec["accelerator"] = json!({"type": "nvidia"});
+        let tensor = *dice.of(&[0, 1, 2, 4]).unwrap();
+        if tensor > 0 {
+            spec["parallelism"] = json!({"tensor": tensor});
+        }
+    }
+    spec["placement"] = json!({});
+    if dice.below(4) == 0 {
+        spec["placement"]["topology"] = json!({"spreadBy": "topology.kubernetes.io/zone"});
+    }
+    if dice.below(3) == 0 {
+        spec["placement"]["binding"] = json!("direct");
+    }
+    let name = format!("m{index}");
+    with(
+        deployment(&name, spec),
+        json!({"metadata": {"uid": format!("uid-of-{name}")}}),
+    )
+}
+
+fn random_faults(dice: &mut Seed) -> Faults {
+    let all = Faults::all();
+    match dice.below(8) {
+        0 => Faults {
+            killed: 1000,
+            ..all
+        },
+        1 => Faults {
+            lost_write: 400,
+            lost_answer: 200,
+            ..all
+        },
+        2 => Faults {
+            stale_view: 800,
+            relist: 100,
+            ..all
+        },
+        3 => Faults {
+            silent_api: 50,
+            slow_kubelet: 400,
+            ..all
+        },
+        4 => Faults {
+            node_silent: 60,
+            node_gone: 20,
+            node_sick: 40,
+            node_cordoned: 40,
+            ..all
+        },
+        5 => Faults {
+            rescaled: 60,
+            revised: 40,
+            recreated: 15,
+            meddled: 60,
+            ..all
+        },
+        _ => all,
+    }
+}

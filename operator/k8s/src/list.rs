@@ -1,0 +1,148 @@
+//! One look at a whole cluster, for whoever does not stay: the kubectl plugin and benchmarks.
+//!
+//! Lists are read in pages, each bounded in time and repeated like every other call; nothing is written.
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::api::{Api, ListParams};
+use kube::{Client, Resource};
+use operator_api::ModelDeployment;
+use operator_core::{Inventory, names};
+use serde::de::DeserializeOwned;
+
+use crate::error::{Call, Error};
+use crate::retry::RetryPolicy;
+
+/// Objects asked for at once.
+const PAGE: u32 = 500;
+/// Pages of one list.
+const PAGES_MAX: usize = 2000;
+/// Engine pods asked for their metrics at once.
+const CONCURRENCY_MAX: usize = 16;
+
+/// What is listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Everything a plan depends on: also nodes and the pods of everyone.
+    Plans,
+    /// ModelDeployments and their pods.
+    Reports,
+}
+
+/// Lists the cluster. `namespace`: where ModelDeployments and their children are looked for; none: everywhere.
+///
+/// # Errors
+/// The first list that the API server refuses or does not answer.
+pub async fn inventory(
+    client: &Client,
+    namespace: Option<&str>,
+    extent: Extent,
+) -> Result<Inventory, Error> {
+    let ours = format!("{}=cachalot,{}", names::MANAGED_BY, names::MODEL_DEPLOYMENT);
+    let deployments: Vec<ModelDeployment> =
+        all(&scoped(client, namespace), "ModelDeployment", "").await?;
+    if extent == Extent::Reports {
+        return Ok(Inventory {
+            pods: all(&scoped(client, namespace), "Pod", &ours).await?,
+            deployments,
+            ..Inventory::default()
+        });
+    }
+    let mut config_maps: Vec<ConfigMap> =
+        all(&scoped(client, namespace), "ConfigMap", &ours).await?;
+    let named: BTreeSet<(&str, &str)> = deployments
+        .iter()
+        .filter_map(|deployment| {
+            let reference = deployment.spec.model.config_map_ref.as_ref()?;
+            let namespace = deployment.metadata.namespace.as_deref()?;
+            Some((namespace, reference.name.as_str()))
+        })
+        .collect();
+    for (namespace, name) in named {
+        config_maps.extend(config_map(client, namespace, name).await?);
+    }
+    Ok(Inventory {
+        nodes: all(&Api::all(client.clone()), "Node", "").await?,
+        pods: all(&Api::all(client.clone()), "Pod", "").await?,
+        config_maps,
+        services: all(&scoped(client, namespace), "Service", "").await?,
+        budgets: all(&scoped(client, namespace), "PodDisruptionBudget", "").await?,
+        quotas: all(&scoped(client, namespace), "ResourceQuota", "").await?,
+        deployments,
+    })
+}
+
+/// A config map by name; none when there is none.
+///
+/// # Errors
+/// When the API server refuses or does not answer.
+pub async fn config_map(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+) -> Result<Option<ConfigMap>, Error> {
+    let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    let call = Call::on("get", "ConfigMap", namespace, name);
+    RetryPolicy::CALL.run(&call, || api.get_opt(name)).await
+}
+
+/// The text of `/metrics` of engine pods, asked for through the API server; each pod answers or fails alone.
+pub async fn metrics(client: &Client, pods: Vec<(String, String)>) -> Vec<Result<String, Error>> {
+    futures::stream::iter(pods)
+        .map(|(namespace, name)| async move {
+            let path = format!(
+                "/api/v1/namespaces/{namespace}/pods/{name}:{}/proxy/metrics",
+                names::ENGINE_PORT
+            );
+            let call = Call::on("get", "engine", &namespace, &name);
+            let request = || hyper::Request::get(&path).body(Vec::new());
+            RetryPolicy::ONCE
+                .run(&call, || async {
+                    let request = request().map_err(kube::Error::HttpError)?;
+                    client.request_text(request).await
+                })
+                .await
+        })
+        .buffered(CONCURRENCY_MAX)
+        .collect()
+        .await
+}
+
+fn scoped<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+where
+    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>,
+{
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
+}
+
+async fn all<K>(api: &Api<K>, kind: &'static str, labels: &str) -> Result<Vec<K>, Error>
+where
+    K: Clone + Debug + DeserializeOwned,
+{
+    let call = Call::on("list", kind, "", "");
+    let mut parameters = ListParams::default().limit(PAGE);
+    if !labels.is_empty() {
+        parameters = parameters.labels(labels);
+    }
+    let mut items = Vec::new();
+    for _ in 0..PAGES_MAX {
+        let page = RetryPolicy::CALL
+            .run(&call, || api.list(&parameters))
+            .await?;
+        items.extend(page.items);
+        match page.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => parameters.continue_token = Some(token),
+            None => return Ok(items),
+        }
+    }
+    Err(Error::Http {
+        call,
+        message: format!("more than {} objects", PAGES_MAX * PAGE as usize),
+    })
+}
