@@ -8,6 +8,7 @@
 #   make tools                          kubelab, kubectl, coredns, kwok, helm and helm3 in .lab/bin
 #   make test                           all tests; the end-to-end ones on a real node need root
 #   make check                          format, lints as errors, generated files fresh
+#   make bench-fleet                    measure the operator beside a bare client; docs/performance/fleet.json
 #   make gen                            regenerate the CRD and its reference page
 #   make bench-engine [LLAMA_CPP=no]    the CPU engine against this machine's limits and llama.cpp (built once, five minutes)
 #   make kernels                        rebuild the prebuilt CUDA images (installs a pinned nvcc from PyPI)
@@ -32,7 +33,7 @@ up down images tools: .lab/bin/up
 	@mkdir -p .lab/bin
 	@GOWORK=off CGO_ENABLED=0 go build -C e2e/up -buildvcs=false -o "$(CURDIR)/$@" .
 
-.PHONY: test check gen kernels bench-engine
+.PHONY: test check gen kernels bench-engine bench-fleet
 
 test:
 	@e2e/test.sh
@@ -41,6 +42,11 @@ check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
 	test -z "$$(gofmt -l e2e/kubelab e2e/up)"
+
+# FLAGS="--plans-only" needs no tools; the rest needs those of `make tools`.
+bench-fleet:
+	cargo build --quiet --release --locked -p operator -p bench-fleet
+	target/release/bench-fleet $(FLAGS)
 
 gen:
 	cargo run --quiet -p crds

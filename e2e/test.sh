@@ -94,7 +94,7 @@ stage "kubelab" env GOWORK=off CGO_ENABLED=0 go -C e2e/kubelab test -trimpath -v
 stage "up" env GOWORK=off CGO_ENABLED=0 go -C e2e/up test -v ./...
 stage "model scripts" python3 -m unittest discover -s e2e/models/tiny-r1 -p 'test_*.py'
 if [ "$mode" != fast ]; then
-  stage "engine build" cargo build --release --locked -p engine -p operator
+  stage "engine build" cargo build --release --locked -p engine -p operator -p kubectl-cachalot
   stage "openai sdk" "$python" -m unittest discover -s e2e/sdk -p 'test_*.py'
   stage "openai sdk javascript" javascript
   stage "control plane" cargo test --locked --no-fail-fast -p e2e --features lab --test 'control_plane_*' -- --test-threads=2

@@ -141,6 +141,10 @@ fn crates_import_only_what_the_architecture_allows() {
                 "kernels",
             ],
         ),
+        (
+            "kubectl-cachalot",
+            &["kube", "engine-", "axum", "hyper", "ureq"],
+        ),
         ("engine-cpu", &["kube", "axum", "tokio", "operator-"]),
         ("engine-cuda", &["kube", "axum", "tokio", "operator-"]),
         (

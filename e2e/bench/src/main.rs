@@ -1,0 +1,61 @@
+//! `make bench-fleet`: how fast the operator plans and acts, beside the limit that a bare client sets.
+//!
+//! Rows are medians of several runs in one process on one machine. Ratios compare with a reference of the same run, so
+//! that a slow machine slows both. Writes `docs/performance/fleet.json`.
+
+mod cluster;
+mod planning;
+mod report;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Measures the operator.
+#[derive(Parser)]
+#[command(name = "bench-fleet", version, about)]
+struct Arguments {
+    /// Only the pure part: plans of 10,000 GPUs; no cluster.
+    #[arg(long)]
+    plans_only: bool,
+    /// Replicas of the one model that is created on the control plane.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1000)]
+    replicas: u32,
+    /// Simulated nodes of eight GPUs.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1250)]
+    nodes: u32,
+    /// Runs of each measurement; the median counts.
+    #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=99))]
+    runs: u32,
+    /// The operator's binary; absent: the newest that cargo built.
+    #[arg(long, value_name = "FILE")]
+    operator: Option<PathBuf>,
+    /// Where the figures go.
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "docs/performance/fleet.json"
+    )]
+    out: PathBuf,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let runs = usize::try_from(arguments.runs)?;
+    let mut rows = planning::rows(arguments.nodes, arguments.replicas, runs)?;
+    if !arguments.plans_only {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
+        let bench = cluster::Bench {
+            replicas: arguments.replicas,
+            nodes: arguments.nodes,
+            runs,
+            operator: arguments.operator,
+        };
+        rows.extend(runtime.block_on(bench.rows())?);
+    }
+    report::write(&arguments.out, rows)
+}

@@ -1,0 +1,144 @@
+//! Pure plans at the size of a large fleet: no cluster, no clock but the stopwatch.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::{ConfigMap, Node};
+use operator_api::ModelDeployment;
+use operator_core::{Action, Cluster, Inventory, Object, Plan, Settings, Snapshot};
+use serde_json::json;
+
+use crate::report::{Row, below, median};
+
+/// ModelDeployments over which the replicas of the last row are spread.
+const DEPLOYMENTS: u32 = 100;
+
+/// The rows of the pure part.
+pub fn rows(nodes: u32, replicas: u32, runs: usize) -> Result<Vec<Row>> {
+    let gpus = u64::from(nodes) * 8;
+    let mut inventory = Inventory {
+        nodes: (0..nodes).map(node).collect::<Result<_>>()?,
+        config_maps: vec![config()?],
+        ..Inventory::default()
+    };
+    let empty = Arc::new(inventory.cluster());
+    let whole = snapshot(&inventory, deployment("fleet", replicas)?, &empty);
+    let (millis, plan) = timed(&whole, runs);
+    ensure!(
+        pods(&plan) == replicas,
+        "{} of {replicas} pods planned",
+        pods(&plan)
+    );
+    let mut rows = vec![below(
+        &format!("plan of {replicas} replicas on {nodes} nodes ({gpus} GPUs)"),
+        millis,
+        "ms",
+        100.0,
+    )];
+    // The same replicas as a hundred ModelDeployments, all placed; then one of them grows.
+    let each = replicas / DEPLOYMENTS;
+    let mut cluster = inventory.cluster();
+    for index in 0..DEPLOYMENTS {
+        let wish = deployment(&format!("m{index}"), each)?;
+        let before = snapshot(&inventory, wish, &Arc::new(cluster.clone()));
+        let plan = operator_core::plan(&before, &settings());
+        cluster.take(&plan);
+        inventory
+            .pods
+            .extend(plan.actions.into_iter().filter_map(|action| match action {
+                Action::Create(Object::Pod(pod)) => Some(*pod),
+                _ => None,
+            }));
+    }
+    let cluster = Arc::new(cluster);
+    let changed = snapshot(&inventory, deployment("m7", each + 1)?, &cluster);
+    let (millis, plan) = timed(&changed, runs);
+    ensure!(
+        pods(&plan) == 1,
+        "{} pods planned instead of one",
+        pods(&plan)
+    );
+    rows.push(below(
+        &format!("plan of one changed ModelDeployment among {DEPLOYMENTS}, {gpus} GPUs"),
+        millis,
+        "ms",
+        10.0,
+    ));
+    Ok(rows)
+}
+
+fn timed(snapshot: &Snapshot, runs: usize) -> (f64, Plan) {
+    let settings = settings();
+    let mut plan = operator_core::plan(snapshot, &settings);
+    let mut millis = Vec::new();
+    for _ in 0..runs {
+        let start = Instant::now();
+        plan = operator_core::plan(snapshot, &settings);
+        millis.push(start.elapsed().as_secs_f64() * 1000.0);
+    }
+    (median(millis), plan)
+}
+
+fn pods(plan: &Plan) -> u32 {
+    let created = plan
+        .actions
+        .iter()
+        .filter(|action| matches!(action, Action::Create(_)));
+    u32::try_from(created.count()).unwrap_or(u32::MAX)
+}
+
+fn snapshot(inventory: &Inventory, wish: ModelDeployment, cluster: &Arc<Cluster>) -> Snapshot {
+    inventory.snapshot(wish, Arc::clone(cluster), operator_k8s::now())
+}
+
+fn settings() -> Settings {
+    Settings {
+        engine_image: "cachalot-engine".into(),
+        image_pull_policy: "IfNotPresent".into(),
+    }
+}
+
+fn node(index: u32) -> Result<Node> {
+    let name = format!("gpu-{index:04}");
+    Ok(serde_json::from_value(json!({
+        "metadata": {"name": name, "labels": {
+            "kubernetes.io/hostname": name,
+            "nvidia.com/gpu.product": "NVIDIA-H200",
+            "nvidia.com/gpu.memory": "143771",
+            "nvidia.com/gpu.compute.major": "9",
+        }},
+        "spec": {"taints": [{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}]},
+        "status": {
+            "allocatable": {"cpu": "192", "memory": "2048Gi", "pods": "110", "nvidia.com/gpu": "8"},
+            "conditions": [{"type": "Ready", "status": "True"}],
+        },
+    }))?)
+}
+
+/// A ModelDeployment of DeepSeek-R1: eight GPUs a replica.
+pub fn deployment(name: &str, replicas: u32) -> Result<ModelDeployment> {
+    Ok(serde_json::from_value(json!({
+        "apiVersion": "cachalot.dev/v1alpha1",
+        "kind": "ModelDeployment",
+        "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}"), "generation": 1},
+        "spec": {
+            "model": {
+                "source": "hf://deepseek-ai/DeepSeek-R1",
+                "configMapRef": {"name": "deepseek-r1-config"},
+            },
+            "context": {"maxTokens": 32768, "maxConcurrentSequences": 16},
+            "replicas": replicas,
+            "placement": {"tolerations": [{"key": "kwok.x-k8s.io/node", "operator": "Exists"}]},
+        },
+    }))?)
+}
+
+/// The config map of the guide with the config of DeepSeek-R1.
+pub fn config() -> Result<ConfigMap> {
+    let text = std::fs::read_to_string(e2e::root().join("docs/guide/gpu-fleet.yaml"))?;
+    let first = text.split("\n---\n").next().unwrap_or_default();
+    let mut map: ConfigMap = serde_yaml::from_str(first).context("docs/guide/gpu-fleet.yaml")?;
+    map.metadata.namespace = Some("default".into());
+    Ok(map)
+}
