@@ -46,8 +46,9 @@ fn plan_as_json_and_yaml_says_the_same() {
     let json: serde_json::Value = serde_json::from_slice(&with("json")).expect("JSON");
     let yaml: serde_json::Value = serde_yaml::from_slice(&with("yaml")).expect("YAML");
     assert_eq!(json, yaml);
-    let text = serde_json::to_string_pretty(&json[0]).expect("JSON");
-    insta::assert_snapshot!("plan_json", text);
+    // As printed: a parsed value forgets the order of its keys in some builds.
+    let printed = String::from_utf8(with("json")).expect("UTF-8");
+    insta::assert_snapshot!("plan_json", printed);
 }
 
 #[test]
