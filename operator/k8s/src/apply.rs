@@ -23,7 +23,7 @@ use crate::world::World;
 use crate::write::{Writer, Written};
 
 /// Creates under way at once for one ModelDeployment.
-const CONCURRENCY_MAX: usize = 16;
+const CONCURRENCY_MAX: usize = 64;
 
 /// How one action ended, for metrics and logs.
 #[derive(Debug)]
