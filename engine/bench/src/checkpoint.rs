@@ -46,6 +46,9 @@ pub(crate) fn write(config: &ModelConfig, dir: &Path) -> anyhow::Result<()> {
             Ok((tensor.name.as_str(), view))
         })
         .collect::<Result<HashMap<&str, TensorView<'_>>, safetensors::SafeTensorError>>()?;
-    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors"))?;
+    let path = dir.join("model.safetensors");
+    safetensors::serialize_to_file(views, None, &path)?;
+    // Half a gigabyte on its way to the disk would be measured with what follows.
+    std::fs::File::open(path)?.sync_all()?;
     Ok(())
 }
