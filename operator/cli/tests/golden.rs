@@ -112,6 +112,35 @@ fn status_and_top_read_what_was_stored() {
 }
 
 #[test]
+fn a_pod_is_lost_only_where_a_list_of_nodes_says_so() {
+    let of = |arguments: &[&str]| {
+        let target = [
+            "status",
+            "mdep/deepseek-r1",
+            "-f",
+            "tests/inputs/stored.json",
+        ];
+        answer(&[&target, arguments].concat())
+    };
+    let without = of(&[]);
+    assert!(
+        without.contains("deepseek-r1-0-14d21ea3-0   Ready     h200-0"),
+        "{without}"
+    );
+    assert!(
+        without.contains("Failing") && !without.contains("Lost"),
+        "{without}"
+    );
+    assert_eq!(of(&["--nodes", NODES]), without);
+    // Nodes that do not have the pods' nodes among them: those are gone.
+    let elsewhere = of(&["--nodes", "tests/inputs/other-node.json"]);
+    assert!(
+        elsewhere.contains("node h200-0 does not answer"),
+        "{elsewhere}"
+    );
+}
+
+#[test]
 fn simulate_tells_each_plan_and_its_cause() {
     let text = answer(&[
         "simulate",

@@ -114,6 +114,9 @@ impl WhyNot {
             Self::Selector(label) => {
                 format!("label it {label}, or take that out of spec.placement.nodeSelector")
             }
+            Self::Tainted(taint) if is_fault(taint) => {
+                "repair its GPUs; the taint says that they are at fault".into()
+            }
             Self::Tainted(taint) => {
                 format!("add {taint} to spec.placement.tolerations, or remove the taint")
             }
@@ -192,6 +195,12 @@ impl fmt::Display for WhyNot {
             Self::Pods => f.write_str("runs as many pods as it may"),
         }
     }
+}
+
+/// Whether a taint in words, `key=value:effect`, says that GPUs are at fault.
+fn is_fault(taint: &str) -> bool {
+    let key = taint.split(['=', ':']).next().unwrap_or_default();
+    crate::health::is_fault_taint(key)
 }
 
 /// Nodes that cannot take a replica for the same reason.

@@ -2,6 +2,8 @@
 //!
 //! Reads stored statuses, and the text of the engines' `/metrics` where somebody fetched it.
 
+use std::sync::Arc;
+
 use engine_spec::metrics::TIME_TO_FIRST_TOKEN;
 use operator_api::ModelDeployment;
 use serde::Serialize;
@@ -61,8 +63,26 @@ pub fn status_words(snapshot: &Snapshot) -> StatusWords {
             && status.observed_generation == metadata.generation,
         message: status.message.unwrap_or_default(),
         conditions: judgements(&status.conditions),
-        pods: pods(snapshot),
+        pods: seen_pods(snapshot),
     }
+}
+
+/// Engine pods, judged by their nodes only where nodes were looked at: without a list of them
+/// every replica would seem to be on a node that is gone.
+fn seen_pods(snapshot: &Snapshot) -> Vec<PodWords> {
+    if !snapshot.cluster.nodes.is_empty() {
+        return pods(snapshot);
+    }
+    let mut apart = snapshot.clone();
+    for pod in &mut apart.pods {
+        Arc::make_mut(pod).node = None;
+    }
+    let mut words = pods(&apart);
+    for word in &mut words {
+        let pod = snapshot.pods.iter().find(|pod| pod.name == word.name);
+        word.node = pod.and_then(|pod| pod.node.clone());
+    }
+    words
 }
 
 /// Load and speed of one ModelDeployment; what was not measured is absent.

@@ -13,7 +13,7 @@ use operator_api::ModelDeployment;
 use operator_core::{Inventory, names};
 use serde::de::DeserializeOwned;
 
-use crate::error::{Call, Error};
+use crate::error::{Call, Category, Error};
 use crate::retry::RetryPolicy;
 
 /// Objects asked for at once.
@@ -28,7 +28,7 @@ const CONCURRENCY_MAX: usize = 16;
 pub enum Extent {
     /// Everything a plan depends on: also nodes and the pods of everyone.
     Plans,
-    /// ModelDeployments and their pods.
+    /// ModelDeployments and their pods; nodes where they may be listed.
     Reports,
 }
 
@@ -45,7 +45,13 @@ pub async fn inventory(
     let deployments: Vec<ModelDeployment> =
         all(&scoped(client, namespace), "ModelDeployment", "").await?;
     if extent == Extent::Reports {
+        // Who may see a model need not have rights on nodes; its pods are then told of without them.
+        let nodes = match all(&Api::all(client.clone()), "Node", "").await {
+            Err(error) if error.category() == Category::Forbidden => Vec::new(),
+            other => other?,
+        };
         return Ok(Inventory {
+            nodes,
             pods: all(&scoped(client, namespace), "Pod", &ours).await?,
             deployments,
             ..Inventory::default()
