@@ -18,7 +18,7 @@ use operator_k8s::Client;
 use crate::planning;
 use crate::report::{Row, below, median, share};
 
-/// Creates under way at once by the bare client: more did not make it faster on two cores.
+/// Creates under way at once by the bare client; other numbers were not measured.
 const CONCURRENCY: usize = 64;
 /// How long one run may take.
 const RUN_MAX: Duration = Duration::from_secs(600);
