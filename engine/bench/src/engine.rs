@@ -55,6 +55,7 @@ impl Loaded {
             max_num_seqs: u32::try_from(sequences)?,
             block_size: 16,
             max_num_batched_tokens: PROMPT as u32,
+            draft_tokens: 0,
             capacity_bytes: None,
         };
         let plan = memory_plan(config, &request)?;

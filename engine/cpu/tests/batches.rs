@@ -23,6 +23,7 @@ fn allocations_are_those_of_the_memory_plan() {
                 max_num_seqs: 3,
                 block_size: 8,
                 max_num_batched_tokens: 64,
+                draft_tokens: 0,
                 capacity_bytes: None,
             };
             let plan = memory_plan(&config, &request).unwrap();

@@ -451,6 +451,7 @@ mod tests {
                         max_num_seqs: sequences,
                         block_size: 64,
                         max_num_batched_tokens: tokens,
+                        draft_tokens: 0,
                         capacity_bytes: None,
                     };
                     let plan = memory_plan(&config, &request).expect("a plan");

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use engine_spec::Parallelism;
+use engine_spec::{Architecture, Parallelism};
 
 use crate::plan::gib;
 
@@ -55,6 +55,18 @@ pub enum Misfit {
         "dtype = float32: the GPU computes in bfloat16; ask for auto or bfloat16, or for the device cpu"
     )]
     NoArithmetic,
+    /// Drafts were asked for of a family that has no prediction layer.
+    #[error(
+        "numSpeculativeTokens is above 0, but {0} models have no prediction layer (num_nextn_predict_layers of their \
+         config.json); leave it out"
+    )]
+    NoPredictionLayer(Architecture),
+    /// Drafts were asked for where no backend makes them.
+    #[error(
+        "numSpeculativeTokens is above 0, but drafts are served on the device cpu in one rank only; leave it out, or ask \
+         for that device"
+    )]
+    DraftsNotServed,
     /// The model cannot be divided that way.
     #[error("parallelism {axis} = {found}: {reason}")]
     Indivisible {

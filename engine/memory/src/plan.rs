@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{StepBounds, device_workspace};
 use crate::misfit::{Misfit, Nearest};
-use crate::weights::{ResidentDtype, resident_dtype, weight_bytes_per_rank};
+use crate::weights::{ResidentDtype, prediction_bytes, resident_dtype, weight_bytes_per_rank};
 use crate::workspace::workspace;
 
 /// Code, tokenizer, HTTP buffers and thread stacks of an engine process on the CPU.
@@ -35,6 +35,8 @@ pub struct MemoryRequest {
     pub block_size: u32,
     /// Tokens per step.
     pub max_num_batched_tokens: u32,
+    /// Tokens that the prediction layer drafts for a sequence in a step; 0 leaves the layer out.
+    pub draft_tokens: u32,
     /// Bytes of one device that may be used; absent = as many as are wanted.
     pub capacity_bytes: Option<u64>,
 }
@@ -50,6 +52,7 @@ impl MemoryRequest {
             max_num_seqs: config.max_num_seqs,
             block_size: config.block_size,
             max_num_batched_tokens: config.max_num_batched_tokens,
+            draft_tokens: config.num_speculative_tokens,
             capacity_bytes,
         }
     }
@@ -105,6 +108,13 @@ pub struct MemoryPlan {
     pub kv_tokens: u64,
     /// Bytes of one cached token on one rank, all layers.
     pub kv_bytes_per_token: u64,
+    /// Tokens that the prediction layer drafts for a sequence in a step; 0 when it is left out.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub draft_tokens: u32,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 impl MemoryPlan {
@@ -147,6 +157,7 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
     if (request.dtype, request.device) == (Dtype::Float32, Device::Nvidia) {
         return Err(Misfit::NoArithmetic);
     }
+    check_drafts(config, request)?;
     let fixed = fixed_bytes(config, request, max_model_len);
     let block_bytes = u64::from(request.block_size) * kv_bytes_per_token(config, request);
     let blocks_per_sequence = u64::from(max_model_len.div_ceil(request.block_size));
@@ -176,6 +187,7 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
         kv_blocks,
         kv_tokens: u64::from(kv_blocks) * u64::from(request.block_size),
         kv_bytes_per_token: block_bytes / u64::from(request.block_size),
+        draft_tokens: request.draft_tokens,
     })
 }
 
@@ -193,6 +205,7 @@ fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest, max_model_len: u32
             request.parallelism,
             request.max_num_seqs,
             request.max_num_batched_tokens,
+            request.draft_tokens,
         )
         .bytes(),
         Device::Nvidia => device_workspace(
@@ -208,16 +221,21 @@ fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest, max_model_len: u32
         )
         .bytes(),
     };
+    let drafting = match request.draft_tokens {
+        0 => 0,
+        _ => prediction_bytes(config, dtype),
+    };
     RankBytes {
-        weights_bytes: weight_bytes_per_rank(config, dtype, request.device, request.parallelism),
+        weights_bytes: weight_bytes_per_rank(config, dtype, request.device, request.parallelism)
+            + drafting,
         kv_bytes: 0,
         workspace_bytes,
         runtime_bytes,
     }
 }
 
-/// Bytes of one cached token on the fullest rank: of each layer the latent and the rotated key, or the
-/// keys and values of the rank's heads.
+/// Bytes of one cached token on the fullest rank: of each layer, a prediction layer included, the latent and the
+/// rotated key, or the keys and values of the rank's heads.
 fn kv_bytes_per_token(config: &ModelConfig, request: &MemoryRequest) -> u64 {
     let dtype = resident_dtype(request.dtype, config, request.device);
     let Parallelism {
@@ -227,7 +245,21 @@ fn kv_bytes_per_token(config: &ModelConfig, request: &MemoryRequest) -> u64 {
         AttentionConfig::Latent(mla) => mla.cached_width(),
         AttentionConfig::Grouped(gqa) => 2 * gqa.kv_heads_per_rank(tensor) * gqa.head_dim,
     };
-    u64::from(config.layers.div_ceil(pipeline)) * u64::from(width) * dtype.kv_bytes()
+    let layers = config.layers.div_ceil(pipeline) + u32::from(request.draft_tokens > 0);
+    u64::from(layers) * u64::from(width) * dtype.kv_bytes()
+}
+
+fn check_drafts(config: &ModelConfig, request: &MemoryRequest) -> Result<(), Misfit> {
+    if request.draft_tokens == 0 {
+        return Ok(());
+    }
+    if !config.can_predict() {
+        return Err(Misfit::NoPredictionLayer(config.architecture));
+    }
+    if request.device == Device::Nvidia || request.parallelism.ranks() > 1 {
+        return Err(Misfit::DraftsNotServed);
+    }
+    Ok(())
 }
 
 fn check_parallelism(config: &ModelConfig, parallelism: Parallelism) -> Result<(), Misfit> {
@@ -348,7 +380,9 @@ fn memory_plan_fits(config: &ModelConfig, request: &MemoryRequest) -> bool {
     let Ok(max_model_len) = resolve_max_model_len(config, request.max_model_len) else {
         return false;
     };
-    if check_parallelism(config, request.parallelism).is_err() {
+    if check_parallelism(config, request.parallelism).is_err()
+        || check_drafts(config, request).is_err()
+    {
         return false;
     }
     let blocks = u64::from(max_model_len.div_ceil(request.block_size));

@@ -28,6 +28,7 @@ fn on_gpus(tensor: u32, capacity_gib: Option<u64>) -> MemoryRequest {
         max_num_seqs: 64,
         block_size: 64,
         max_num_batched_tokens: 8192,
+        draft_tokens: 0,
         capacity_bytes: capacity_gib.map(|n| n * GIB),
     }
 }
@@ -303,4 +304,75 @@ fn a_long_context_does_not_blow_up_the_parts_of_attention() {
     // Ten times the context adds its tables (64 block tables, sines and cosines), no more.
     let (short, long) = (workspace(16_384), workspace(163_840));
     assert!(long - short < 64 << 20, "{short} {long}");
+}
+
+/// The prediction layer of R1: a decoder layer of 256 experts, the joining matrix of 7168 x 14336, three norms.
+#[test]
+fn drafts_take_a_layer_of_weights_and_cache_and_the_buffers_that_it_goes_through() {
+    let with = |draft_tokens, dtype| {
+        let request = MemoryRequest {
+            dtype,
+            device: Device::Cpu,
+            draft_tokens,
+            max_num_seqs: 4,
+            max_num_batched_tokens: 512,
+            ..on_gpus(1, None)
+        };
+        memory_plan(&r1(), &request).unwrap()
+    };
+    let (off, one, three) = (
+        with(0, Dtype::Float32),
+        with(1, Dtype::Float32),
+        with(3, Dtype::Float32),
+    );
+    let layer = 187_107_328 + 2 * 7168 + 257 * 44_040_192 + 256 * 7168 + 256;
+    let parameters = layer + 7168 * 14_336 + 3 * 7168;
+    let weights = one.per_rank.weights_bytes - off.per_rank.weights_bytes;
+    assert_eq!(weights, 4 * parameters);
+    assert_eq!(one.kv_bytes_per_token, 62 * 576 * 4);
+    // Three more streams of tokens x hidden, and a row of logits for each draft.
+    let workspace = one.per_rank.workspace_bytes - off.per_rank.workspace_bytes;
+    assert_eq!(workspace, 4 * (3 * 512 * 7168 + 4 * 129_280));
+    let workspace = three.per_rank.workspace_bytes - one.per_rank.workspace_bytes;
+    assert_eq!(workspace, 4 * 2 * 4 * 129_280);
+    assert_eq!(three.per_rank.weights_bytes, one.per_rank.weights_bytes);
+    assert_eq!((off.draft_tokens, three.draft_tokens), (0, 3));
+    let halved = with(1, Dtype::Bfloat16).per_rank.weights_bytes
+        - with(0, Dtype::Bfloat16).per_rank.weights_bytes;
+    // Norms, the gate and its bias stay in four bytes.
+    let precise = 5 * 7168 + 1536 + 512 + 256 * 7168 + 256;
+    assert_eq!(halved, 2 * parameters + 2 * precise);
+}
+
+#[test]
+fn drafts_without_a_layer_or_a_backend_for_them_are_refused() {
+    let refusal = |config: &ModelConfig, request: MemoryRequest| {
+        let request = MemoryRequest {
+            draft_tokens: 1,
+            ..request
+        };
+        memory_plan(config, &request).unwrap_err().to_string()
+    };
+    let on_cpu = MemoryRequest {
+        device: Device::Cpu,
+        ..on_gpus(1, None)
+    };
+    let text = refusal(&qwen3_30b_a3b(), on_cpu);
+    assert!(
+        text.contains("qwen3_moe models have no prediction layer (num_nextn_predict_layers"),
+        "{text}"
+    );
+    for request in [
+        on_gpus(1, None),
+        MemoryRequest {
+            device: Device::Cpu,
+            ..on_gpus(2, None)
+        },
+    ] {
+        let text = refusal(&r1(), request);
+        assert!(
+            text.contains("on the device cpu in one rank only"),
+            "{text}"
+        );
+    }
 }

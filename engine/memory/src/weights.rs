@@ -143,6 +143,25 @@ pub fn weight_bytes_per_rank(
         + u64::from(dense) * layer_dense
 }
 
+/// Bytes of the prediction layer on one rank that holds the whole model: a decoder layer, two norms and the matrix that
+/// join a token with a hidden state, and the norm before the head. Embedding and head are the model's own.
+pub fn prediction_bytes(config: &ModelConfig, dtype: ResidentDtype) -> u64 {
+    let precise = precise_bytes(Device::Cpu);
+    let d = u64::from(config.hidden_size);
+    let mlp = match config
+        .moe
+        .as_ref()
+        .filter(|_| config.is_moe_layer(config.layers))
+    {
+        Some(moe) => moe_bytes(moe, d, dtype, precise, Parallelism::default()),
+        None => mlp_bytes(d, u64::from(config.intermediate_size), dtype, 1),
+    };
+    attention_bytes(config, dtype, precise, 1)
+        + mlp
+        + dtype.wide().matrix(d, 2 * d)
+        + 3 * d * precise
+}
+
 /// Attention of one layer, with the two norms of the residual stream that belong to it.
 fn attention_bytes(config: &ModelConfig, dtype: ResidentDtype, precise: u64, tensor: u32) -> u64 {
     let d = u64::from(config.hidden_size);

@@ -7,14 +7,15 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Workspace {
-    /// Residual, normed input, attention output, MLP output: four of tokens x hidden.
+    /// Residual, normed input, attention output, MLP output: four of tokens x hidden. With drafts also what the
+    /// prediction layer goes on from, and the two halves of its input: three more.
     pub hidden: u64,
     /// Low-rank query, queries, latent queries, latent outputs, values, new cache rows; or queries, new
     /// keys and values, outputs of all heads.
     pub attention: u64,
     /// Gate scores, and gate, up and product rows of the widest MLP or of the chosen experts.
     pub mlp: u64,
-    /// Logits rows: one per sequence.
+    /// Logits rows: one per sequence, and one for each of its drafts.
     pub logits: u64,
 }
 
@@ -31,18 +32,25 @@ impl Workspace {
     }
 }
 
-/// Buffers for steps of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences.
+/// Buffers for steps of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences with `draft_tokens` drafts
+/// each.
 pub fn workspace(
     config: &ModelConfig,
     parallelism: Parallelism,
     max_num_seqs: u32,
     max_num_batched_tokens: u32,
+    draft_tokens: u32,
 ) -> Workspace {
     let tokens = u64::from(max_num_batched_tokens);
     let tp = u64::from(parallelism.tensor);
     let d = u64::from(config.hidden_size);
-    let moe_layers = config.moe_layers();
-    let dense = match config.layers - moe_layers {
+    let (mut layers, mut moe_layers) = (config.layers, config.moe_layers());
+    if draft_tokens > 0 {
+        moe_layers += u32::from(config.is_moe_layer(layers));
+        layers += 1;
+    }
+    let streams = if draft_tokens > 0 { 7 } else { 4 };
+    let dense = match layers - moe_layers {
         0 => 0,
         _ => 3 * u64::from(config.intermediate_size).div_ceil(tp),
     };
@@ -56,10 +64,12 @@ pub fn workspace(
             u64::from(moe.routed_experts) + rows * (3 * inner.div_ceil(tp) + d)
         });
     Workspace {
-        hidden: 4 * tokens * d,
+        hidden: streams * tokens * d,
         attention: tokens * attention(&config.attention, parallelism.tensor),
         mlp: tokens * dense.max(moe),
-        logits: u64::from(max_num_seqs) * u64::from(config.vocab_size),
+        logits: u64::from(max_num_seqs)
+            * u64::from(1 + draft_tokens)
+            * u64::from(config.vocab_size),
     }
 }
 

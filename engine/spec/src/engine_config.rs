@@ -153,6 +153,9 @@ pub struct EngineConfig {
     /// Tokens one step may process, prefill chunks and decodes together.
     #[serde(default = "default_max_num_batched_tokens")]
     pub max_num_batched_tokens: u32,
+    /// Tokens that the model's prediction layer drafts for each decoding sequence and step; 0 drafts none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub num_speculative_tokens: u32,
     /// Requests that may wait; one more is answered with 429.
     #[serde(default = "default_max_queued_requests")]
     pub max_queued_requests: u32,
@@ -167,6 +170,12 @@ pub struct EngineConfig {
 
 /// Context served when neither the user nor the model asks for less, tokens.
 pub const MAX_MODEL_LEN_DEFAULT: u32 = 8192;
+/// Most drafts of a step: published models are trained to draft one or two, and each further one is accepted less often.
+pub const NUM_SPECULATIVE_TOKENS_MAX: u32 = 8;
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
 
 fn default_host() -> String {
     "0.0.0.0".into()
@@ -227,6 +236,7 @@ impl EngineConfig {
             max_num_seqs: default_max_num_seqs(),
             block_size: default_block_size(),
             max_num_batched_tokens: default_max_num_batched_tokens(),
+            num_speculative_tokens: 0,
             max_queued_requests: default_max_queued_requests(),
             drain_timeout_seconds: default_drain_timeout_seconds(),
             planned_bytes: None,
@@ -306,6 +316,13 @@ impl EngineConfig {
                 "must be at least maxNumSeqs (one token for each decoding sequence) and at most 1048576",
             );
         }
+        if self.num_speculative_tokens > NUM_SPECULATIVE_TOKENS_MAX {
+            return invalid(
+                "numSpeculativeTokens",
+                &self.num_speculative_tokens,
+                "must be between 0 (no drafts) and 8",
+            );
+        }
         if !(1..=1 << 20).contains(&self.max_queued_requests) {
             return invalid(
                 "maxQueuedRequests",
@@ -370,6 +387,10 @@ mod tests {
             (
                 r#"{"apiVersion":"engine.cachalot.dev/v1","model":{"source":"x"},"maxNumBatchedTokens":1}"#,
                 "maxNumBatchedTokens = 1: must be at least maxNumSeqs",
+            ),
+            (
+                r#"{"apiVersion":"engine.cachalot.dev/v1","model":{"source":"x"},"numSpeculativeTokens":9}"#,
+                "numSpeculativeTokens = 9: must be between 0 (no drafts) and 8",
             ),
         ] {
             let message = EngineConfig::from_json(text).unwrap_err().to_string();

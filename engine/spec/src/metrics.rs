@@ -35,6 +35,18 @@ pub const REQUEST_SUCCESS: &str = "vllm:request_success_total";
 /// Counter by `reason`: requests refused at the door.
 pub const ADMISSION_REJECTIONS: &str = "vllm:admission_rejections_total";
 
+/// Counter: decoding sequences' steps that verified drafts.
+pub const SPEC_DECODE_NUM_DRAFTS: &str = "vllm:spec_decode_num_drafts_total";
+/// Counter: drafted tokens that were verified.
+pub const SPEC_DECODE_NUM_DRAFT_TOKENS: &str = "vllm:spec_decode_num_draft_tokens_total";
+/// Counter: drafted tokens that were accepted.
+pub const SPEC_DECODE_NUM_ACCEPTED_TOKENS: &str = "vllm:spec_decode_num_accepted_tokens_total";
+/// Counter by [`LABEL_POSITION`]: drafted tokens that were accepted.
+pub const SPEC_DECODE_NUM_ACCEPTED_TOKENS_PER_POS: &str =
+    "vllm:spec_decode_num_accepted_tokens_per_pos_total";
+/// Label of [`SPEC_DECODE_NUM_ACCEPTED_TOKENS_PER_POS`]: place among the drafts of a step, from 0.
+pub const LABEL_POSITION: &str = "position";
+
 /// Histogram: prompt tokens per request.
 pub const REQUEST_PROMPT_TOKENS: &str = "vllm:request_prompt_tokens";
 /// Histogram: generated tokens per request.

@@ -428,6 +428,13 @@ impl ModelConfig {
         })
     }
 
+    /// Whether checkpoints of the family may have a layer that predicts a further token. DeepSeek-V3 says so by
+    /// `num_nextn_predict_layers`, and transformers 5 leaves the field out at its default of 1 with or without the layer,
+    /// so only the tensors tell.
+    pub fn can_predict(&self) -> bool {
+        self.architecture == Architecture::DeepseekV3
+    }
+
     /// Number of MoE layers.
     pub fn moe_layers(&self) -> u32 {
         (0..self.layers).filter(|l| self.is_moe_layer(*l)).count() as u32

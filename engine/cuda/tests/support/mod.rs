@@ -124,6 +124,7 @@ pub fn request(dtype: Dtype) -> MemoryRequest {
         max_num_seqs: 4,
         block_size: 16,
         max_num_batched_tokens: 64,
+        draft_tokens: 0,
         capacity_bytes: None,
     }
 }
