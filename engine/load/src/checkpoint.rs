@@ -185,6 +185,7 @@ pub(crate) fn check(
         }
     }
     refuse_contradictions(shards, model)?;
+    require_prediction(&places, config, model)?;
     let mut weights = Vec::with_capacity(model.tensors.len());
     for spec in &model.tensors {
         let location = locate(shards, &places, spec, config)?;
@@ -322,6 +323,29 @@ pub(crate) fn local_shards(dir: &Path) -> Result<Vec<Shard>, LoadError> {
         .into_iter()
         .map(|(_, shard)| shard)
         .collect())
+}
+
+/// Whoever asks for drafts of a checkpoint without a prediction layer should read that, not the name of a tensor alone.
+fn require_prediction(
+    places: &BTreeMap<&str, usize>,
+    config: &ModelConfig,
+    model: &Model,
+) -> Result<(), LoadError> {
+    let Some(prediction) = &model.prediction else {
+        return Ok(());
+    };
+    let name = &model.tensors[prediction.join.index()].name;
+    if places.contains_key(name.as_str()) {
+        return Ok(());
+    }
+    let says = match config.mtp_layers {
+        0 => "num_nextn_predict_layers of config.json is 0 or absent".to_owned(),
+        count => format!("num_nextn_predict_layers of config.json is {count}"),
+    };
+    Err(LoadError::Missing(format!(
+        "numSpeculativeTokens is above 0, but tensor {name} is not in the files, so there is no prediction layer to draft \
+         with ({says}); leave it out, or serve a checkpoint that has the layer"
+    )))
 }
 
 /// Tensors whose presence says that the config describes another model.

@@ -37,11 +37,15 @@ pub enum Slot {
     FreshKey,
     /// Values of all key-value heads, about to be cached.
     FreshValue,
+    /// Normed hidden states that a prediction layer goes on from.
+    Previous,
+    /// A prediction layer's input: a normed embedding, then a normed hidden state.
+    Joined,
 }
 
 impl Slot {
     /// Every buffer.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Hidden,
         Self::Normed,
         Self::Attended,
@@ -54,6 +58,8 @@ impl Slot {
         Self::CacheRow,
         Self::FreshKey,
         Self::FreshValue,
+        Self::Previous,
+        Self::Joined,
     ];
 }
 
@@ -133,4 +139,33 @@ pub trait Backend {
     /// # Errors
     /// See [`Backend::embed`].
     fn head(&mut self, norm: &Norm, table: WeightId) -> Result<(), Self::Error>;
+}
+
+/// What a device must offer beside it to run a model's [`crate::Prediction`].
+///
+/// A pass of the prediction layer has its own rows: each has a token, a position, and the row of [`Slot::Previous`] that
+/// it goes on from.
+pub trait PredictionBackend: Backend {
+    /// [`Slot::Previous`] = `norm(hidden)` of every row of the step.
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn keep(&mut self, norm: &Norm) -> Result<(), Self::Error>;
+
+    /// [`Slot::Joined`] = `[token_norm(row of table for the token) | hidden_norm(the row's row of Slot::Previous)]`.
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn join(
+        &mut self,
+        table: WeightId,
+        token_norm: &Norm,
+        hidden_norm: &Norm,
+    ) -> Result<(), Self::Error>;
+
+    /// [`Slot::Previous`] = `norm(hidden)` of the rows that want logits, in their order; logits = `table` times it.
+    ///
+    /// # Errors
+    /// See [`Backend::embed`].
+    fn predict_head(&mut self, norm: &Norm, table: WeightId) -> Result<(), Self::Error>;
 }

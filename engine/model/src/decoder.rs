@@ -3,9 +3,18 @@
 
 use engine_spec::ModelConfig;
 
-use crate::layers::{Attention, GatedMlp, KvLayout, Layer, Mlp, Model, Norm, Residual};
+use crate::layers::{Attention, GatedMlp, KvLayout, Layer, Mlp, Model, Norm, Prediction, Residual};
 use crate::rope::Rope;
 use crate::tensors::{TensorList, TensorRole};
+
+/// Whether a model drafts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drafting {
+    /// Its prediction layers, if it has any, are left alone.
+    Off,
+    /// The first layer after the decoder layers predicts.
+    On,
+}
 
 /// The graph of `config` with the family's parts. `attention` is called with the prefix of a layer's attention tensors,
 /// `mlp` with the layer's index and the prefix of its MLP tensors; both add the tensors they need.
@@ -13,6 +22,7 @@ pub(crate) fn build(
     config: &ModelConfig,
     attention: impl Fn(&str, &mut TensorList) -> (Attention, KvLayout),
     mlp: impl Fn(u32, &str, &mut TensorList) -> Mlp,
+    drafting: Drafting,
 ) -> Model {
     let mut tensors = TensorList::default();
     let hidden = config.hidden_size;
@@ -21,30 +31,50 @@ pub(crate) fn build(
         tensors.add(name.into(), &[config.vocab_size, hidden], TensorRole::Table)
     };
     let embedding = table(&mut tensors, "model.embed_tokens.weight");
-    let layer = |index: u32| {
+    let layer = |index: u32, tensors: &mut TensorList| {
         let prefix = format!("model.layers.{index}.");
         let norm_of = |tensors: &mut TensorList, name: &str| {
             norm(tensors, &format!("{prefix}{name}"), hidden, epsilon)
         };
-        let input_norm = norm_of(&mut tensors, "input_layernorm");
-        let (attention, kv) = attention(&format!("{prefix}self_attn."), &mut tensors);
-        let mlp_norm = norm_of(&mut tensors, "post_attention_layernorm");
+        let input_norm = norm_of(tensors, "input_layernorm");
+        let (attention, kv) = attention(&format!("{prefix}self_attn."), tensors);
+        let mlp_norm = norm_of(tensors, "post_attention_layernorm");
         Layer {
             input_norm,
             attention,
             kv,
             mlp_norm,
-            mlp: mlp(index, &format!("{prefix}mlp."), &mut tensors),
+            mlp: mlp(index, &format!("{prefix}mlp."), tensors),
             residual: Residual::Add,
         }
     };
-    let layers = (0..config.layers).map(layer).collect();
+    let layers = (0..config.layers)
+        .map(|index| layer(index, &mut tensors))
+        .collect();
     let final_norm = norm(&mut tensors, "model.norm", hidden, epsilon);
     let head = if config.tied_embeddings {
         embedding
     } else {
         table(&mut tensors, "lm_head.weight")
     };
+    let prediction = (drafting == Drafting::On).then(|| {
+        let prefix = format!("model.layers.{}.", config.layers);
+        let norm_of = |tensors: &mut TensorList, name: &str| {
+            norm(tensors, &format!("{prefix}{name}"), hidden, epsilon)
+        };
+        Prediction {
+            token_norm: norm_of(&mut tensors, "enorm"),
+            hidden_norm: norm_of(&mut tensors, "hnorm"),
+            // Never FP8 in published checkpoints, like a table.
+            join: tensors.add(
+                format!("{prefix}eh_proj.weight"),
+                &[hidden, 2 * hidden],
+                TensorRole::Table,
+            ),
+            layer: layer(config.layers, &mut tensors),
+            final_norm: norm_of(&mut tensors, "shared_head.norm"),
+        }
+    });
     Model {
         tensors: tensors.0,
         unused_prefixes: Vec::new(),
@@ -56,6 +86,7 @@ pub(crate) fn build(
         final_norm,
         head,
         rope: Rope::new(config),
+        prediction,
     }
 }
 

@@ -5,7 +5,7 @@
 
 use engine_spec::{Architecture, GateSelection, MlaConfig, ModelConfig, MoeConfig, RopeScaling};
 
-use crate::decoder::{self, gated_mlp, norm};
+use crate::decoder::{self, Drafting, gated_mlp, norm};
 use crate::gate::Gate;
 use crate::layers::{Attention, KvLayout, LatentAttention, Mlp, Model, Moe, Query};
 use crate::tensors::{TensorList, TensorRole, WeightId};
@@ -15,7 +15,11 @@ use crate::tensors::{TensorList, TensorRole, WeightId};
 const LATENT_NORM_EPSILON: f32 = 1e-6;
 
 /// The graph and tensors of `config`, whose attention is `shape`.
-pub(crate) fn build(config: &ModelConfig, shape: &MlaConfig) -> Model {
+pub(crate) fn build(config: &ModelConfig, shape: &MlaConfig, drafting: Drafting) -> Model {
+    let drafting = match config.can_predict() {
+        true => drafting,
+        false => Drafting::Off,
+    };
     let model = decoder::build(
         config,
         |prefix, tensors| {
@@ -33,6 +37,7 @@ pub(crate) fn build(config: &ModelConfig, shape: &MlaConfig) -> Model {
                 Mlp::Dense(gated_mlp(prefix, config.hidden_size, inner, tensors))
             }
         },
+        drafting,
     );
     let has_bias = config
         .moe
@@ -47,7 +52,7 @@ pub(crate) fn build(config: &ModelConfig, shape: &MlaConfig) -> Model {
     }
     Model {
         // Prediction layers follow the decoder's in the files, whether or not the config counts them.
-        unused_prefixes: (0..config.mtp_layers.max(1))
+        unused_prefixes: (u32::from(model.prediction.is_some())..config.mtp_layers.max(1))
             .map(|extra| format!("model.layers.{}.", config.layers + extra))
             .collect(),
         forbidden_suffixes,

@@ -1,7 +1,7 @@
 //! One forward pass: walks a model's layers on a backend.
 
-use crate::backend::{Backend, Slot};
-use crate::layers::{Attention, GroupedAttention, Layer, Mlp, Model, Query, Residual};
+use crate::backend::{Backend, PredictionBackend, Slot};
+use crate::layers::{Attention, GroupedAttention, Layer, Mlp, Model, Prediction, Query, Residual};
 
 /// Computes the backend's current step through all layers and the head.
 ///
@@ -14,6 +14,41 @@ pub fn forward<B: Backend>(model: &Model, backend: &mut B) -> Result<(), B::Erro
         transform(layer, backend)?;
     }
     backend.head(&model.final_norm, model.head)
+}
+
+/// The same, and leaves in [`Slot::Previous`] what the prediction layer goes on from.
+///
+/// # Errors
+/// The first error of the backend.
+pub fn forward_to_draft<B: PredictionBackend>(
+    model: &Model,
+    backend: &mut B,
+) -> Result<(), B::Error> {
+    forward(model, backend)?;
+    backend.keep(&model.final_norm)
+}
+
+/// Computes the backend's current pass through the prediction layer: the logits of the tokens after the rows' own.
+///
+/// # Errors
+/// The first error of the backend.
+pub fn predict<B: PredictionBackend>(
+    model: &Model,
+    prediction: &Prediction,
+    backend: &mut B,
+) -> Result<(), B::Error> {
+    let Prediction {
+        token_norm,
+        hidden_norm,
+        join,
+        layer,
+        final_norm,
+    } = prediction;
+    backend.join(model.embedding, token_norm, hidden_norm)?;
+    backend.linear(*join, Slot::Joined, Slot::Hidden)?;
+    attend(model.layers.len(), layer, backend)?;
+    transform(layer, backend)?;
+    backend.predict_head(final_norm, model.head)
 }
 
 fn attend<B: Backend>(index: usize, layer: &Layer, backend: &mut B) -> Result<(), B::Error> {

@@ -28,6 +28,8 @@ pub struct Model {
     pub head: WeightId,
     /// Rotary embedding of all layers.
     pub rope: Rope,
+    /// The layer that drafts, when it was asked for.
+    pub prediction: Option<Prediction>,
 }
 
 impl Model {
@@ -35,12 +37,20 @@ impl Model {
     pub fn slot_width(&self, slot: Slot) -> usize {
         let of_layer = |layer: &Layer| match slot {
             Slot::Hidden | Slot::Normed | Slot::Attended | Slot::Mixed => self.hidden,
+            Slot::Previous => self.prediction.as_ref().map_or(0, |_| self.hidden),
+            Slot::Joined => self.prediction.as_ref().map_or(0, |_| 2 * self.hidden),
             _ => match &layer.attention {
                 Attention::Latent(attention) => attention.slot_width(slot),
                 Attention::Grouped(attention) => attention.slot_width(slot),
             },
         };
-        self.layers.iter().map(of_layer).max().unwrap_or(0)
+        self.cached_layers().map(of_layer).max().unwrap_or(0)
+    }
+
+    /// The decoder layers, and the prediction layer's own after them: all that have a cache, in its order.
+    pub fn cached_layers(&self) -> impl Iterator<Item = &Layer> {
+        let prediction = self.prediction.iter().map(|prediction| &prediction.layer);
+        self.layers.iter().chain(prediction)
     }
 
     /// Float32 values that the widest MLP needs per token between its input and its output.
@@ -49,8 +59,27 @@ impl Model {
             Mlp::Dense(mlp) => 3 * mlp.inner,
             Mlp::Moe(moe) => moe.scratch_width(self.hidden),
         };
-        self.layers.iter().map(of_layer).max().unwrap_or(0)
+        self.cached_layers().map(of_layer).max().unwrap_or(0)
     }
+}
+
+/// Multi-token prediction (DeepSeek-V3 report, section 2.2, eq. 21 to 25): from the hidden state at a position and the
+/// token that follows it to the logits of the token after that. Embedding and head are the model's own.
+///
+/// The hidden state is the one that the head sees, after its norm, as in the published engines; the report's figure does
+/// not say. Further tokens come from the same layer, applied to what it left before.
+#[derive(Clone, Debug)]
+pub struct Prediction {
+    /// Over the token's embedding.
+    pub token_norm: Norm,
+    /// Over the hidden state.
+    pub hidden_norm: Norm,
+    /// `[hidden, 2 * hidden]`, over `[token | hidden state]`.
+    pub join: WeightId,
+    /// A decoder layer with a cache of its own, whose entry at a position is made of the hidden state there.
+    pub layer: Layer,
+    /// Before the head.
+    pub final_norm: Norm,
 }
 
 /// One decoder layer.

@@ -18,22 +18,32 @@ mod qwen3_moe;
 mod rope;
 mod tensors;
 
-pub use backend::{Backend, Slot};
-pub use forward::forward;
+pub use backend::{Backend, PredictionBackend, Slot};
+pub use forward::{forward, forward_to_draft, predict};
 pub use gate::{Choice, Gate, GateScratch};
 pub use layers::{
     Attention, GatedMlp, GroupedAttention, HeadNorms, KvLayout, LatentAttention, Layer, Mlp, Model,
-    Moe, Norm, Projection, Query, Residual,
+    Moe, Norm, Prediction, Projection, Query, Residual,
 };
 pub use rope::Rope;
 pub use tensors::{TensorRole, TensorSpec, WeightId};
 
+use decoder::Drafting;
 use engine_spec::{AttentionConfig, ModelConfig};
 
 /// The layer graph and expected tensors of a model.
 pub fn build(config: &ModelConfig) -> Model {
+    build_with(config, Drafting::Off)
+}
+
+/// The same with its prediction layer, in families that may have one ([`ModelConfig::can_predict`]).
+pub fn build_to_draft(config: &ModelConfig) -> Model {
+    build_with(config, Drafting::On)
+}
+
+fn build_with(config: &ModelConfig, drafting: Drafting) -> Model {
     match (&config.attention, &config.moe) {
-        (AttentionConfig::Latent(shape), _) => deepseek_v3::build(config, shape),
+        (AttentionConfig::Latent(shape), _) => deepseek_v3::build(config, shape, drafting),
         (AttentionConfig::Grouped(shape), None) => llama::build(config, shape),
         (AttentionConfig::Grouped(shape), Some(moe)) => qwen3_moe::build(config, shape, moe),
     }

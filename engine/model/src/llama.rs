@@ -6,7 +6,7 @@
 
 use engine_spec::{GqaConfig, ModelConfig};
 
-use crate::decoder::{self, gated_mlp, norm};
+use crate::decoder::{self, Drafting, gated_mlp, norm};
 use crate::layers::{Attention, GroupedAttention, HeadNorms, KvLayout, Mlp, Model, Projection};
 use crate::tensors::TensorList;
 
@@ -19,6 +19,7 @@ pub(crate) fn build(config: &ModelConfig, shape: &GqaConfig) -> Model {
             let inner = config.intermediate_size;
             Mlp::Dense(gated_mlp(prefix, config.hidden_size, inner, tensors))
         },
+        Drafting::Off,
     );
     Model {
         forbidden_suffixes: contradictions(shape),

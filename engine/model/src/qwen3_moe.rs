@@ -2,7 +2,7 @@
 
 use engine_spec::{GqaConfig, ModelConfig, MoeConfig};
 
-use crate::decoder::{self, gated_mlp};
+use crate::decoder::{self, Drafting, gated_mlp};
 use crate::gate::Gate;
 use crate::layers::{Mlp, Model, Moe};
 use crate::llama::{attention, contradictions};
@@ -20,6 +20,7 @@ pub(crate) fn build(config: &ModelConfig, shape: &GqaConfig, moe: &MoeConfig) ->
             let inner = config.intermediate_size;
             Mlp::Dense(gated_mlp(prefix, config.hidden_size, inner, tensors))
         },
+        Drafting::Off,
     );
     let mut forbidden_suffixes = contradictions(shape);
     // Qwen2-MoE has the same names otherwise.

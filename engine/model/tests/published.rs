@@ -1,6 +1,6 @@
 //! The expected tensors of published models, against their published sizes.
 
-use engine_model::{Attention, Mlp, Query, Slot, TensorRole, build};
+use engine_model::{Attention, Mlp, Query, Slot, TensorRole, build, build_to_draft};
 use engine_spec::ModelConfig;
 
 const V3: &str = r#"{"model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432,
@@ -174,4 +174,51 @@ fn a_layer_is_dense_where_the_config_says_so() {
         .map(|layer| matches!(layer.mlp, Mlp::Moe(_)))
         .collect();
     assert_eq!(moe, [false, true, false, false, false, true]);
+}
+
+#[test]
+fn the_prediction_layer_of_v3_is_the_layer_after_the_last_one() {
+    let model = build_to_draft(&config(V3));
+    let prediction = model.prediction.as_ref().unwrap();
+    let name = |id: engine_model::WeightId| model.tensors[id.index()].name.as_str();
+    assert_eq!(name(prediction.join), "model.layers.61.eh_proj.weight");
+    assert_eq!(
+        name(prediction.token_norm.weight),
+        "model.layers.61.enorm.weight"
+    );
+    assert_eq!(
+        name(prediction.hidden_norm.weight),
+        "model.layers.61.hnorm.weight"
+    );
+    assert_eq!(
+        name(prediction.final_norm.weight),
+        "model.layers.61.shared_head.norm.weight"
+    );
+    assert_eq!(model.tensors[prediction.join.index()].shape, [7168, 14_336]);
+    assert!(matches!(prediction.layer.mlp, Mlp::Moe(_)));
+    assert!(model.unused_prefixes.is_empty());
+    assert_eq!(model.cached_layers().count(), 62);
+    assert_eq!(model.slot_width(Slot::Joined), 2 * 7168);
+    // The published copies of embedding and head in that layer are the model's own and are not read twice.
+    assert!(
+        !model
+            .tensors
+            .iter()
+            .any(|spec| spec.name.contains("61.embed") || spec.name.contains("shared_head.head"))
+    );
+
+    let off = build(&config(V3));
+    assert!(off.prediction.is_none());
+    assert_eq!(off.unused_prefixes, ["model.layers.61."]);
+    assert_eq!(
+        (off.slot_width(Slot::Joined), off.slot_width(Slot::Previous)),
+        (0, 0)
+    );
+    let (on, off) = (counted(&model).1, counted(&off).1);
+    assert_eq!(
+        on - off,
+        187_107_328 + 2 * 7168 + 257 * 44_040_192 + 256 * 7168 + 256 + 7168 * 14_336 + 3 * 7168
+    );
+    // Families without such a layer are built as they are.
+    assert!(build_to_draft(&config(V2_LITE)).prediction.is_none());
 }
