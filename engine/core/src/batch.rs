@@ -59,10 +59,7 @@ impl Batch {
 
     /// Logits rows that this pass must produce.
     pub fn logits_rows(&self) -> usize {
-        self.entries
-            .iter()
-            .filter(|entry| entry.wants_logits)
-            .count()
+        self.entries.iter().map(BatchEntry::logits_rows).sum()
     }
 
     /// Whether there is nothing to compute.
@@ -122,6 +119,10 @@ impl BatchBounds {
         if entry.tokens.is_empty() {
             return Err("no tokens".into());
         }
+        if entry.drafts > 0 && !(entry.wants_logits && entry.drafts < entry.tokens.len()) {
+            let (drafts, tokens) = (entry.drafts, entry.tokens.len());
+            return Err(format!("{drafts} drafts among {tokens} tokens"));
+        }
         let end = entry.start.saturating_add(entry.tokens.len());
         if end > positions_max {
             return Err(format!("{end} positions, the limit is {positions_max}"));
@@ -159,16 +160,68 @@ pub struct BatchEntry {
     pub blocks: Vec<BlockId>,
     /// Whether the logits after the last of `tokens` are needed.
     pub wants_logits: bool,
+    /// How many of the last of `tokens` are drafts, fewer than all. The logits after each of them and after the token
+    /// before them are needed, in this order, and `wants_logits` is set.
+    pub drafts: usize,
 }
 
 impl BatchEntry {
+    /// Logits rows of this entry.
+    pub fn logits_rows(&self) -> usize {
+        match self.wants_logits {
+            true => 1 + self.drafts,
+            false => 0,
+        }
+    }
+
     /// Positions in the cache after this entry was computed.
     pub fn end(&self) -> usize {
         self.start + self.tokens.len()
     }
 }
 
-/// Logits rows, one for each entry that wants them, in batch order. The buffer is reused from step to step.
+/// One pass of a model's prediction layer, over positions that the pass before it computed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DraftBatch {
+    /// As in a step, but `tokens[i]` is the token that *follows* position `start + i`, and the logits are those of the
+    /// token after it. No entry has drafts.
+    pub batch: Batch,
+    /// By entry: the row of the pass before that its first token goes on from; its further tokens go on from the rows
+    /// after it. A step leaves a row for each of its tokens, a drafting pass one for each of its logits rows.
+    pub rows: Vec<usize>,
+}
+
+impl DraftBatch {
+    /// An empty pass.
+    pub fn clear(&mut self) {
+        self.batch.entries.clear();
+        self.rows.clear();
+    }
+
+    /// Checks that every entry goes on from rows that are there, `rows_before` of them.
+    ///
+    /// # Errors
+    /// [`ExecuteError::InvalidBatch`] with the first number out of bounds.
+    pub fn check(&self, rows_before: usize) -> Result<(), ExecuteError> {
+        let (entries, rows) = (self.batch.entries.len(), self.rows.len());
+        if entries != rows {
+            let problem = format!("{entries} entries go on from {rows} rows");
+            return Err(ExecuteError::InvalidBatch(problem));
+        }
+        for (entry, first) in self.batch.entries.iter().zip(&self.rows) {
+            let end = first.saturating_add(entry.tokens.len());
+            if end > rows_before || entry.drafts > 0 {
+                return Err(ExecuteError::InvalidBatch(format!(
+                    "sequence {}: {} drafts, from rows {first} to {end} of {rows_before}",
+                    entry.sequence.0, entry.drafts
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Logits rows, one for each entry that wants them and one more for each of its drafts, in batch order. The buffer is reused from step to step.
 #[derive(Clone, Debug, Default)]
 pub struct Logits {
     vocabulary: usize,
@@ -189,6 +242,18 @@ impl Logits {
         self.vocabulary = vocabulary;
         self.values.clear();
         self.values.resize(vocabulary * rows, 0.0);
+    }
+
+    /// Checks what a backend left.
+    pub(crate) fn expect(&self, rows: usize, vocabulary: usize) -> Result<(), ExecuteError> {
+        let found = (self.rows(), self.vocabulary);
+        if rows > 0 && found != (rows, vocabulary) {
+            return Err(ExecuteError::Fatal(format!(
+                "it gave {} x {} logits where {rows} x {vocabulary} were wanted",
+                found.0, found.1
+            )));
+        }
+        Ok(())
     }
 
     /// Number of rows.
@@ -239,4 +304,15 @@ pub trait Executor: Send {
     /// # Errors
     /// See [`ExecuteError`]. After an error the contents of the blocks of the batch are unspecified.
     fn execute(&mut self, batch: &Batch, logits: &mut Logits) -> Result<(), ExecuteError>;
+
+    /// Runs the prediction layer over `pass`, which goes on from the last call of [`Self::execute`] or of this, and writes
+    /// its entries in the layer's own cache.
+    ///
+    /// # Errors
+    /// See [`ExecuteError`]; a backend without such a layer refuses every pass.
+    fn draft(&mut self, pass: &DraftBatch, logits: &mut Logits) -> Result<(), ExecuteError> {
+        let _ = (pass, logits);
+        let problem = "this backend has no prediction layer to draft with".to_owned();
+        Err(ExecuteError::InvalidBatch(problem))
+    }
 }

@@ -109,6 +109,7 @@ fn entry(
         start: range.start,
         blocks: blocks.to_vec(),
         wants_logits: range.end == tokens.len(),
+        drafts: 0,
     }
 }
 

@@ -1,10 +1,15 @@
-//! One step: schedule, execute, sample, complete.
+//! One step: schedule, execute, sample, complete, draft.
+//!
+//! A decoding sequence's entry may end in drafts. They are verified by sampling: after the last known token and, as long as
+//! what was sampled is the next draft, after that one. A token is sampled by the model's logits and its position's own
+//! randomness whether or not it was drafted, so drafts change when a token comes and never which.
 //!
 //! Invariant: between two steps every sequence is either waiting without blocks or running with the blocks of its
 //! computed tokens, so a request may be submitted, finished or cancelled at any such moment and its blocks are free
 //! before the next step.
 
-use crate::batch::{Batch, ExecuteError, Executor, Logits};
+use crate::batch::{Batch, BatchEntry, ExecuteError, Executor, Logits};
+use crate::drafting::Drafting;
 use crate::limits::{Limits, LimitsError};
 use crate::request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};
 use crate::sampling::{SampleContext, SampleError, Sampled, Sampler};
@@ -18,6 +23,7 @@ pub struct Engine {
     batch: Batch,
     logits: Logits,
     sampler: Sampler,
+    drafting: Drafting,
 }
 
 /// What a step did.
@@ -62,6 +68,7 @@ impl Engine {
             batch: Batch::default(),
             logits: Logits::with_capacity(limits.vocabulary, 0),
             sampler: Sampler::default(),
+            drafting: Drafting::default(),
         })
     }
 
@@ -143,7 +150,8 @@ impl Engine {
     /// Runs the prepared step.
     ///
     /// # Errors
-    /// The backend failed; the sequences of the batch have ended with [`FinishReason::Error`].
+    /// The backend failed. Where it failed to compute the step, the sequences of the batch have ended with
+    /// [`FinishReason::Error`]; where it failed to draft after it, they have their tokens and go on.
     pub fn run(
         &mut self,
         executor: &mut dyn Executor,
@@ -168,6 +176,12 @@ impl Engine {
         }
         self.complete(events);
         self.batch.entries.clear();
+        self.drafting.run(
+            executor,
+            &mut self.logits,
+            &mut self.sampler,
+            &mut self.scheduler,
+        )?;
         Ok(report)
     }
 
@@ -185,49 +199,101 @@ impl Engine {
     }
 
     fn check_logits(&self) -> Result<(), ExecuteError> {
-        let expected = (self.batch.logits_rows(), self.scheduler.limits.vocabulary);
-        let found = (self.logits.rows(), self.logits.vocabulary());
-        if expected.0 > 0 && expected != found {
-            return Err(ExecuteError::Fatal(format!(
-                "it gave {} x {} logits where {} x {} were wanted",
-                found.0, found.1, expected.0, expected.1
-            )));
-        }
-        Ok(())
+        self.logits
+            .expect(self.batch.logits_rows(), self.scheduler.limits.vocabulary)
     }
 
-    /// Writes down what was computed and samples where a sequence's last token was.
+    /// Samples where a sequence's last token was, and writes down what of its entry stays computed.
     fn complete(&mut self, events: &mut Vec<Event>) {
-        let mut row = 0;
-        for entry in &self.batch.entries {
-            self.scheduler.advance(entry.sequence, entry.tokens.len());
-            if !entry.wants_logits {
+        let Self {
+            scheduler,
+            batch,
+            logits,
+            sampler,
+            drafting,
+        } = self;
+        let drafts = scheduler.limits.draft_tokens > 0;
+        let (mut row, mut token_row) = (0, 0);
+        for entry in &batch.entries {
+            let first = (row, token_row);
+            row += entry.logits_rows();
+            token_row += entry.tokens.len();
+            if !scheduler.sequences.contains_key(&entry.sequence) {
                 continue;
             }
-            row += 1;
-            let Some(sequence) = self.scheduler.sequences.get_mut(&entry.sequence) else {
-                continue;
+            let verified = match entry.wants_logits {
+                true => verify(scheduler, sampler, logits, first.0, entry, events),
+                false => Verified {
+                    kept: entry.tokens.len(),
+                    finish: None,
+                },
             };
-            let finish = match sample(&mut self.sampler, self.logits.row(row - 1), sequence) {
-                Ok(Some(sampled)) => {
-                    let token = sampled.token;
-                    events.push(sequence.event(EventKind::Token(sampled)));
-                    self.scheduler.append(entry.sequence, token)
-                }
-                Ok(None) => Some(FinishReason::Stop),
-                Err(SampleError::Logit(_)) => {
-                    self.scheduler.counters.corrupted += 1;
-                    Some(FinishReason::Error)
-                }
-                Err(SampleError::Mask(_)) => {
-                    self.scheduler.counters.mask_failures += 1;
-                    Some(FinishReason::Error)
-                }
-            };
-            if let Some(reason) = finish {
-                self.scheduler.finish(entry.sequence, reason, events);
+            scheduler.advance(entry.sequence, verified.kept);
+            if drafts {
+                let goes_on = entry.wants_logits && verified.finish.is_none();
+                drafting.follow(scheduler, entry, first.1, verified.kept, goes_on);
+            }
+            match verified.finish {
+                Some(reason) => scheduler.finish(entry.sequence, reason, events),
+                None if entry.drafts > 0 => scheduler.roll_back(entry.sequence),
+                None => {}
             }
         }
+    }
+}
+
+/// What became of an entry that wanted logits.
+struct Verified {
+    /// Tokens of the entry that stay computed: all but the rejected drafts.
+    kept: usize,
+    finish: Option<FinishReason>,
+}
+
+/// Samples from `row` on, until a draft is not what was sampled, the drafts are used up, or the sequence ends.
+fn verify(
+    scheduler: &mut Scheduler,
+    sampler: &mut Sampler,
+    logits: &Logits,
+    row: usize,
+    entry: &BatchEntry,
+    events: &mut Vec<Event>,
+) -> Verified {
+    let known = entry.tokens.len() - entry.drafts;
+    scheduler.counters.drafts += u64::from(entry.drafts > 0);
+    scheduler.counters.draft_tokens += entry.drafts as u64;
+    let mut accepted = 0;
+    let finish = loop {
+        let Some(sequence) = scheduler.sequences.get_mut(&entry.sequence) else {
+            break None;
+        };
+        let (token, finish) = match sample(sampler, logits.row(row + accepted), sequence) {
+            Ok(Some(sampled)) => {
+                let token = sampled.token;
+                events.push(sequence.event(EventKind::Token(sampled)));
+                (token, scheduler.append(entry.sequence, token))
+            }
+            Ok(None) => break Some(FinishReason::Stop),
+            Err(SampleError::Logit(_)) => {
+                scheduler.counters.corrupted += 1;
+                break Some(FinishReason::Error);
+            }
+            Err(SampleError::Mask(_)) => {
+                scheduler.counters.mask_failures += 1;
+                break Some(FinishReason::Error);
+            }
+        };
+        let is_draft = entry.tokens.get(known + accepted) == Some(&token);
+        if is_draft && let Some(count) = scheduler.counters.accepted_tokens.get_mut(accepted) {
+            *count += 1;
+        }
+        if finish.is_some() || !is_draft {
+            break finish;
+        }
+        accepted += 1;
+    };
+    Verified {
+        kept: known + accepted,
+        finish,
     }
 }
 

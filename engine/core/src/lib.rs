@@ -1,13 +1,14 @@
 //! Requests, sequences, blocks, scheduling, sampling, admission, drain. Pure.
 //!
 //! admit → schedule → execute → complete: the [`Scheduler`] admits a [`Request`] and turns what runs into a plain
-//! [`Batch`]; an [`Executor`] computes it; the [`Engine`] samples each sequence's next token from the logits and
-//! reports [`Event`]s. Nothing in here knows threads, clocks, files or HTTP, so the same schedule can be replayed,
+//! [`Batch`]; an [`Executor`] computes it; the [`Engine`] samples each sequence's next tokens from the logits, reports
+//! [`Event`]s and lets the executor draft. Nothing in here knows threads, clocks, files or HTTP, so the same schedule can be replayed,
 //! simulated and fuzzed.
 
 mod batch;
 mod blocks;
 mod canary;
+mod drafting;
 mod engine;
 mod limits;
 mod mask;
@@ -19,12 +20,13 @@ mod scheduler;
 mod sequence;
 
 pub use batch::{
-    Batch, BatchBounds, BatchEntry, BlockId, ExecuteError, Executor, Logits, SequenceId, TokenId,
+    Batch, BatchBounds, BatchEntry, BlockId, DraftBatch, ExecuteError, Executor, Logits,
+    SequenceId, TokenId,
 };
 pub use blocks::{BlockManager, PrefixHash};
 pub use canary::{CanaryError, CanaryReport, run_canary};
 pub use engine::{Engine, Load, StepReport};
-pub use limits::{Limits, LimitsError};
+pub use limits::{DRAFT_TOKENS_MAX, Limits, LimitsError};
 pub use mask::{Constraint, MaskError, MaskSource, Restriction, TokenMask};
 pub use random::uniform;
 pub use request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};

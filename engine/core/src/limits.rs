@@ -21,18 +21,23 @@ pub struct Limits {
     pub block_size: usize,
     /// Blocks of the cache.
     pub block_count: usize,
+    /// Tokens that the model's prediction layer drafts for a decoding sequence in a step; 0 drafts none.
+    pub draft_tokens: usize,
 }
+
+/// Most drafts of a sequence in a step.
+pub const DRAFT_TOKENS_MAX: usize = 8;
 
 /// Sizes that contradict each other.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("{field} is {value}, but must be at least {least}: {why}")]
+#[error("{field} is {value}, but must be {allowed}: {why}")]
 pub struct LimitsError {
     /// Which size.
     pub field: &'static str,
     /// What it is.
     pub value: usize,
     /// What it must be.
-    pub least: usize,
+    pub allowed: String,
     /// Why.
     pub why: &'static str,
 }
@@ -50,10 +55,18 @@ impl Limits {
             Err(LimitsError {
                 field,
                 value,
-                least,
+                allowed: format!("at least {least}"),
                 why,
             })
         };
+        if self.draft_tokens > DRAFT_TOKENS_MAX {
+            return Err(LimitsError {
+                field: "draft_tokens",
+                value: self.draft_tokens,
+                allowed: format!("at most {DRAFT_TOKENS_MAX}"),
+                why: "each further draft is accepted less often",
+            });
+        }
         least("vocabulary", self.vocabulary, 1, "there must be a token")?;
         least(
             "max_model_len",

@@ -237,6 +237,28 @@ impl Sampler {
         parameters: &SamplingParameters,
         context: SampleContext<'_>,
     ) -> Result<Sampled, NonFiniteLogit> {
+        let token = self.token(row, parameters, context)?;
+        Ok(self.report(row, parameters, token))
+    }
+
+    /// What [`Self::sample`] would choose if `row` were the model's own logits: the more alike the two are, the more often a
+    /// token drafted like this is the one that is then sampled, at any temperature, since both have the position's
+    /// randomness. None where a logit is not finite.
+    pub fn draft(
+        &mut self,
+        row: &[f32],
+        parameters: &SamplingParameters,
+        context: SampleContext<'_>,
+    ) -> Option<TokenId> {
+        self.token(row, parameters, context).ok()
+    }
+
+    fn token(
+        &mut self,
+        row: &[f32],
+        parameters: &SamplingParameters,
+        context: SampleContext<'_>,
+    ) -> Result<TokenId, NonFiniteLogit> {
         check_finite(row)?;
         let mut scratch = std::mem::take(&mut self.scratch);
         let adjusted = if parameters.changes_logits() {
@@ -249,7 +271,7 @@ impl Sampler {
         };
         let token = self.choose(adjusted, parameters, context);
         self.scratch = scratch;
-        Ok(self.report(row, parameters, token))
+        Ok(token)
     }
 
     /// Chooses among the tokens that `mask` allows; none when the output is complete.

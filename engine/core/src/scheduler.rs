@@ -4,10 +4,12 @@
 //! `max_num_batched_tokens` tokens; a sequence keeps every token it was given until it finishes, preempted or not; a
 //! waiting or finished sequence holds no block.
 //!
-//! Rules: every decoding sequence gets its token first, then unfinished prefills get chunks in order of arrival, then
-//! waiting sequences enter as [`crate::queue`] lets them. A sequence enters with the blocks of all its known tokens, so only
+//! Rules: every decoding sequence gets its token first, then its drafts, then unfinished prefills get chunks in order of
+//! arrival, then waiting sequences enter as [`crate::queue`] lets them. A sequence enters with the blocks of all its known tokens, so only
 //! decoding ever runs out of blocks; then the youngest running sequence of the lowest priority gives all of its blocks
 //! back and returns to the head of the queue, to compute its tokens again (most of them found in the prefix cache).
+//! Drafts are worth less than anything else: they take blocks that nobody holds, never more than half of what the decodes
+//! leave of the step while others have tokens to compute, and give all back that was rejected.
 //!
 //! Surprise: nothing here decides what a token is. Sampling by (seed, position) in [`crate::engine`] makes the answer
 //! independent of all the choices made here.
@@ -16,7 +18,7 @@ use std::collections::BTreeMap;
 
 use crate::batch::{Batch, BatchEntry, BlockId, SequenceId, TokenId};
 use crate::blocks::{BlockManager, PrefixHash};
-use crate::limits::Limits;
+use crate::limits::{DRAFT_TOKENS_MAX, Limits};
 use crate::queue::{Queue, Ticket};
 use crate::request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};
 use crate::sequence::Sequence;
@@ -36,6 +38,12 @@ pub struct Counters {
     pub recomputed_tokens: u64,
     /// Tokens sampled.
     pub generation_tokens: u64,
+    /// Entries that verified drafts.
+    pub drafts: u64,
+    /// Drafts verified.
+    pub draft_tokens: u64,
+    /// Drafts that were what was sampled, by their place in the entry.
+    pub accepted_tokens: [u64; DRAFT_TOKENS_MAX],
     /// Sequences that ended because a logit was not finite.
     pub corrupted: u64,
     /// Sequences that ended because their mask failed.
@@ -268,6 +276,7 @@ impl Scheduler {
         batch.entries.clear();
         let mut budget = self.limits.max_num_batched_tokens;
         let preempted = self.schedule_decodes(batch, &mut budget);
+        self.schedule_drafts(batch, &mut budget);
         self.schedule_prefills(batch, &mut budget);
         // Whoever was preempted must not come straight back and push out the next one.
         if !preempted {
@@ -302,19 +311,73 @@ impl Scheduler {
 
     /// Makes sure that the sequence's next token has a place.
     fn grow(&mut self, id: SequenceId) -> bool {
+        self.cover(id, 1) == 1
+    }
+
+    /// Takes blocks for up to `count` positions after the computed ones, as far as there are free ones; how many positions
+    /// have a place then.
+    pub(crate) fn cover(&mut self, id: SequenceId, count: usize) -> usize {
         let block_size = self.limits.block_size;
         let Some(sequence) = self.sequences.get_mut(&id) else {
-            return false;
+            return 0;
         };
-        if sequence.computed / block_size < sequence.blocks.len() {
-            return true;
+        while sequence.blocks.len() * block_size < sequence.computed + count
+            && let Some(block) = self.blocks.allocate()
+        {
+            sequence.blocks.push(block);
         }
-        match self.blocks.allocate() {
-            Some(block) => {
-                sequence.blocks.push(block);
-                true
+        count.min(sequence.blocks.len() * block_size - sequence.computed)
+    }
+
+    /// Gives back the blocks that none of the sequence's known tokens needs.
+    pub(crate) fn roll_back(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            let needed = sequence.tokens.len().div_ceil(self.limits.block_size);
+            while sequence.blocks.len() > needed
+                && let Some(block) = sequence.blocks.pop()
+            {
+                self.blocks.release(block);
             }
-            None => false,
+        }
+    }
+
+    /// How many drafts could still become tokens of a sequence, the next sampled one aside.
+    pub(crate) fn draft_room(&self, id: SequenceId) -> usize {
+        self.sequences.get(&id).map_or(0, |sequence| {
+            let asked = sequence.request.max_tokens - sequence.generated();
+            let context = self.limits.max_model_len - sequence.tokens.len();
+            let left = asked.min(context).saturating_sub(1);
+            left.min(self.limits.draft_tokens)
+        })
+    }
+
+    /// Appends drafts to the entries of decoding sequences, which are all there is in `batch` so far.
+    fn schedule_drafts(&mut self, batch: &mut Batch, budget: &mut usize) {
+        if self.limits.draft_tokens == 0 {
+            return;
+        }
+        let prefills = self
+            .running
+            .iter()
+            .any(|id| self.sequences[id].remaining() > 1);
+        let mut allowance = match prefills || self.waiting.len() > 0 {
+            true => *budget / 2,
+            false => *budget,
+        };
+        for entry in &mut batch.entries {
+            let id = entry.sequence;
+            let wanted = self.sequences[&id].drafts.len().min(allowance);
+            if wanted == 0 {
+                continue;
+            }
+            let drafts = self.cover(id, 1 + wanted).saturating_sub(1);
+            let sequence = &self.sequences[&id];
+            entry.tokens.extend_from_slice(&sequence.drafts[..drafts]);
+            entry.drafts = drafts;
+            let held = entry.blocks.len();
+            entry.blocks.extend_from_slice(&sequence.blocks[held..]);
+            allowance -= drafts;
+            *budget -= drafts;
         }
     }
 
@@ -368,11 +431,11 @@ impl Scheduler {
 
     /// Takes the blocks of all known tokens, cached ones as far as they reach.
     fn enter(&mut self, id: SequenceId, events: &mut Vec<Event>) -> bool {
-        let block_size = self.limits.block_size;
+        let (block_size, ahead) = (self.limits.block_size, self.tokens_ahead());
         let Some(sequence) = self.sequences.get_mut(&id) else {
             return false;
         };
-        sequence.extend_chain(block_size);
+        sequence.extend_chain(block_size, ahead);
         // The last token is always computed, since its logits are needed.
         let reusable = (sequence.tokens.len() - 1) / block_size;
         let hits = self.blocks.lookup(&sequence.chain[..reusable]);
@@ -416,21 +479,29 @@ impl Scheduler {
             start: sequence.computed,
             blocks: sequence.blocks.clone(),
             wants_logits: count == sequence.remaining(),
+            drafts: 0,
         });
     }
 
     /// Says that `count` more tokens of a sequence are in its blocks; full blocks may be shared from now on.
     pub(crate) fn advance(&mut self, id: SequenceId, count: usize) {
-        let block_size = self.limits.block_size;
+        let (block_size, ahead) = (self.limits.block_size, self.tokens_ahead());
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.computed += count;
-            sequence.extend_chain(block_size);
-            for index in sequence.published..sequence.computed / block_size {
+            sequence.extend_chain(block_size, ahead);
+            let named = sequence.chain.len();
+            for index in sequence.published..named.min(sequence.computed / block_size) {
                 self.blocks
                     .publish(sequence.blocks[index], sequence.chain[index]);
                 sequence.published = index + 1;
             }
         }
+    }
+
+    /// What a prediction layer caches at a position is made of the token after it, so the last position of a block depends on
+    /// the first token of the next.
+    fn tokens_ahead(&self) -> usize {
+        usize::from(self.limits.draft_tokens > 0)
     }
 
     /// Appends a sampled token and ends the sequence where it must end.

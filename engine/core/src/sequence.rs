@@ -1,7 +1,7 @@
 //! One token stream: what is known of it, what of that is computed, and where.
 //!
-//! Invariant: `tokens` is prompt plus output and only grows; `computed` of them are in `blocks`; `chain[i]` names the
-//! prefix that ends with block `i`.
+//! Invariant: `tokens` is prompt plus output and only grows, by sampled tokens, never by drafts; `computed` of them are in
+//! `blocks`; `chain[i]` names the prefix that ends with block `i`.
 
 use std::sync::Arc;
 
@@ -27,6 +27,8 @@ pub struct Sequence {
     pub blocks: Vec<BlockId>,
     /// Names of the full blocks of `tokens`.
     pub chain: Vec<PrefixHash>,
+    /// What the prediction layer expects to follow `tokens`; nothing but the next step looks at it.
+    pub drafts: Vec<TokenId>,
     /// How many of `blocks` may be shared already.
     pub published: usize,
     /// Whether it ever ran.
@@ -51,6 +53,7 @@ impl Sequence {
             computed: 0,
             blocks: Vec::new(),
             chain: Vec::new(),
+            drafts: Vec::new(),
             published: 0,
             started: false,
             root,
@@ -67,13 +70,14 @@ impl Sequence {
         self.tokens.len() - self.request.prompt.len()
     }
 
-    /// Names the full blocks that have no name yet.
-    pub fn extend_chain(&mut self, block_size: usize) {
-        let full = self.tokens.len() / block_size;
+    /// Names the full blocks that have no name yet. A name covers `ahead` tokens after its block too, where what the block
+    /// caches depends on them.
+    pub fn extend_chain(&mut self, block_size: usize, ahead: usize) {
+        let full = self.tokens.len().saturating_sub(ahead) / block_size;
         while self.chain.len() < full {
             let index = self.chain.len();
             let previous = self.chain.last().copied().unwrap_or(self.root);
-            let tokens = &self.tokens[index * block_size..(index + 1) * block_size];
+            let tokens = &self.tokens[index * block_size..(index + 1) * block_size + ahead];
             self.chain.push(previous.extend(tokens));
         }
     }
@@ -85,6 +89,7 @@ impl Sequence {
         }
         self.computed = 0;
         self.published = 0;
+        self.drafts.clear();
     }
 
     /// An event about this sequence.

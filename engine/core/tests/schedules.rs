@@ -184,12 +184,23 @@ fn limits(block_size: usize, max_num_seqs: usize, budget: usize, spare_blocks: u
         max_queued_requests: 1000,
         block_size,
         block_count: max_model_len.div_ceil(block_size) + spare_blocks,
+        draft_tokens: 0,
+    }
+}
+
+fn drafting(limits: Limits, draft_tokens: usize) -> Limits {
+    Limits {
+        draft_tokens,
+        ..limits
     }
 }
 
 fn toy(limits: &Limits) -> Toy {
-    Toy::new(limits.vocabulary, limits.block_size, limits.block_count)
-        .bounded(limits.max_num_batched_tokens, limits.max_num_seqs)
+    Toy::new(limits.vocabulary, limits.block_size, limits.block_count).bounded(
+        limits.max_num_batched_tokens,
+        limits.max_num_seqs,
+        limits.draft_tokens,
+    )
 }
 
 #[derive(Clone, Debug)]
@@ -235,8 +246,9 @@ proptest! {
         max_num_seqs in 1usize..6,
         budget in 1usize..20,
         spare_blocks in 0usize..12,
+        draft_tokens in 0usize..5,
     ) {
-        let limits = limits(block_size, max_num_seqs, budget, spare_blocks);
+        let limits = drafting(limits(block_size, max_num_seqs, budget, spare_blocks), draft_tokens);
         let mut engine = Engine::new(limits).unwrap();
         let mut executor = toy(&limits);
         let mut events = Vec::new();
@@ -317,8 +329,9 @@ proptest! {
         seed in any::<u64>(),
         cut in any::<proptest::sample::Index>(),
         block_size in 1usize..7,
+        draft_tokens in 0usize..4,
     ) {
-        let limits = limits(block_size, 2, 5, 8);
+        let limits = drafting(limits(block_size, 2, 5, 8), draft_tokens);
         let mut request = request(1, prompt, max_tokens, seed);
         let (tokens, reason) = expected(&request, 0, limits.max_model_len);
         let cut = cut.index(tokens.len().max(1));

@@ -2,16 +2,24 @@
 //!
 //! The history is read back through the block table, from a cache that the toy keeps like a real backend does, so a
 //! wrong block, a block shared too early or a block that was handed out twice changes the answer or is caught at once.
+//!
+//! Its prediction layer is right about two tokens in three. A hidden state is the history it stands for, and the layer caches
+//! histories too, so a hidden state of another position or an entry that was made of other tokens is caught.
 
 #![allow(dead_code, missing_docs)]
 
-use engine_core::{Batch, BatchEntry, ExecuteError, Executor, Logits, TokenId};
+use engine_core::{Batch, BatchEntry, DraftBatch, ExecuteError, Executor, Logits, TokenId};
 
 #[derive(Debug)]
 pub struct Toy {
     vocabulary: usize,
     block_size: usize,
     cache: Vec<Option<TokenId>>,
+    /// Of the prediction layer: the history that ends with the token after the position.
+    predicted: Vec<Option<Vec<TokenId>>>,
+    /// The rows that the last pass left.
+    hidden: Vec<Vec<TokenId>>,
+    max_logits: usize,
     max_tokens: usize,
     max_entries: usize,
 }
@@ -22,25 +30,68 @@ impl Toy {
             vocabulary,
             block_size,
             cache: vec![None; block_size * block_count],
+            predicted: vec![None; block_size * block_count],
+            hidden: Vec::new(),
+            max_logits: usize::MAX,
             max_tokens: usize::MAX,
             max_entries: usize::MAX,
         }
     }
 
     /// Refuses batches beyond these sizes.
-    pub fn bounded(mut self, max_tokens: usize, max_entries: usize) -> Self {
+    pub fn bounded(mut self, max_tokens: usize, max_entries: usize, drafts: usize) -> Self {
         (self.max_tokens, self.max_entries) = (max_tokens, max_entries);
+        self.max_logits = max_entries * (1 + drafts);
         self
     }
 
-    /// What the cache holds for an entry that was executed.
-    pub fn history(&self, entry: &BatchEntry) -> Option<Vec<TokenId>> {
-        (0..entry.end())
-            .map(|position| {
-                let block = entry.blocks[position / self.block_size].index();
-                self.cache[block * self.block_size + position % self.block_size]
-            })
+    fn slot(&self, entry: &BatchEntry, position: usize) -> usize {
+        let block = entry.blocks[position / self.block_size].index();
+        block * self.block_size + position % self.block_size
+    }
+
+    /// What the cache holds of the first `length` positions of an entry that was executed.
+    pub fn history(&self, entry: &BatchEntry, length: usize) -> Option<Vec<TokenId>> {
+        (0..length)
+            .map(|position| self.cache[self.slot(entry, position)])
             .collect()
+    }
+
+    /// The slots that a batch writes to, each once.
+    fn written(&self, batch: &Batch) -> Result<Vec<usize>, ExecuteError> {
+        let refuse = |what: &str| Err(ExecuteError::InvalidBatch(what.to_owned()));
+        if batch.token_count() > self.max_tokens || batch.entries.len() > self.max_entries {
+            return refuse("it is too large");
+        }
+        if batch.logits_rows() > self.max_logits {
+            return refuse("it wants too many rows");
+        }
+        let mut written = Vec::new();
+        for entry in &batch.entries {
+            if entry.tokens.is_empty() || entry.end() > entry.blocks.len() * self.block_size {
+                return refuse("an entry has no tokens or too few blocks");
+            }
+            for position in entry.start..entry.end() {
+                let slot = self.slot(entry, position);
+                if written.contains(&slot) {
+                    return refuse("two tokens in one place");
+                }
+                written.push(slot);
+            }
+        }
+        Ok(written)
+    }
+}
+
+/// What the prediction layer expects after `history`.
+fn predict_after(history: &[TokenId], row: &mut [f32]) {
+    let mut state = 0x9E37_79B9_7F4A_7C15u64;
+    for token in history {
+        state = mix(state ^ u64::from(token.0));
+    }
+    logits_after(history, row);
+    if state.is_multiple_of(3) {
+        row.reverse();
     }
 }
 
@@ -68,35 +119,63 @@ impl Executor for Toy {
     }
 
     fn execute(&mut self, batch: &Batch, logits: &mut Logits) -> Result<(), ExecuteError> {
-        let refuse = |what: &str| Err(ExecuteError::InvalidBatch(what.to_owned()));
-        if batch.token_count() > self.max_tokens || batch.entries.len() > self.max_entries {
-            return refuse("it is too large");
+        // All writes come first, as in a layer of a real model; two entries that write one position are a bug.
+        let written = self.written(batch)?;
+        let tokens = batch.entries.iter().flat_map(|entry| &entry.tokens);
+        for (slot, token) in written.into_iter().zip(tokens) {
+            self.cache[slot] = Some(*token);
         }
         logits.reset(self.vocabulary, batch.logits_rows());
-        // All writes come first, as in a layer of a real model; two entries that write one position are a bug.
-        let mut written = Vec::new();
+        self.hidden.clear();
+        let mut row = 0;
         for entry in &batch.entries {
-            if entry.tokens.is_empty() || entry.end() > entry.blocks.len() * self.block_size {
-                return refuse("an entry has no tokens or too few blocks");
-            }
-            for (offset, token) in entry.tokens.iter().enumerate() {
-                let position = entry.start + offset;
-                let block = entry.blocks[position / self.block_size].index();
-                let slot = block * self.block_size + position % self.block_size;
-                if written.contains(&slot) {
-                    return refuse("two tokens in one place");
+            for length in entry.start + 1..=entry.end() {
+                let Some(history) = self.history(entry, length) else {
+                    return Err(ExecuteError::InvalidBatch(
+                        "a position was never written".into(),
+                    ));
+                };
+                if length + entry.logits_rows() > entry.end() {
+                    logits_after(&history, logits.row_mut(row));
+                    row += 1;
                 }
-                written.push(slot);
-                self.cache[slot] = Some(*token);
+                self.hidden.push(history);
             }
         }
-        let wanted = batch.entries.iter().filter(|entry| entry.wants_logits);
-        for (row, entry) in wanted.enumerate() {
-            let Some(history) = self.history(entry) else {
-                return refuse("a position was never written");
-            };
-            logits_after(&history, logits.row_mut(row));
+        Ok(())
+    }
+
+    fn draft(&mut self, pass: &DraftBatch, logits: &mut Logits) -> Result<(), ExecuteError> {
+        pass.check(self.hidden.len())?;
+        let mut written = self.written(&pass.batch)?.into_iter();
+        logits.reset(self.vocabulary, pass.batch.logits_rows());
+        let mut left = Vec::new();
+        for (entry, first) in pass.batch.entries.iter().zip(&pass.rows) {
+            let mut history = Vec::new();
+            for (offset, token) in entry.tokens.iter().enumerate() {
+                history.clone_from(&self.hidden[first + offset]);
+                if history.len() != entry.start + offset + 1 {
+                    return Err(ExecuteError::InvalidBatch(
+                        "a hidden state of elsewhere".into(),
+                    ));
+                }
+                history.push(*token);
+                let slot = written.next().unwrap();
+                self.predicted[slot] = Some(history.clone());
+            }
+            for position in 0..entry.end() {
+                let cached = self.predicted[self.slot(entry, position)].as_deref();
+                if cached != Some(&history[..position + 2]) {
+                    let problem = format!("position {position} was made of other tokens");
+                    return Err(ExecuteError::InvalidBatch(problem));
+                }
+            }
+            if entry.wants_logits {
+                predict_after(&history, logits.row_mut(left.len()));
+                left.push(history);
+            }
         }
+        self.hidden = left;
         Ok(())
     }
 }

@@ -1,0 +1,137 @@
+//! What the prediction layer computes after each step, and the drafts that it makes for the next.
+//!
+//! Invariants: the layer sees every position that the model computed and keeps, in the same step and with the token that
+//! follows it, so its cache is a function of the tokens alone like the model's; where its first pass wants logits, the
+//! sequence has been given its next token. Further drafts come from the layer's own hidden states and go into places
+//! after the last computed token, which the next step writes again.
+//!
+//! Surprise: nothing depends on a draft but time. One that cannot be made (no block, no room, a logit that is not finite) is
+//! left out.
+
+use crate::batch::{BatchEntry, DraftBatch, ExecuteError, Executor, Logits, SequenceId};
+use crate::sampling::{SampleContext, Sampler};
+use crate::scheduler::Scheduler;
+use crate::sequence::Sequence;
+
+/// The passes after a step.
+#[derive(Debug, Default)]
+pub(crate) struct Drafting {
+    pass: DraftBatch,
+    next: DraftBatch,
+}
+
+impl Drafting {
+    /// Adds to the first pass the `kept` positions of a step's entry, whose tokens began at `row` of the step; `goes_on` says
+    /// that the sequence was given a token and may have drafts after it.
+    pub(crate) fn follow(
+        &mut self,
+        scheduler: &mut Scheduler,
+        entry: &BatchEntry,
+        row: usize,
+        kept: usize,
+        goes_on: bool,
+    ) {
+        let id = entry.sequence;
+        let room = scheduler.draft_room(id);
+        let Some(sequence) = scheduler.sequences.get_mut(&id) else {
+            return;
+        };
+        sequence.drafts.clear();
+        // Nothing follows the last position of a sequence that ended without a token.
+        let end = sequence.tokens.len().min(entry.start + kept + 1);
+        let tokens = &sequence.tokens[entry.start + 1..end];
+        if tokens.is_empty() {
+            return;
+        }
+        self.pass.rows.push(row);
+        self.pass.batch.entries.push(BatchEntry {
+            sequence: id,
+            tokens: tokens.to_vec(),
+            start: entry.start,
+            blocks: entry.blocks.clone(),
+            wants_logits: goes_on && room > 0,
+            drafts: 0,
+        });
+    }
+
+    /// Runs the passes and leaves each sequence's drafts with it.
+    ///
+    /// # Errors
+    /// The backend failed; there are no drafts.
+    pub(crate) fn run(
+        &mut self,
+        executor: &mut dyn Executor,
+        logits: &mut Logits,
+        sampler: &mut Sampler,
+        scheduler: &mut Scheduler,
+    ) -> Result<(), ExecuteError> {
+        while !self.pass.batch.is_empty() {
+            let drafted = executor.draft(&self.pass, logits).and_then(|()| {
+                let rows = self.pass.batch.logits_rows();
+                logits.expect(rows, scheduler.limits.vocabulary)
+            });
+            let drafting = self.pass.batch.entries.iter().filter(|e| e.wants_logits);
+            for (row, entry) in drafting.enumerate() {
+                let id = entry.sequence;
+                let Some(sequence) = scheduler.sequences.get_mut(&id) else {
+                    continue;
+                };
+                let goes_on = match &drafted {
+                    Ok(()) => {
+                        draft(sampler, logits.row(row), sequence)
+                            && go_on(scheduler, id, row, &mut self.next)
+                    }
+                    Err(_) => {
+                        sequence.drafts.clear();
+                        false
+                    }
+                };
+                if !goes_on {
+                    // What the layer left beyond the known tokens has served.
+                    scheduler.roll_back(id);
+                }
+            }
+            std::mem::swap(&mut self.pass, &mut self.next);
+            self.next.clear();
+            drafted?;
+        }
+        Ok(())
+    }
+}
+
+/// Appends a draft to those of the sequence.
+fn draft(sampler: &mut Sampler, row: &[f32], sequence: &mut Sequence) -> bool {
+    let known = sequence.tokens.len();
+    // As if the drafts so far had been sampled; they are taken off again at once.
+    sequence.tokens.extend_from_slice(&sequence.drafts);
+    let context = SampleContext {
+        tokens: &sequence.tokens,
+        prompt_len: sequence.request.prompt.len(),
+        choice: sequence.choice,
+    };
+    let token = sampler.draft(row, &sequence.request.parameters, context);
+    sequence.tokens.truncate(known);
+    sequence.drafts.extend(token);
+    token.is_some()
+}
+
+/// Lets a sequence draft another token after its last draft, if one may follow and has a place.
+fn go_on(scheduler: &mut Scheduler, id: SequenceId, row: usize, next: &mut DraftBatch) -> bool {
+    let room = scheduler.draft_room(id);
+    let drafts = scheduler.sequences[&id].drafts.len();
+    // The layer's entry for a draft lies where the token before it does.
+    if drafts >= room || scheduler.cover(id, drafts) < drafts {
+        return false;
+    }
+    let sequence = &scheduler.sequences[&id];
+    next.rows.push(row);
+    next.batch.entries.push(BatchEntry {
+        sequence: id,
+        tokens: sequence.drafts[drafts - 1..].to_vec(),
+        start: sequence.computed + drafts - 1,
+        blocks: sequence.blocks.clone(),
+        wants_logits: true,
+        drafts: 0,
+    });
+    true
+}
