@@ -88,6 +88,7 @@ impl Loaded {
                     .map(|block| BlockId(block as u32))
                     .collect(),
                 wants_logits: true,
+                drafts: 0,
             })
             .collect();
         let batch = Batch { entries };

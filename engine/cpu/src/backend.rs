@@ -9,6 +9,7 @@
 mod attention;
 mod grouped;
 mod moe;
+mod prediction;
 
 use engine_core::{BlockId, Logits};
 use engine_model::{
@@ -38,6 +39,8 @@ pub(crate) struct Step {
     pub blocks: Vec<BlockId>,
     /// Rows that want logits.
     pub wanted: Vec<u32>,
+    /// Of each row of a drafting pass: the row of the pass before that it goes on from.
+    pub sources: Vec<u32>,
     /// Where they go; borrowed from the caller for the time of the step.
     pub logits: Logits,
 }
@@ -49,6 +52,7 @@ impl Step {
         self.tables.clear();
         self.blocks.clear();
         self.wanted.clear();
+        self.sources.clear();
     }
 }
 
@@ -270,8 +274,20 @@ impl Backend for CpuBackend {
     }
 
     fn head(&mut self, norm: &Norm, table: WeightId) -> Result<(), WorkerPanic> {
+        self.head_through(norm, table, Slot::Normed)
+    }
+}
+
+impl CpuBackend {
+    /// The head, with the normed rows in `normed`.
+    fn head_through(
+        &mut self,
+        norm: &Norm,
+        table: WeightId,
+        normed: Slot,
+    ) -> Result<(), WorkerPanic> {
         let count = self.step.wanted.len();
-        let (hidden, normed) = (self.area(Slot::Hidden), self.area(Slot::Normed));
+        let (hidden, normed) = (self.area(Slot::Hidden), self.area(normed));
         let weight = self.weights.precise(norm.weight);
         let weight_start = Shared(weight.as_ptr().cast_mut());
         let wanted = &self.step.wanted;

@@ -35,8 +35,7 @@ impl Cache {
     /// Zeroed memory for `blocks` blocks of `block_size` positions in every layer.
     pub fn new(model: &Model, dtype: ResidentDtype, blocks: usize, block_size: usize) -> Self {
         let layers = model
-            .layers
-            .iter()
+            .cached_layers()
             .map(|layer| {
                 let length = blocks * block_size * layer.kv.width();
                 match dtype {

@@ -2,17 +2,17 @@
 
 use std::path::Path;
 
-use engine_core::{Batch, BatchBounds, ExecuteError, Executor, Logits};
+use engine_core::{Batch, BatchBounds, DraftBatch, ExecuteError, Executor, Logits};
 use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
 use engine_memory::{MemoryPlan, ResidentDtype};
-use engine_model::{Model, forward};
+use engine_model::{Model, forward, forward_to_draft, predict};
 use engine_spec::ModelConfig;
 
 use crate::backend::CpuBackend;
 use crate::cache::Cache;
 use crate::compute::Compute;
 use crate::kernels::Isa;
-use crate::pool::{Pool, available_threads};
+use crate::pool::{Pool, WorkerPanic, available_threads};
 use crate::weights::Weights;
 
 /// Sizes that a backend allocates for, once.
@@ -28,8 +28,10 @@ pub struct CpuLimits {
     pub model_len_max: usize,
     /// Tokens of a step.
     pub batched_tokens_max: usize,
-    /// Logits rows of a step.
+    /// Sequences of a step that want logits.
     pub sequences_max: usize,
+    /// Drafts of a sequence in a step; 0 leaves the prediction layer out.
+    pub draft_tokens: usize,
     /// Threads that compute, the calling one included.
     pub threads: usize,
     /// Instruction set of the kernels.
@@ -46,6 +48,7 @@ impl CpuLimits {
             model_len_max: plan.max_model_len as usize,
             batched_tokens_max: max_num_batched_tokens as usize,
             sequences_max: max_num_seqs as usize,
+            draft_tokens: plan.draft_tokens as usize,
             threads: available_threads(),
             isa: Isa::best(),
         }
@@ -69,6 +72,8 @@ pub struct CpuExecutor {
     model: Model,
     backend: CpuBackend,
     limits: CpuLimits,
+    /// Rows that the last pass left for the prediction layer to go on from.
+    rows_left: usize,
     broken: Option<String>,
 }
 
@@ -83,7 +88,7 @@ impl CpuExecutor {
         limits: CpuLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let model = engine_model::build(config);
+        let model = build(config, &limits);
         let checkpoint = Checkpoint::open(dir, config, &model)?;
         Self::with_weights(model, &checkpoint, limits, progress)
     }
@@ -98,7 +103,7 @@ impl CpuExecutor {
         limits: CpuLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let model = engine_model::build(config);
+        let model = build(config, &limits);
         Self::with_weights(model, &Dummy::new(config, seed), limits, progress)
     }
 
@@ -121,6 +126,7 @@ impl CpuExecutor {
             model,
             backend,
             limits,
+            rows_left: 0,
             broken: None,
         })
     }
@@ -146,11 +152,12 @@ impl CpuExecutor {
             model_len_max,
             batched_tokens_max,
             sequences_max,
+            draft_tokens,
             ..
         } = self.limits;
         BatchBounds {
             tokens_max: batched_tokens_max,
-            logits_rows_max: sequences_max,
+            logits_rows_max: sequences_max * (1 + draft_tokens),
             positions_max: model_len_max,
             block_size,
             blocks: kv_blocks,
@@ -170,9 +177,9 @@ impl CpuExecutor {
                 step.positions.push(entry.start + offset);
                 step.tables.push(table);
             }
-            if entry.wants_logits {
-                step.wanted.push(step.tokens.len() as u32 - 1);
-            }
+            let end = step.tokens.len();
+            let wanted = end - entry.logits_rows()..end;
+            step.wanted.extend(wanted.map(|row| row as u32));
         }
     }
 }
@@ -193,9 +200,65 @@ impl Executor for CpuExecutor {
         self.bounds().check(batch)?;
         logits.reset(self.model.vocabulary, batch.logits_rows());
         self.prepare(batch);
+        self.rows_left = 0;
+        self.compute(logits, |model, backend| match model.prediction {
+            Some(_) => forward_to_draft(model, backend),
+            None => forward(model, backend),
+        })?;
+        self.rows_left = batch.token_count();
+        Ok(())
+    }
+
+    fn draft(&mut self, pass: &DraftBatch, logits: &mut Logits) -> Result<(), ExecuteError> {
+        if let Some(reason) = &self.broken {
+            return Err(ExecuteError::Fatal(reason.clone()));
+        }
+        if self.model.prediction.is_none() {
+            let problem = "this model was loaded without its prediction layer".to_owned();
+            return Err(ExecuteError::InvalidBatch(problem));
+        }
+        logits.reset(self.model.vocabulary, 0);
+        if pass.batch.is_empty() {
+            return Ok(());
+        }
+        self.bounds().check(&pass.batch)?;
+        pass.check(self.rows_left)?;
+        let rows = pass.batch.logits_rows();
+        logits.reset(self.model.vocabulary, rows);
+        self.prepare(&pass.batch);
+        for (entry, first) in pass.batch.entries.iter().zip(&pass.rows) {
+            let sources = *first..first + entry.tokens.len();
+            let step = &mut self.backend.step;
+            step.sources.extend(sources.map(|row| row as u32));
+        }
+        self.rows_left = 0;
+        self.compute(logits, |model, backend| match &model.prediction {
+            Some(prediction) => predict(model, prediction, backend),
+            None => Ok(()),
+        })?;
+        self.rows_left = rows;
+        Ok(())
+    }
+}
+
+/// The model, with its prediction layer when drafts are asked for.
+fn build(config: &ModelConfig, limits: &CpuLimits) -> Model {
+    match limits.draft_tokens {
+        0 => engine_model::build(config),
+        _ => engine_model::build_to_draft(config),
+    }
+}
+
+impl CpuExecutor {
+    /// Runs a prepared pass.
+    fn compute(
+        &mut self,
+        logits: &mut Logits,
+        pass: impl FnOnce(&Model, &mut CpuBackend) -> Result<(), WorkerPanic>,
+    ) -> Result<(), ExecuteError> {
         // The backend writes logits in place; it borrows the caller's buffer for the time of the step.
         std::mem::swap(&mut self.backend.step.logits, logits);
-        let outcome = forward(&self.model, &mut self.backend);
+        let outcome = pass(&self.model, &mut self.backend);
         std::mem::swap(&mut self.backend.step.logits, logits);
         let problem = match outcome {
             Err(panic) => panic.to_string(),
@@ -225,6 +288,7 @@ mod tests {
             model_len_max: 256,
             batched_tokens_max: 256,
             sequences_max: 1,
+            draft_tokens: 0,
             threads: 2,
             isa: Isa::best(),
         };
@@ -239,6 +303,7 @@ mod tests {
                 start: 0,
                 blocks: (0..16).map(BlockId).collect(),
                 wants_logits: true,
+                drafts: 0,
             }],
         }
     }

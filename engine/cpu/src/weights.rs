@@ -92,7 +92,7 @@ impl Weights {
             }
         };
         let mut absorbed: Vec<Option<&LatentAttention>> = vec![None; model.tensors.len()];
-        for layer in &model.layers {
+        for layer in model.cached_layers() {
             if let Attention::Latent(attention) = &layer.attention {
                 absorbed[attention.kv_up.index()] = Some(attention);
             }

@@ -184,6 +184,7 @@ mod tests {
             start,
             blocks: blocks.iter().map(|block| BlockId(*block)).collect(),
             wants_logits,
+            drafts: 0,
         }
     }
 

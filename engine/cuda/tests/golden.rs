@@ -39,6 +39,7 @@ fn cpu(dir: &Path) -> CpuExecutor {
         model_len_max: 256,
         batched_tokens_max: 128,
         sequences_max: 6,
+        draft_tokens: 0,
         threads: 2,
         isa: Isa::best(),
     };

@@ -74,6 +74,7 @@ fn the_published_head_shape_agrees_with_the_cpu_and_with_itself_in_chunks() {
         model_len_max: 256,
         batched_tokens_max: 128,
         sequences_max: 6,
+        draft_tokens: 0,
         threads: 2,
         isa: Isa::best(),
     };

@@ -146,24 +146,13 @@ pub trait Backend {
 /// A pass of the prediction layer has its own rows: each has a token, a position, and the row of [`Slot::Previous`] that
 /// it goes on from.
 pub trait PredictionBackend: Backend {
-    /// [`Slot::Previous`] = `norm(hidden)` of every row of the step.
+    /// [`Slot::Joined`] = `[token_norm(Slot::Hidden) | hidden_norm(the row's row of Slot::Previous)]`.
     ///
     /// # Errors
     /// See [`Backend::embed`].
-    fn keep(&mut self, norm: &Norm) -> Result<(), Self::Error>;
+    fn join(&mut self, token_norm: &Norm, hidden_norm: &Norm) -> Result<(), Self::Error>;
 
-    /// [`Slot::Joined`] = `[token_norm(row of table for the token) | hidden_norm(the row's row of Slot::Previous)]`.
-    ///
-    /// # Errors
-    /// See [`Backend::embed`].
-    fn join(
-        &mut self,
-        table: WeightId,
-        token_norm: &Norm,
-        hidden_norm: &Norm,
-    ) -> Result<(), Self::Error>;
-
-    /// [`Slot::Previous`] = `norm(hidden)` of the rows that want logits, in their order; logits = `table` times it.
+    /// As [`Backend::head`], and leaves the normed rows that wanted logits in [`Slot::Previous`], in their order.
     ///
     /// # Errors
     /// See [`Backend::embed`].

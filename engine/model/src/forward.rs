@@ -25,7 +25,7 @@ pub fn forward_to_draft<B: PredictionBackend>(
     backend: &mut B,
 ) -> Result<(), B::Error> {
     forward(model, backend)?;
-    backend.keep(&model.final_norm)
+    backend.norm(&model.final_norm, Slot::Hidden, Slot::Previous)
 }
 
 /// Computes the backend's current pass through the prediction layer: the logits of the tokens after the rows' own.
@@ -44,7 +44,8 @@ pub fn predict<B: PredictionBackend>(
         layer,
         final_norm,
     } = prediction;
-    backend.join(model.embedding, token_norm, hidden_norm)?;
+    backend.embed(model.embedding)?;
+    backend.join(token_norm, hidden_norm)?;
     backend.linear(*join, Slot::Joined, Slot::Hidden)?;
     attend(model.layers.len(), layer, backend)?;
     transform(layer, backend)?;

@@ -18,6 +18,10 @@ How the known traps of the reference are dealt with:
   another seed has to be chosen.
 - A cache in bfloat16 can choose another expert than the exact one, which is no error of arithmetic and changes the logits at
   once. `check_rounded_cache` lets the reference itself compute with rounded keys and values and fails when a choice changes.
+- The prediction layer of V3 (multi-token prediction) is computed by transformers' MtpModel, loaded from the stored files by
+  its own mapping of names. It goes on from the hidden state after the final norm, has positions one higher than the
+  engine's (rotary attention sees differences only), and is one layer for one draft; here the same layer is applied to what
+  it left to draft further ones.
 - Weights are rounded to what is stored (bfloat16, or FP8 times scale) before the reference computes, in float32.
 """
 
@@ -32,10 +36,12 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM,
                           DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
                           Qwen3MoeConfig, Qwen3MoeForCausalLM)
+from transformers.modeling_layers import MtpModel
 
 HERE = pathlib.Path(__file__).parent
 MARGIN_MIN = 1e-4
 GREEDY_TOKENS = 12
+DRAFTS = 4
 
 SHAPE = dict(vocab_size=96, hidden_size=72, intermediate_size=88, moe_intermediate_size=24, num_attention_heads=4,
              num_key_value_heads=4, kv_lora_rank=40, qk_nope_head_dim=24, qk_rope_head_dim=16, v_head_dim=20, rms_norm_eps=1e-6,
@@ -153,20 +159,24 @@ def lowest_index_topk(values, k, dim=-1, largest=True, sorted=True):
     return torch.return_types.topk((order.values.narrow(dim, 0, k), order.indices.narrow(dim, 0, k)))
 
 
+def fill_parameter(name, p, generator):
+    noise = torch.randn(p.shape, generator=generator)
+    if "norm" in name:
+        p.copy_(1 + 0.2 * noise)
+    elif name.endswith("bias"):
+        p.copy_(0.5 * noise)
+    elif "embed_tokens" in name:
+        p.copy_(noise)
+    else:
+        p.copy_(noise * 1.5 / math.sqrt(p.shape[-1]))
+    p.copy_(p.bfloat16().float())
+
+
 def fill(model, generator, ties):
     """Random weights of a spread that makes logits differ clearly; V3 biases are negative enough that all biased scores are."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if "norm" in name:
-                p.copy_(1 + 0.2 * noise)
-            elif name.endswith("bias"):
-                p.copy_(0.5 * noise)
-            elif "embed_tokens" in name:
-                p.copy_(noise)
-            else:
-                p.copy_(noise * 1.5 / math.sqrt(p.shape[-1]))
-            p.copy_(p.bfloat16().float())
+            fill_parameter(name, p, generator)
         for index, layer in enumerate(model.model.layers):
             gate = getattr(layer.mlp, "gate", None)
             if gate is None or not hasattr(gate, "e_score_correction_bias"):
@@ -199,9 +209,14 @@ def spread(model):
 
 
 def published_tensors(model):
-    """The state dict under the names and shapes of published checkpoints: one matrix per expert."""
+    """The state dict under the names and shapes of published checkpoints."""
+    tied = model.config.tie_word_embeddings
+    return one_matrix_per_expert({k: v for k, v in model.state_dict().items() if k != "lm_head.weight" or not tied})
+
+
+def one_matrix_per_expert(tensors):
     out = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         tensor = tensor.detach().clone().contiguous()
         if name.endswith("experts.gate_up_proj"):
             stem = name.removesuffix("gate_up_proj")
@@ -213,20 +228,24 @@ def published_tensors(model):
             stem = name.removesuffix("down_proj")
             for expert, down in enumerate(tensor):
                 out[f"{stem}{expert}.down_proj.weight"] = down.contiguous()
-        elif name != "lm_head.weight" or not model.config.tie_word_embeddings:
+        else:
             out[name] = tensor
     return out
 
 
-def add_mtp(tensors, layers, hidden, vocab, generator):
-    """A prediction layer as published checkpoints hold it: a decoder layer with its own copies of embedding and head."""
-    last, extra = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
-    for name in [n for n in tensors if n.startswith(last)]:
-        tensors[extra + name.removeprefix(last)] = torch.randn(tensors[name].shape, generator=generator)
-    for name, shape in {"embed_tokens.weight": [vocab, hidden], "enorm.weight": [hidden], "hnorm.weight": [hidden],
-                        "eh_proj.weight": [hidden, 2 * hidden], "shared_head.norm.weight": [hidden],
-                        "shared_head.head.weight": [vocab, hidden]}.items():
-        tensors[extra + name] = torch.randn(shape, generator=generator)
+def add_mtp(tensors, model, generator):
+    """A prediction layer as published checkpoints hold it, with its own copies of embedding and head."""
+    layer = MtpModel(model, 1).layers[0]
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            fill_parameter(name, p, generator)
+        bias = layer.mtp_block.mlp.gate.e_score_correction_bias
+        bias.copy_(-1.2 + 0.1 * torch.randn(bias.shape, generator=generator))
+    prefix = f"model.layers.{model.config.num_hidden_layers}."
+    for name, tensor in one_matrix_per_expert(layer.state_dict()).items():
+        tensors[prefix + name.removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")] = tensor
+    tensors[prefix + "embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors[prefix + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
 
 
 def is_fp8(name, tensor):
@@ -361,6 +380,42 @@ def check_rounded_cache(model, prompts, gates):
         assert all(map(torch.equal, *seen)), "a rounded cache chooses other experts: choose another seed"
 
 
+def drafts(folder, prompts, gates):
+    """The prediction layer after each prompt and the token that follows it: logits at some positions, then a chain of drafts."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    # The class knows the layer of the published models only.
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}.*"]
+    mtp = MtpModel.from_pretrained(model).float().eval()
+    mtp.layers[0].mtp_block.mlp.gate.register_forward_hook(gates.check)
+    assert mtp.layers[0].use_post_norm
+    out = []
+    with torch.no_grad():
+        for tokens in prompts:
+            base = model(input_ids=torch.tensor([tokens]), output_hidden_states=True)
+            following = int(base.logits[0, -1].argmax())
+            inputs, hidden = [*tokens[1:], following], base.hidden_states[-1]
+            found = {"tokens": tokens, "following": following, "drafts": [], "draft_logits": []}
+            for step in range(DRAFTS):
+                places = torch.arange(1, len(inputs) + 1)[None]
+                left = mtp.forward_layer(0, hidden, places, None, input_ids=torch.tensor([inputs]))
+                logits = model.lm_head(left)[0]
+                if step == 0:
+                    kept = sorted({0, len(tokens) // 2, len(tokens) - 1})
+                    found["positions"], found["logits"] = kept, [rounded(logits[p]) for p in kept]
+                best = logits[-1].topk(2).values
+                assert best[0] - best[1] > MARGIN_MIN, "near tie of a draft: choose another seed"
+                found["drafts"].append(int(logits[-1].argmax()))
+                found["draft_logits"].append(rounded(logits[-1]))
+                inputs.append(found["drafts"][-1])
+                hidden = torch.cat([hidden, left[:, -1:]], dim=1)
+            out.append(found)
+    return out
+
+
+def rounded(row):
+    return [float(f"{v:.8g}") for v in row.tolist()]
+
+
 def vectors(model, prompts, positions, vocab, greedy):
     """Logits after some positions of each prompt, and the greedy continuation."""
     out, smallest = [], math.inf
@@ -378,7 +433,7 @@ def vectors(model, prompts, positions, vocab, greedy):
                 continuation.append(token)
                 if token in eos_of(model):
                     break
-            rows = [[float(f"{v:.8g}") for v in logits[p].tolist()] for p in kept]
+            rows = [rounded(logits[p]) for p in kept]
             out.append({"tokens": tokens, "positions": kept, "logits": rows, "greedy": continuation})
     assert smallest > MARGIN_MIN, f"greedy margin {smallest}: choose another seed or prompt"
     return out, smallest
@@ -413,10 +468,9 @@ def random_models(names):
         if spec["stored"] == "fp8":
             put_back(model, tensors)
         if spec.get("mtp"):
-            f = spec["fields"]
             extra = dict(tensors)
-            add_mtp(extra, f["num_hidden_layers"], f["hidden_size"], f["vocab_size"], generator)
-            stored |= {k: v.bfloat16() for k, v in extra.items() if k not in tensors}
+            add_mtp(extra, model, torch.Generator().manual_seed(spec["seed"] + 1000))
+            stored |= {k: v if k.endswith("bias") else v.bfloat16() for k, v in extra.items() if k not in tensors}
         check_scale(model)
         gates = GateCheck(model)
         vocab = spec["fields"]["vocab_size"]
@@ -436,6 +490,9 @@ def random_models(names):
         (folder / "config.json").write_text(json.dumps(forms[spec["config"]], indent=1, sort_keys=True) + "\n")
         (folder / f"config.{other}.json").write_text(json.dumps(forms[other], indent=1, sort_keys=True) + "\n")
         (folder / "golden.json").write_text(json.dumps({"prompts": found}) + "\n")
+        if spec.get("mtp"):
+            drafted = drafts(folder, prompts, gates)
+            (folder / "drafts.json").write_text(json.dumps({"prompts": drafted}) + "\n")
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
         size = sum(f.stat().st_size for f in folder.iterdir())

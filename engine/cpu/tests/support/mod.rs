@@ -61,6 +61,7 @@ pub fn limits(resident: ResidentDtype) -> CpuLimits {
         model_len_max: 256,
         batched_tokens_max: 256,
         sequences_max: 8,
+        draft_tokens: 0,
         threads: 2,
         isa: Isa::best(),
     }
@@ -79,6 +80,7 @@ pub fn entry(sequence: u64, tokens: &[u32], start: usize, blocks: &[u32]) -> Bat
         start,
         blocks: blocks.iter().map(|block| BlockId(*block)).collect(),
         wants_logits: true,
+        drafts: 0,
     }
 }
 

@@ -142,6 +142,7 @@ pub fn entry(sequence: u64, tokens: &[u32], start: usize, blocks: &[u32]) -> Bat
         start,
         blocks: blocks.iter().map(|block| BlockId(*block)).collect(),
         wants_logits: true,
+        drafts: 0,
     }
 }
 
