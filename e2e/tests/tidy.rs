@@ -157,6 +157,10 @@ fn crates_import_only_what_the_architecture_allows() {
             &["kube", "operator-", "engine-cpu", "engine-cuda", "kernels"],
         ),
         ("engine-bench", &["kube", "axum", "tokio", "operator-"]),
+        (
+            "engine-fuzz",
+            &["kube", "operator-", "engine-cpu", "engine-cuda", "kernels"],
+        ),
         ("engine", &["kube", "operator-"]),
     ];
     let actual = dependencies();

@@ -114,6 +114,20 @@ pub(crate) fn header_bytes(file: &str, start: &[u8], file_bytes: u64) -> Result<
     Ok(length)
 }
 
+/// Reads the header of a whole safetensors file that is in memory: its tensors by name.
+///
+/// # Errors
+/// What the header says and what is there differ; the error names `file`, the tensor and both.
+pub fn safetensors_header(
+    file: &str,
+    bytes: &[u8],
+) -> Result<BTreeMap<String, TensorHeader>, LoadError> {
+    let file_bytes = bytes.len() as u64;
+    let length = header_bytes(file, bytes, file_bytes)?;
+    let json = &bytes[LENGTH_BYTES as usize..(LENGTH_BYTES + length) as usize];
+    parse(file, json, file_bytes)
+}
+
 /// Parses and checks the header `json` of a file of `file_bytes` bytes.
 pub(crate) fn parse(file: &str, json: &[u8], file_bytes: u64) -> Result<Header, LoadError> {
     let malformed = |problem: String| LoadError::Malformed {

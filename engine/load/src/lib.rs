@@ -21,7 +21,7 @@ pub use checkpoint::{Checkpoint, Scales, StoredTensor, TensorSource, read_config
 pub use download::Patience;
 pub use dummy::Dummy;
 pub use error::LoadError;
-pub use header::{FloatType, TensorHeader};
+pub use header::{FloatType, TensorHeader, safetensors_header};
 pub use inspect::{inspect, inspect_source};
 pub use progress::Progress;
 pub use source::{FetchSettings, resolve};

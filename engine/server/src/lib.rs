@@ -17,6 +17,7 @@ mod health;
 mod http;
 mod messages;
 mod metrics;
+pub mod offline;
 mod prepare;
 mod request;
 mod respond;

@@ -2,7 +2,7 @@
 
 use axum::http::HeaderMap;
 use engine_core::{Constraint, TokenId};
-use engine_text::{Grammar, GrammarError};
+use engine_text::{Grammar, GrammarError, Text};
 
 use crate::caller::Caller;
 use crate::chat::ChatRequest;
@@ -26,13 +26,12 @@ pub async fn blocking<T: Send + 'static>(
 
 /// Tokens of a text; `param` is what the client calls it.
 pub fn encode(
-    model: &Model,
+    model: &Text,
     text: &str,
     add_special: bool,
     param: &str,
 ) -> Result<Vec<TokenId>, ApiError> {
     let ids = model
-        .text
         .encode(text, add_special)
         .map_err(|error| ApiError::invalid(param, error.to_string()))?;
     Ok(ids.into_iter().map(TokenId).collect())
@@ -49,8 +48,8 @@ pub fn compiled(
 }
 
 /// Tools need a model whose calls can be told from its text.
-fn check_tools(model: &Model, tools: &Tools) -> Result<(), ApiError> {
-    if tools.shown().is_empty() || model.text.tool_format().is_some() {
+fn check_tools(text: &Text, tools: &Tools) -> Result<(), ApiError> {
+    if tools.shown().is_empty() || text.tool_format().is_some() {
         return Ok(());
     }
     let message = "tools are declared, but how this model writes calls is not known; \
@@ -64,38 +63,44 @@ fn check_tools(model: &Model, tools: &Tools) -> Result<(), ApiError> {
 /// Names the field that is wrong.
 pub async fn prepare_chat(
     model: &std::sync::Arc<Model>,
-    request: ChatRequest,
+    mut request: ChatRequest,
     caller: &Caller,
     headers: &HeaderMap,
     fields: &Fields,
     shared: &Shared,
 ) -> Result<(Asked, Prepared), ApiError> {
+    check_tools(&model.text, &request.tools)?;
+    caller.mark(&mut request.asked, headers, fields, &shared.options)?;
+    let reader = model.clone();
+    blocking(move || {
+        let prepared = read_chat(&reader.text, &request)?;
+        Ok((request.asked, prepared))
+    })
+    .await
+}
+
+/// The part of [`prepare_chat`] that needs no server.
+///
+/// # Errors
+/// Names the field that is wrong.
+pub fn read_chat(text: &Text, request: &ChatRequest) -> Result<Prepared, ApiError> {
     let ChatRequest {
-        mut asked,
+        asked,
         messages,
         variables,
         add_generation_prompt,
         tools,
         format,
     } = request;
-    check_tools(model, &tools)?;
-    caller.mark(&mut asked, headers, fields, &shared.options)?;
-    let rule = answer_rule(format, &tools);
-    let stops = asked.stops.clone();
-    let reader = model.clone();
-    let prepared = blocking(move || {
-        let prompt = reader
-            .text
-            .render(&messages, tools.shown(), add_generation_prompt, &variables)
-            .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
-        Ok(Prepared {
-            tokens: encode(&reader, &prompt, false, "messages")?,
-            constraint: rule
-                .map(|(rule, field)| compiled(reader.text.chat_grammar(&prompt, &rule), field))
-                .transpose()?,
-            parser: reader.text.chat_parser(&prompt, stops, tools.allowed()),
-        })
+    check_tools(text, tools)?;
+    let prompt = text
+        .render(messages, tools.shown(), *add_generation_prompt, variables)
+        .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
+    Ok(Prepared {
+        tokens: encode(text, &prompt, false, "messages")?,
+        constraint: answer_rule(format.clone(), tools)
+            .map(|(rule, field)| compiled(text.chat_grammar(&prompt, &rule), field))
+            .transpose()?,
+        parser: text.chat_parser(&prompt, asked.stops.clone(), tools.allowed()),
     })
-    .await?;
-    Ok((asked, prepared))
 }

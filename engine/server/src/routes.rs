@@ -231,7 +231,7 @@ async fn completions(
             .map(|prompt| {
                 Ok(Prepared {
                     tokens: match prompt {
-                        Prompt::Text(text) => encode(&reader, &text, true, "prompt")?,
+                        Prompt::Text(text) => encode(&reader.text, &text, true, "prompt")?,
                         Prompt::Tokens(tokens) => tokens,
                     },
                     parser: reader.text.plain_parser(stops.clone()),
@@ -329,7 +329,7 @@ async fn tokenize(
     };
     let limit = shared.options.messages_max;
     let tokens = blocking(move || match fields.string("prompt")? {
-        Some(prompt) => encode(&model, prompt, add_special, "prompt"),
+        Some(prompt) => encode(&model.text, prompt, add_special, "prompt"),
         None => {
             let messages = messages(&fields, limit)?;
             let tools = Tools::parse(&fields)?;
@@ -337,7 +337,7 @@ async fn tokenize(
                 .text
                 .render(&messages, tools.shown(), true, &serde_json::Map::new())
                 .map_err(|error| ApiError::invalid("messages", error.to_string()))?;
-            encode(&model, &prompt, false, "messages")
+            encode(&model.text, &prompt, false, "messages")
         }
     })
     .await?;

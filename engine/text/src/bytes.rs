@@ -9,7 +9,11 @@ use std::collections::HashMap;
 use tokenizers::Tokenizer;
 
 use crate::reasoning::{REASONING_END, REASONING_START};
+use crate::text::TextError;
 use crate::tool_format::TAGS;
+
+/// Ids that a tokenizer may use; published vocabularies have up to 262,144 tokens.
+const TOKENS_MAX: usize = 1 << 22;
 
 /// Bytes of every token that has any; special tokens have none, so they never reach a client.
 #[derive(Debug)]
@@ -20,11 +24,20 @@ pub struct TokenBytes {
 
 impl TokenBytes {
     /// Reads the vocabulary of a byte-level tokenizer. Characters outside the byte table are kept as they are.
-    pub fn new(tokenizer: &Tokenizer) -> Self {
+    ///
+    /// # Errors
+    /// An id is so large that the table of all tokens would be.
+    pub fn new(tokenizer: &Tokenizer) -> Result<Self, TextError> {
         let table = byte_table();
         let added = tokenizer.get_added_tokens_decoder();
         let vocabulary = tokenizer.get_vocab(true);
         let size = vocabulary.values().max().map_or(0, |id| *id as usize + 1);
+        if size > TOKENS_MAX {
+            return Err(TextError::Tokenizer(format!(
+                "it has a token with the id {}, but ids must be below {TOKENS_MAX}",
+                size - 1
+            )));
+        }
         let mut tokens: Vec<Vec<u8>> = vec![Vec::new(); size];
         for (token, id) in &vocabulary {
             tokens[*id as usize] = match added.get(id) {
@@ -40,7 +53,7 @@ impl TokenBytes {
             bytes.extend_from_slice(&token);
             offsets.push(bytes.len() as u32);
         }
-        Self { offsets, bytes }
+        Ok(Self { offsets, bytes })
     }
 
     /// The bytes of a token; none for ids that the tokenizer does not name.

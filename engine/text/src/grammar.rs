@@ -21,6 +21,8 @@ use crate::tool_format::ToolFormat;
 
 /// Bytes of a regular expression, a grammar or all choices.
 pub const GRAMMAR_BYTES_MAX: usize = 64 << 10;
+/// Characters of an error of llguidance that are passed on.
+const ERROR_CHARACTERS_MAX: usize = 400;
 /// White space that JSON may have in one place; without a limit a confused model writes nothing else.
 const JSON_BLANKS: &str = r"[\x20\x0A\x0D\x09]{1,16}";
 /// Regex nodes built while compiling; about 50 thousand a millisecond.
@@ -205,9 +207,14 @@ impl Grammars {
     }
 }
 
-/// One line is enough for a client, and the rest shows how the grammar was put together.
+/// One line is enough for a client, and the rest shows how the grammar was put together; a line may repeat the whole
+/// expression.
 fn first_line(error: &str) -> String {
-    error.lines().next().unwrap_or_default().to_owned()
+    let line = error.lines().next().unwrap_or_default();
+    match line.char_indices().nth(ERROR_CHARACTERS_MAX) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line.to_owned(),
+    }
 }
 
 fn broken(error: impl fmt::Display) -> GrammarError {

@@ -130,8 +130,7 @@ impl Text {
     /// # Errors
     /// Names the file and what is wrong with it.
     pub fn new(files: TextFiles) -> Result<Self, TextError> {
-        let tokenizer = Tokenizer::from_bytes(&files.tokenizer)
-            .map_err(|error| TextError::Tokenizer(error.to_string()))?;
+        let tokenizer = read_tokenizer(&files.tokenizer)?;
         check_decoder(&files.tokenizer)?;
         let config: TokenizerConfig =
             parse("tokenizer_config.json", files.tokenizer_config.as_deref())?;
@@ -161,7 +160,7 @@ impl Text {
         let tool_format = ToolFormat::detect(source.as_deref(), |token| {
             tokenizer.token_to_id(token).is_some()
         });
-        let bytes = Arc::new(TokenBytes::new(&tokenizer));
+        let bytes = Arc::new(TokenBytes::new(&tokenizer)?);
         Ok(Self {
             tool_format,
             grammars: Grammars::new(bytes.clone(), eos_tokens.clone()),
@@ -344,6 +343,14 @@ fn parse<T: Default + for<'a> Deserialize<'a>>(
             })
         },
     )
+}
+
+/// The library panics on some files that are JSON but no tokenizer; here that is an error like any other.
+fn read_tokenizer(bytes: &[u8]) -> Result<Tokenizer, TextError> {
+    match std::panic::catch_unwind(|| Tokenizer::from_bytes(bytes)) {
+        Ok(read) => read.map_err(|error| TextError::Tokenizer(error.to_string())),
+        Err(_) => Err(TextError::Tokenizer("it is no tokenizer".to_owned())),
+    }
 }
 
 /// Only a byte-level decoder may be undone token by token.

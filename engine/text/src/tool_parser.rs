@@ -182,7 +182,7 @@ impl ToolParser {
                 self.held.push(character);
                 match format.closing(&self.held) {
                     Closing::Incomplete if self.held.len() <= HEADER_BYTES_MAX => {}
-                    Closing::Incomplete | Closing::Malformed => self.give_back(queue, out),
+                    Closing::Incomplete | Closing::Malformed => self.leave_call(queue, out),
                     Closing::Done => self.end_call(),
                 }
             }
@@ -201,6 +201,24 @@ impl ToolParser {
         for character in characters.rev() {
             queue.push_front(character);
         }
+        self.state = State::Text;
+    }
+
+    /// The call is complete but its end is not as it should be: what follows is looked at as content, except for the
+    /// bracket of the call's own object.
+    fn leave_call(&mut self, queue: &mut VecDeque<char>, out: &mut Output<'_>) {
+        if self.calls >= self.calls_max {
+            self.end_call();
+            return;
+        }
+        let Some(rest) = self.held.trim_start().strip_prefix('}') else {
+            self.give_back(queue, out);
+            return;
+        };
+        for character in rest.chars().rev() {
+            queue.push_front(character);
+        }
+        self.held.clear();
         self.state = State::Text;
     }
 

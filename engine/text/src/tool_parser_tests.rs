@@ -172,6 +172,28 @@ fn without_parallel_calls_the_first_one_ends_the_answer() {
 }
 
 #[test]
+fn a_call_without_its_end_tag_still_is_the_last_one_that_is_allowed() {
+    let text = "<tool_call>{\"name\": \"f\"}<tool_call>{\"name\": \"g\"}";
+    let one = ToolParser::new(ToolFormat::Hermes, false);
+    assert_eq!(
+        run_with(one, &[text]),
+        (String::new(), owned(&[("f", "{}")]))
+    );
+    let both = owned(&[("f", "{}"), ("g", "{}")]);
+    assert_eq!(run(ToolFormat::Hermes, text), (String::new(), both));
+    for format in [ToolFormat::Hermes, ToolFormat::Llama3Json] {
+        let (head, _) = format.frame("f");
+        let text = format!("{head}{{\"a\": 1}}}} and so on");
+        let found = run(format, &text);
+        assert_eq!(
+            found,
+            (" and so on".to_owned(), owned(&[("f", "{\"a\": 1}")])),
+            "{format}"
+        );
+    }
+}
+
+#[test]
 fn without_tools_everything_is_content() {
     let text = answer(ToolFormat::Hermes, &[("f", "{}")]);
     assert_eq!(
