@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use engine_spec::Parallelism;
+use engine_spec::{Parallelism, Quantization};
 
 use crate::plan::gib;
 
@@ -55,6 +55,11 @@ pub enum Misfit {
         "dtype = float32: the GPU computes in bfloat16; ask for auto or bfloat16, or for the device cpu"
     )]
     NoArithmetic,
+    /// The device does not multiply integers.
+    #[error(
+        "quantization = {0}: the GPU backend does not multiply integer weights; ask for none, or for the device cpu"
+    )]
+    NoIntegers(Quantization),
     /// The model cannot be divided that way.
     #[error("parallelism {axis} = {found}: {reason}")]
     Indivisible {
