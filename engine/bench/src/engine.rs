@@ -7,7 +7,7 @@ use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, Toke
 use engine_cpu::{CpuExecutor, CpuLimits};
 use engine_load::Progress;
 use engine_memory::{MemoryRequest, memory_plan};
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism};
+use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
 
 use crate::machine::Bounds;
 use crate::median;
@@ -49,6 +49,7 @@ impl Loaded {
     ) -> anyhow::Result<Self> {
         let request = MemoryRequest {
             dtype: Dtype::Auto,
+            quantization: Quantization::None,
             parallelism: Parallelism::default(),
             device: Device::Cpu,
             max_model_len: Some(u32::try_from(length)?),

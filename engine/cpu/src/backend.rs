@@ -175,6 +175,7 @@ impl Backend for CpuBackend {
         for (row, token) in hidden.chunks_exact_mut(columns).zip(&self.step.tokens) {
             let at = *token as usize * columns;
             match &matrix.values {
+                Values::Integer(integers) => integers.read_row(*token as usize, row),
                 Values::F32(values) => row.copy_from_slice(&values[at..at + columns]),
                 Values::Bf16(values) => {
                     for (to, from) in row.iter_mut().zip(&values[at..at + columns]) {

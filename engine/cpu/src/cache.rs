@@ -40,9 +40,9 @@ impl Cache {
                 let length = blocks * block_size * layer.kv.width();
                 match dtype {
                     ResidentDtype::Float32 => CacheValues::F32(vec![0.0; length]),
-                    ResidentDtype::Bfloat16 | ResidentDtype::Float8E4m3(_) => {
-                        CacheValues::Bf16(vec![bf16::ZERO; length])
-                    }
+                    ResidentDtype::Bfloat16
+                    | ResidentDtype::Float8E4m3(_)
+                    | ResidentDtype::Integer(..) => CacheValues::Bf16(vec![bf16::ZERO; length]),
                 }
             })
             .collect();

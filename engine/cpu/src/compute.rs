@@ -10,14 +10,22 @@ use std::cell::RefCell;
 use half::bf16;
 
 use crate::kernels::paired::PairedProduct;
+use crate::kernels::quantised::IntegerProduct;
 use crate::kernels::{Isa, Kernel, Product, Rows};
 use crate::pool::{Pool, WorkerPanic};
+use crate::quantised::Integers;
 use crate::weights::{Matrix, Values};
 
 /// Weight rows of a tile under few activation rows: a sequential stream of some hundred kilobytes in large models.
 const COLUMN_TILE_FEW: usize = 32;
 /// The same under many: rounding the activations of a tile is then a few hundredths of its work.
 const COLUMN_TILE_MANY: usize = 128;
+/// Weight rows of a tile of integers: whole blocks, and as many bytes.
+const INTEGER_TILE_FEW: usize = 64;
+/// The same under many activation rows.
+const INTEGER_TILE_MANY: usize = 256;
+/// Activation rows of a tile of integers.
+const INTEGER_ROW_TILE: usize = 48;
 /// Activation rows of a tile: they stay in the first-level cache while the weights pass.
 const ROW_TILE: usize = 16;
 /// Multiply-adds below which a region is not worth a second thread: about ten microseconds.
@@ -121,17 +129,25 @@ impl<'a> Job<'a> {
 
 impl Job<'_> {
     fn column_tile(&self) -> usize {
-        if self.count < ROW_TILE {
-            COLUMN_TILE_FEW
-        } else {
-            COLUMN_TILE_MANY
+        match (&self.matrix.values, self.count < ROW_TILE) {
+            (Values::Integer(_), true) => INTEGER_TILE_FEW,
+            (Values::Integer(_), false) => INTEGER_TILE_MANY,
+            (_, true) => COLUMN_TILE_FEW,
+            (_, false) => COLUMN_TILE_MANY,
+        }
+    }
+
+    fn row_tile(&self) -> usize {
+        match &self.matrix.values {
+            Values::Integer(_) => INTEGER_ROW_TILE,
+            Values::F32(_) | Values::Bf16(_) => ROW_TILE,
         }
     }
 
     fn tiles(&self) -> (usize, usize) {
         (
             self.columns.div_ceil(self.column_tile()),
-            self.count.div_ceil(ROW_TILE),
+            self.count.div_ceil(self.row_tile()),
         )
     }
 
@@ -161,6 +177,14 @@ impl Job<'_> {
                         isa.run_paired(self.paired(weight, columns, indices, scratch));
                     });
                 }
+                Values::Integer(integers) => {
+                    let format = integers.format;
+                    let needed = IntegerProduct::scratch_length(format, length, indices.len());
+                    with_scratch(needed, |scratch| {
+                        isa.bytes()
+                            .run(self.integers(integers, columns, indices, scratch));
+                    });
+                }
             }
         }
     }
@@ -175,6 +199,28 @@ impl Job<'_> {
         PairedProduct {
             // `bf16` is a transparent u16.
             weight: weight.cast(),
+            length: self.matrix.columns,
+            columns,
+            input: self.input.start.0,
+            input_stride: self.input.stride,
+            rows: self.rows,
+            indices,
+            out: self.out.start.0,
+            out_stride: self.out.stride,
+            scratch,
+        }
+    }
+
+    fn integers<'a>(
+        &'a self,
+        integers: &Integers,
+        columns: std::ops::Range<usize>,
+        indices: std::ops::Range<usize>,
+        scratch: &'a mut [u16],
+    ) -> IntegerProduct<'a> {
+        IntegerProduct {
+            format: integers.format,
+            blocks: integers.part(self.first).as_ptr().cast(),
             length: self.matrix.columns,
             columns,
             input: self.input.start.0,
@@ -261,9 +307,10 @@ impl Compute {
                 let (columns, _) = job.tiles();
                 let width = job.column_tile();
                 let column = tile % columns * width;
-                let row = tile / columns * ROW_TILE;
+                let height = job.row_tile();
+                let row = tile / columns * height;
                 let columns = column..job.columns.min(column + width);
-                let rows = row..job.count.min(row + ROW_TILE);
+                let rows = row..job.count.min(row + height);
                 // SAFETY: the caller's promise, and each tile of a job is visited once.
                 unsafe { job.run(isa, columns, rows) }
                 return;

@@ -14,6 +14,7 @@
 
 pub(crate) mod attend;
 pub(crate) mod paired;
+pub(crate) mod quantised;
 
 use half::bf16;
 
@@ -593,4 +594,4 @@ mod grouped;
 pub(crate) use grouped::{AttendGrouped, HEADS_MAX};
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

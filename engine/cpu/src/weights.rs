@@ -1,6 +1,6 @@
 //! Weights in the form the kernels read.
 //!
-//! Matrices are float32 or bfloat16, row-major, as `[out, in]`. Norms, gates and biases are float32. The key-value
+//! Matrices are float32 or bfloat16, row-major, as `[out, in]`, or blocks of integers (see [`crate::quantised`]). Norms, gates and biases are float32. The key-value
 //! up-projection is held per head as a transposed key part and a value part, ready for absorbed attention; it takes
 //! exactly the bytes of the stored matrix.
 
@@ -12,6 +12,8 @@ use engine_model::{Attention, LatentAttention, Model, TensorRole, WeightId};
 use half::bf16;
 
 use crate::pool::Pool;
+use crate::quantised::{COLUMNS_MAX, Integers, Packer};
+use crate::store::Store;
 
 /// A row-major matrix.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,30 +26,46 @@ pub(crate) struct Matrix {
 /// Elements of a matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Values {
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
+    F32(Store<f32>),
+    Bf16(Store<bf16>),
+    Integer(Integers),
 }
 
 impl Values {
-    pub fn bytes(&self) -> usize {
+    /// The bytes as they lie in memory.
+    pub fn as_bytes(&self) -> &[u8] {
         match self {
-            Self::F32(values) => values.len() * 4,
-            Self::Bf16(values) => values.len() * 2,
+            Self::F32(values) => values.as_bytes(),
+            Self::Bf16(values) => values.as_bytes(),
+            Self::Integer(integers) => integers.lines.as_bytes(),
         }
     }
 }
 
 impl Matrix {
-    fn new(tensor: &StoredTensor<'_>, wide: bool) -> Self {
+    fn new(tensor: &StoredTensor<'_>, form: ResidentDtype) -> Self {
         let (rows, columns) = match tensor.spec.shape.as_slice() {
             [length] => (1, *length),
             [rows, columns] => (*rows, *columns),
             _ => (0, 0),
         };
-        let values = if wide {
-            Values::F32(convert::to_f32(tensor))
-        } else {
-            Values::Bf16(convert::to_bf16(tensor))
+        let values = match form {
+            ResidentDtype::Float32 => Values::F32(convert::to_f32(tensor).into()),
+            ResidentDtype::Integer(format, _) => {
+                let mut packer = Packer::new(format, rows, columns, rows);
+                let mut row = Vec::with_capacity(columns);
+                convert::for_each(tensor, |value| {
+                    row.push(value);
+                    if row.len() == columns {
+                        packer.push(&row);
+                        row.clear();
+                    }
+                });
+                Values::Integer(packer.finish())
+            }
+            ResidentDtype::Bfloat16 | ResidentDtype::Float8E4m3(_) => {
+                Values::Bf16(convert::to_bf16(tensor).into())
+            }
         };
         Self {
             rows,
@@ -69,6 +87,17 @@ pub(crate) enum Weight {
     },
 }
 
+impl Weight {
+    /// Its matrices: one, or key and value part.
+    pub fn parts(&self) -> impl Iterator<Item = &Matrix> {
+        let (first, second) = match self {
+            Self::Matrix(matrix) => (matrix, None),
+            Self::Absorbed { key, value } => (key, Some(value)),
+        };
+        std::iter::once(first).chain(second)
+    }
+}
+
 /// All tensors of a model, by [`WeightId`].
 #[derive(Debug)]
 pub(crate) struct Weights(Vec<Weight>);
@@ -82,30 +111,16 @@ impl Weights {
         pool: &mut Pool,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let wide = match dtype {
-            ResidentDtype::Float32 => true,
-            ResidentDtype::Bfloat16 => false,
-            ResidentDtype::Float8E4m3(_) => {
-                return Err(LoadError::Backend(
-                    "the CPU backend keeps weights as float32 or bfloat16, not FP8".into(),
-                ));
-            }
-        };
-        let mut absorbed: Vec<Option<&LatentAttention>> = vec![None; model.tensors.len()];
-        for layer in model.cached_layers() {
-            if let Attention::Latent(attention) = &layer.attention {
-                absorbed[attention.kv_up.index()] = Some(attention);
-            }
-        }
+        check(dtype, model)?;
+        let absorbed = absorbed(model);
         progress.begin(source.stored_bytes(model));
         let slots: Vec<OnceLock<Weight>> = model.tensors.iter().map(|_| OnceLock::new()).collect();
         pool.run(slots.len(), &|index| {
             source.read(model, WeightId(index as u32), &mut |tensor| {
-                let wide = wide || tensor.spec.role == TensorRole::Precise;
-                let matrix = Matrix::new(tensor, wide);
+                let id = WeightId(index as u32);
                 let weight = match absorbed[index] {
-                    Some(attention) => absorb(&matrix, attention),
-                    None => Weight::Matrix(matrix),
+                    Some(attention) => absorb(tensor, attention, dtype.head()),
+                    None => Weight::Matrix(Matrix::new(tensor, form(dtype, model, id))),
                 };
                 // Each index is visited once, so the slot is empty.
                 let _ = slots[index].set(weight);
@@ -126,17 +141,19 @@ impl Weights {
         if let Weight::Matrix(matrix) = &mut self.0[id.index()]
             && let Values::F32(values) = &mut matrix.values
         {
-            values.fill(f32::NAN);
+            *values = vec![f32::NAN; values.len()].into();
         }
+    }
+
+    /// All tensors, by [`WeightId`].
+    pub fn all(&self) -> &[Weight] {
+        &self.0
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> u64 {
-        let size = |weight: &Weight| match weight {
-            Weight::Matrix(matrix) => matrix.values.bytes(),
-            Weight::Absorbed { key, value } => key.values.bytes() + value.values.bytes(),
-        };
-        self.0.iter().map(|weight| size(weight) as u64).sum()
+        let parts = self.0.iter().flat_map(Weight::parts);
+        parts.map(|part| part.values.as_bytes().len() as u64).sum()
     }
 
     /// A tensor used as a plain matrix.
@@ -152,7 +169,7 @@ impl Weights {
     pub fn precise(&self, id: WeightId) -> &[f32] {
         match &self.matrix(id).values {
             Values::F32(values) => values,
-            Values::Bf16(_) => &[],
+            Values::Bf16(_) | Values::Integer(_) => &[],
         }
     }
 
@@ -165,7 +182,51 @@ impl Weights {
     }
 }
 
-fn absorb(up: &Matrix, attention: &LatentAttention) -> Weight {
+/// What the CPU computes with, and rows that its integer sums hold.
+pub(crate) fn check(dtype: ResidentDtype, model: &Model) -> Result<(), LoadError> {
+    match dtype {
+        ResidentDtype::Float8E4m3(_) => Err(LoadError::Backend(
+            "the CPU backend keeps weights as float32, bfloat16 or integers, not FP8".into(),
+        )),
+        ResidentDtype::Integer(..) => {
+            let longest = model.tensors.iter().find(|spec| {
+                spec.role != TensorRole::Precise && spec.shape.last() > Some(&COLUMNS_MAX)
+            });
+            longest.map_or(Ok(()), |spec| {
+                Err(LoadError::Backend(format!(
+                    "tensor {} has {:?} columns, integer products take at most {COLUMNS_MAX}; serve it with \
+                     quantization none",
+                    spec.name,
+                    spec.shape.last().copied().unwrap_or_default()
+                )))
+            })
+        }
+        ResidentDtype::Float32 | ResidentDtype::Bfloat16 => Ok(()),
+    }
+}
+
+/// Of each tensor that is a key-value up-projection, its attention.
+pub(crate) fn absorbed(model: &Model) -> Vec<Option<&LatentAttention>> {
+    let mut absorbed = vec![None; model.tensors.len()];
+    for layer in model.cached_layers() {
+        if let Attention::Latent(attention) = &layer.attention {
+            absorbed[attention.kv_up.index()] = Some(attention);
+        }
+    }
+    absorbed
+}
+
+/// How a tensor that is not absorbed is kept.
+pub(crate) fn form(dtype: ResidentDtype, model: &Model, id: WeightId) -> ResidentDtype {
+    match model.tensors[id.index()].role {
+        TensorRole::Precise => ResidentDtype::Float32,
+        TensorRole::Table if id == model.head => dtype.head(),
+        TensorRole::Table => dtype.embedding(),
+        TensorRole::Matrix => dtype,
+    }
+}
+
+fn absorb(tensor: &StoredTensor<'_>, attention: &LatentAttention, form: ResidentDtype) -> Weight {
     let LatentAttention {
         heads,
         nope,
@@ -173,27 +234,36 @@ fn absorb(up: &Matrix, attention: &LatentAttention) -> Weight {
         latent,
         ..
     } = *attention;
-    let split = |values: &Values| match values {
-        Values::F32(values) => {
-            let (key, value) = split_heads(values, attention);
-            (Values::F32(key), Values::F32(value))
+    let (keys, values) = match form {
+        ResidentDtype::Float32 => {
+            let (keys, values) = split_heads(&convert::to_f32(tensor), attention);
+            (Values::F32(keys.into()), Values::F32(values.into()))
         }
-        Values::Bf16(values) => {
-            let (key, value) = split_heads(values, attention);
-            (Values::Bf16(key), Values::Bf16(value))
+        ResidentDtype::Integer(format, _) => {
+            let (keys, values) = split_heads(&convert::to_f32(tensor), attention);
+            // Each head's rows are multiplied by themselves.
+            let pack = |rows: &[f32], columns: usize, part_rows: usize| {
+                let mut packer = Packer::new(format, heads * part_rows, columns, part_rows);
+                rows.chunks(columns).for_each(|row| packer.push(row));
+                Values::Integer(packer.finish())
+            };
+            (pack(&keys, nope, latent), pack(&values, latent, value))
+        }
+        ResidentDtype::Bfloat16 | ResidentDtype::Float8E4m3(_) => {
+            let (keys, values) = split_heads(&convert::to_bf16(tensor), attention);
+            (Values::Bf16(keys.into()), Values::Bf16(values.into()))
         }
     };
-    let (key_values, value_values) = split(&up.values);
     Weight::Absorbed {
         key: Matrix {
             rows: heads * latent,
             columns: nope,
-            values: key_values,
+            values: keys,
         },
         value: Matrix {
             rows: heads * value,
             columns: latent,
-            values: value_values,
+            values,
         },
     }
 }

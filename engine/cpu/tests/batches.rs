@@ -6,7 +6,7 @@ use engine_core::{Batch, ExecuteError, Executor, Logits};
 use engine_cpu::{CpuExecutor, CpuLimits};
 use engine_load::{Progress, read_config};
 use engine_memory::{MemoryRequest, ResidentDtype, memory_plan};
-use engine_spec::{Device, Dtype, Parallelism};
+use engine_spec::{Device, Dtype, Parallelism, Quantization};
 use support::{MODELS, entry, folder, limits, load, prefill};
 
 #[test]
@@ -17,6 +17,7 @@ fn allocations_are_those_of_the_memory_plan() {
             let config = read_config(&dir).unwrap();
             let request = MemoryRequest {
                 dtype,
+                quantization: Quantization::None,
                 parallelism: Parallelism::default(),
                 device: Device::Cpu,
                 max_model_len: Some(100),

@@ -250,7 +250,9 @@ impl CudaExecutor {
             positions_max: self.limits.model_len_max,
             power_of_two: match self.limits.resident {
                 ResidentDtype::Float8E4m3(blocks) => blocks.power_of_two,
-                ResidentDtype::Bfloat16 | ResidentDtype::Float32 => false,
+                ResidentDtype::Bfloat16 | ResidentDtype::Float32 | ResidentDtype::Integer(..) => {
+                    false
+                }
             },
             pending: None,
             quantised: None,

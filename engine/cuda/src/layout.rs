@@ -5,7 +5,7 @@
 
 use engine_memory::{MemoryPlan, ResidentDtype, StepBounds, device_workspace};
 use engine_model::{GatedMlp, LatentAttention, Mlp, Model, Moe, Slot, TensorRole, WeightId};
-use engine_spec::{ModelConfig, Parallelism};
+use engine_spec::{ModelConfig, Parallelism, Quantization};
 use kernels::plan::{self, QUANT_GROUP};
 
 use crate::shapes::latent;
@@ -445,6 +445,7 @@ mod tests {
                 |(length, sequences, tokens)| {
                     let request = MemoryRequest {
                         dtype: Dtype::Auto,
+                        quantization: Quantization::None,
                         parallelism: Parallelism::default(),
                         device: Device::Nvidia,
                         max_model_len: Some(length),

@@ -62,7 +62,10 @@ fn of_step(model: &Model, limits: &CudaLimits, rows: usize) -> Result<Vec<Launch
     let hidden = model.hidden;
     let matrices = match limits.resident {
         ResidentDtype::Float8E4m3(_) => Format::Fp8,
-        ResidentDtype::Bfloat16 | ResidentDtype::Float32 => Format::Bf16,
+        // Integers are refused by the plan.
+        ResidentDtype::Bfloat16 | ResidentDtype::Float32 | ResidentDtype::Integer(..) => {
+            Format::Bf16
+        }
     };
     let product = |n, k| plan::gemm(matrices, rows, n, k, 1);
     let mut launches = vec![

@@ -11,7 +11,7 @@ use engine_core::Executor;
 use engine_cpu::{CpuExecutor, CpuLimits, Isa};
 use engine_load::{Progress, read_config};
 use engine_memory::{ResidentDtype, resident_dtype};
-use engine_spec::{Device, Dtype};
+use engine_spec::{Device, Dtype, Quantization};
 use support::{
     Prompt, golden, gpu, greedy, limits, load, prefill, random_model, relative_error,
     trained_golden, trained_model,
@@ -87,7 +87,7 @@ fn of_random_model(model: &str, dtype: Dtype, narrow: bool) -> Option<Vec<f32>> 
     let gpu = gpu()?;
     let dir = random_model(model);
     let config = read_config(&dir).unwrap();
-    let resident = resident_dtype(dtype, &config, Device::Nvidia);
+    let resident = resident_dtype(dtype, Quantization::None, &config, Device::Nvidia);
     assert_eq!(matches!(resident, ResidentDtype::Float8E4m3(_)), narrow);
     let mut executor = load(&gpu, &dir, limits(resident));
     let prompts = golden(&dir.join("golden.json")).prompts;

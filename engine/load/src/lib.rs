@@ -14,6 +14,7 @@ mod dummy;
 mod error;
 mod header;
 mod inspect;
+mod mapped;
 mod progress;
 mod source;
 
@@ -23,5 +24,6 @@ pub use dummy::Dummy;
 pub use error::LoadError;
 pub use header::{FloatType, TensorHeader, safetensors_header};
 pub use inspect::{inspect, inspect_source};
+pub use mapped::Mapped;
 pub use progress::Progress;
 pub use source::{FetchSettings, resolve};

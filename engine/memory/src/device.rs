@@ -101,7 +101,7 @@ pub fn device_workspace(
             let widest = d.max(rank).max(values);
             tokens * (widest + 4 * widest.div_ceil(QUANT_GROUP)) + tokens * mlp.scales * 4
         }
-        ResidentDtype::Bfloat16 | ResidentDtype::Float32 => 0,
+        ResidentDtype::Bfloat16 | ResidentDtype::Float32 | ResidentDtype::Integer(..) => 0,
     };
     DeviceWorkspace {
         hidden: 4 * tokens * d * 2,

@@ -6,12 +6,14 @@
 //! heads share one latent; with grouped-query attention it is, down to one key-value head per rank.
 
 mod device;
+mod integer;
 mod misfit;
 mod plan;
 mod weights;
 mod workspace;
 
 pub use device::{DeviceWorkspace, StepBounds, device_workspace};
+pub use integer::{INT4_GROUP, IntegerFormat, IntegerSource, LINE_BYTES, TILE_ROWS};
 pub use misfit::{Misfit, Nearest};
 pub use plan::{MemoryPlan, MemoryRequest, RankBytes, memory_plan, resolve_max_model_len};
 pub use weights::{ResidentDtype, resident_dtype, weight_bytes_per_rank};

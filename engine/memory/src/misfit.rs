@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use engine_spec::{Architecture, Parallelism};
+use engine_spec::{Architecture, Parallelism, Quantization};
 
 use crate::plan::gib;
 
@@ -67,6 +67,11 @@ pub enum Misfit {
          for that device"
     )]
     DraftsNotServed,
+    /// The device does not multiply integers.
+    #[error(
+        "quantization = {0}: the GPU backend does not multiply integer weights; ask for none, or for the device cpu"
+    )]
+    NoIntegers(Quantization),
     /// The model cannot be divided that way.
     #[error("parallelism {axis} = {found}: {reason}")]
     Indivisible {

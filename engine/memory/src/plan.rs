@@ -3,7 +3,9 @@
 use std::fmt;
 
 use engine_spec::engine_config::MAX_MODEL_LEN_DEFAULT;
-use engine_spec::{AttentionConfig, Device, Dtype, EngineConfig, ModelConfig, Parallelism};
+use engine_spec::{
+    AttentionConfig, Device, Dtype, EngineConfig, ModelConfig, Parallelism, Quantization,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::device::{StepBounds, device_workspace};
@@ -23,6 +25,8 @@ const RUNTIME_COLLECTIVES_BYTES: u64 = 1 << 30;
 pub struct MemoryRequest {
     /// Arithmetic asked for.
     pub dtype: Dtype,
+    /// Integers that the large matrices are made into at load.
+    pub quantization: Quantization,
     /// Ranks of one replica.
     pub parallelism: Parallelism,
     /// Kind of device.
@@ -46,6 +50,7 @@ impl MemoryRequest {
     pub fn from_engine_config(config: &EngineConfig, capacity_bytes: Option<u64>) -> Self {
         Self {
             dtype: config.dtype,
+            quantization: config.quantization,
             parallelism: config.parallelism,
             device: config.device,
             max_model_len: config.max_model_len,
@@ -158,6 +163,9 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
         return Err(Misfit::NoArithmetic);
     }
     check_drafts(config, request)?;
+    if request.quantization != Quantization::None && request.device == Device::Nvidia {
+        return Err(Misfit::NoIntegers(request.quantization));
+    }
     let fixed = fixed_bytes(config, request, max_model_len);
     let block_bytes = u64::from(request.block_size) * kv_bytes_per_token(config, request);
     let blocks_per_sequence = u64::from(max_model_len.div_ceil(request.block_size));
@@ -181,7 +189,7 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
             ..fixed
         },
         ranks: request.parallelism.ranks(),
-        resident: resident_dtype(request.dtype, config, request.device),
+        resident: resident(config, request),
         max_model_len,
         block_size: request.block_size,
         kv_blocks,
@@ -191,9 +199,19 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
     })
 }
 
+fn resident(config: &ModelConfig, request: &MemoryRequest) -> ResidentDtype {
+    let MemoryRequest {
+        dtype,
+        quantization,
+        device,
+        ..
+    } = *request;
+    resident_dtype(dtype, quantization, config, device)
+}
+
 /// All parts but the KV cache.
 fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest, max_model_len: u32) -> RankBytes {
-    let dtype = resident_dtype(request.dtype, config, request.device);
+    let dtype = resident(config, request);
     let runtime_bytes = match (request.device, request.parallelism.ranks()) {
         (Device::Cpu, _) => RUNTIME_CPU_BYTES,
         (Device::Nvidia, 1) => RUNTIME_NVIDIA_BYTES,
@@ -237,7 +255,7 @@ fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest, max_model_len: u32
 /// Bytes of one cached token on the fullest rank: of each layer, a prediction layer included, the latent and the
 /// rotated key, or the keys and values of the rank's heads.
 fn kv_bytes_per_token(config: &ModelConfig, request: &MemoryRequest) -> u64 {
-    let dtype = resident_dtype(request.dtype, config, request.device);
+    let dtype = resident(config, request);
     let Parallelism {
         tensor, pipeline, ..
     } = request.parallelism;

@@ -1,6 +1,6 @@
 //! Expected numbers are those of the published checkpoints and papers.
 
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism};
+use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
 
 use crate::{MemoryRequest, Misfit, ResidentDtype, memory_plan, resident_dtype};
 
@@ -19,6 +19,7 @@ fn r1() -> ModelConfig {
 fn on_gpus(tensor: u32, capacity_gib: Option<u64>) -> MemoryRequest {
     MemoryRequest {
         dtype: Dtype::Auto,
+        quantization: Quantization::None,
         parallelism: Parallelism {
             tensor,
             ..Parallelism::default()
@@ -268,7 +269,8 @@ fn fp8_is_kept_where_the_gpu_multiplies_it_and_widened_where_not() {
             "quantization_config":{{"quant_method":"fp8","weight_block_size":[128,{block}]}}}}"#
         );
         let config = ModelConfig::from_hf_json(&text).unwrap();
-        [Device::Nvidia, Device::Cpu].map(|device| resident_dtype(Dtype::Auto, &config, device))
+        [Device::Nvidia, Device::Cpu]
+            .map(|device| resident_dtype(Dtype::Auto, Quantization::None, &config, device))
     };
     let [gpu, cpu] = with(128, 2048);
     assert!(matches!(gpu, ResidentDtype::Float8E4m3(_)));

@@ -2,9 +2,11 @@
 
 use engine_spec::{
     AttentionConfig, Device, Dtype, GateSelection, GqaConfig, MlaConfig, ModelConfig, MoeConfig,
-    Parallelism, StoredDtype, WeightBlocks,
+    Parallelism, Quantization, StoredDtype, WeightBlocks,
 };
 use serde::{Deserialize, Serialize};
+
+use crate::integer::{INT4_GROUP, IntegerFormat, IntegerSource};
 
 /// Dtype of the large matrices while they are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,6 +18,8 @@ pub enum ResidentDtype {
     Bfloat16,
     /// One byte and a float32 scale per block.
     Float8E4m3(WeightBlocks),
+    /// Integers with float32 scales; what is not quantised is bfloat16.
+    Integer(IntegerFormat, IntegerSource),
 }
 
 impl ResidentDtype {
@@ -29,14 +33,24 @@ impl ResidentDtype {
                     * columns.div_ceil(u64::from(blocks.columns));
                 rows * columns + scales * 4
             }
+            Self::Integer(format, _) => format.bytes(rows, columns),
         }
     }
 
-    /// Matrices that are never stored in eight bits: embedding and head, and on the GPU the key-value up-projection,
-    /// whose batched products have no eight-bit form.
-    fn wide(self) -> Self {
+    /// How the embedding is kept where it is not the head too: never in eight bits.
+    pub fn embedding(self) -> Self {
         match self {
-            Self::Float8E4m3(_) => Self::Bfloat16,
+            Self::Float8E4m3(_) | Self::Integer(..) => Self::Bfloat16,
+            other => other,
+        }
+    }
+
+    /// How the head is kept, and the key-value up-projection: on the GPU its batched products have no eight-bit form,
+    /// and on the CPU it is split into parts whose rows are not those that a file's scales belong to.
+    pub fn head(self) -> Self {
+        match self {
+            Self::Float8E4m3(_) | Self::Integer(_, IntegerSource::Files) => Self::Bfloat16,
+            Self::Integer(_, made) => Self::Integer(IntegerFormat::Int8, made),
             other => other,
         }
     }
@@ -45,7 +59,7 @@ impl ResidentDtype {
     pub fn kv_bytes(self) -> u64 {
         match self {
             Self::Float32 => 4,
-            Self::Bfloat16 | Self::Float8E4m3(_) => 2,
+            Self::Bfloat16 | Self::Float8E4m3(_) | Self::Integer(..) => 2,
         }
     }
 }
@@ -60,7 +74,20 @@ const DEVICE_VECTOR: u32 = 16;
 /// The CPU has no eight-bit path yet, so FP8 files are widened to bfloat16 when they are read; a GPU does the same with
 /// blocks or widths that its products do not take. float16 does not fit into bfloat16 without loss and is widened to
 /// float32 on the CPU; the GPU computes in bfloat16 only.
-pub fn resident_dtype(dtype: Dtype, config: &ModelConfig, device: Device) -> ResidentDtype {
+pub fn resident_dtype(
+    dtype: Dtype,
+    quantization: Quantization,
+    config: &ModelConfig,
+    device: Device,
+) -> ResidentDtype {
+    let format = match quantization {
+        Quantization::None => None,
+        Quantization::Int8 => Some(IntegerFormat::Int8),
+        Quantization::Int4 => Some(IntegerFormat::Int4 { group: INT4_GROUP }),
+    };
+    if let Some(format) = format {
+        return ResidentDtype::Integer(format, IntegerSource::Load);
+    }
     match (dtype, config.stored_dtype, config.weight_blocks, device) {
         (Dtype::Float32, ..) => ResidentDtype::Float32,
         (Dtype::Bfloat16, ..) => ResidentDtype::Bfloat16,
@@ -120,8 +147,12 @@ pub fn weight_bytes_per_rank(
     let tp = u64::from(parallelism.tensor);
     let d = u64::from(config.hidden_size);
     let vocab = u64::from(config.vocab_size);
-    let tables = if config.tied_embeddings { 1 } else { 2 };
-    let outside = tables * dtype.wide().matrix(vocab.div_ceil(tp), d) + d * precise;
+    let table = |dtype: ResidentDtype| dtype.matrix(vocab.div_ceil(tp), d);
+    let embedding = match config.tied_embeddings {
+        true => 0,
+        false => table(dtype.embedding()),
+    };
+    let outside = embedding + table(dtype.head()) + d * precise;
     let layers_here = config.layers.div_ceil(parallelism.pipeline);
     let (mut moe, mut dense) = (config.moe_layers(), config.layers - config.moe_layers());
     // The fullest pipeline rank has as many of the heavier layers as fit into its share.
@@ -192,10 +223,12 @@ fn latent_bytes(a: &MlaConfig, d: u64, dtype: ResidentDtype, precise: u64, tp: u
         Some(rank) => dtype.matrix(rank, d) + rank * precise + dtype.matrix(heads * qk, rank),
         None => dtype.matrix(heads * qk, d),
     };
-    let per_head = u64::from(a.qk_nope_head_dim + a.v_head_dim);
+    // Per head a transposed key part and a value part.
+    let (nope, value) = (u64::from(a.qk_nope_head_dim), u64::from(a.v_head_dim));
+    let up = heads * (dtype.head().matrix(latent, nope) + dtype.head().matrix(value, latent));
     query
         + dtype.matrix(u64::from(a.cached_width()), d)
-        + dtype.wide().matrix(heads * per_head, latent)
+        + up
         + dtype.matrix(d, heads * u64::from(a.v_head_dim))
         + latent * precise
 }

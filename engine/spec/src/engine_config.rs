@@ -43,6 +43,48 @@ impl fmt::Display for Dtype {
     }
 }
 
+/// Integers that the large matrices are made into when the weights are loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// As they are stored.
+    #[default]
+    None,
+    /// Eight bits, one scale for each output row.
+    Int8,
+    /// Four bits, one scale for each group of 64 columns; head and key-value up-projection in eight bits.
+    Int4,
+}
+
+impl Quantization {
+    /// Whether weights stay as they are stored.
+    pub fn is_none(&self) -> bool {
+        *self == Self::None
+    }
+}
+
+impl FromStr for Quantization {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            "int8" => Ok(Self::Int8),
+            "int4" => Ok(Self::Int4),
+            other => Err(format!("\"{other}\" is not one of none, int8, int4")),
+        }
+    }
+}
+
+impl fmt::Display for Quantization {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        })
+    }
+}
+
 /// Kind of device an engine computes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -137,6 +179,9 @@ pub struct EngineConfig {
     /// Arithmetic.
     #[serde(default)]
     pub dtype: Dtype,
+    /// Integer weights.
+    #[serde(default, skip_serializing_if = "Quantization::is_none")]
+    pub quantization: Quantization,
     /// Ranks.
     #[serde(default)]
     pub parallelism: Parallelism,
@@ -231,6 +276,7 @@ impl EngineConfig {
             port: default_port(),
             device: Device::default(),
             dtype: Dtype::default(),
+            quantization: Quantization::default(),
             parallelism: Parallelism::default(),
             max_model_len: None,
             max_num_seqs: default_max_num_seqs(),
@@ -298,6 +344,13 @@ impl EngineConfig {
         {
             let found = self.max_model_len.unwrap_or_default();
             return invalid("maxModelLen", &found, "must be between 2 and 16777216");
+        }
+        if self.dtype == Dtype::Float32 && !self.quantization.is_none() {
+            return invalid(
+                "quantization",
+                &self.quantization,
+                "must be none with dtype float32: what is not quantised is bfloat16; ask for dtype auto or bfloat16",
+            );
         }
         if !(1..=4096).contains(&self.max_num_seqs) {
             return invalid(
@@ -383,6 +436,10 @@ mod tests {
             (
                 r#"{"apiVersion":"engine.cachalot.dev/v1","model":{"source":"x"},"maxNumSeqs":0}"#,
                 "maxNumSeqs = 0",
+            ),
+            (
+                r#"{"apiVersion":"engine.cachalot.dev/v1","model":{"source":"x"},"dtype":"float32","quantization":"int8"}"#,
+                "quantization = int8: must be none with dtype float32",
             ),
             (
                 r#"{"apiVersion":"engine.cachalot.dev/v1","model":{"source":"x"},"maxNumBatchedTokens":1}"#,

@@ -12,7 +12,9 @@ pub mod metrics;
 pub mod model_config;
 mod published;
 
-pub use engine_config::{Device, Dtype, EngineConfig, EngineConfigError, ModelSource, Parallelism};
+pub use engine_config::{
+    Device, Dtype, EngineConfig, EngineConfigError, ModelSource, Parallelism, Quantization,
+};
 pub use health::{LoadReport, StartupPhase, StartupReport};
 pub use inspect::{InspectError, InspectReport, ModelFacts, ModelFault};
 pub use model_config::{

@@ -234,7 +234,7 @@ unsafe fn step<P: Pairs, const R: usize, const C: usize>(
 
 /// Asks for a cache line; any address will do.
 #[inline(always)]
-fn prefetch(at: *const u16) {
+pub(super) fn prefetch(at: *const u16) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint that touches nothing; every x86-64 has it.
     unsafe {

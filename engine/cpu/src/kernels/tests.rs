@@ -8,7 +8,7 @@ use super::paired::PairedProduct;
 use super::*;
 
 /// Reproducible values in [-1, 1).
-pub(super) fn noise(seed: u64, count: usize) -> Vec<f32> {
+pub(crate) fn noise(seed: u64, count: usize) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let next = || {
         state ^= state << 13;

@@ -11,6 +11,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bytes;
 mod pairs;
 mod portable;
 
@@ -18,6 +19,9 @@ mod portable;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use bytes::{Avx2Bytes, Avx512VnniBytes, AvxVnniBytes};
+pub(crate) use bytes::{Bytes, LINE, PortableBytes};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use pairs::{Avx2Pairs, Avx512Bf16Pairs, Avx512Pairs};
 pub(crate) use pairs::{PAIRED, Pairs, PortablePairs};

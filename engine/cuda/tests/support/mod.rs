@@ -10,7 +10,7 @@ use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, Toke
 use engine_cuda::{CudaExecutor, CudaLimits, Gpu};
 use engine_load::{Progress, read_config};
 use engine_memory::{MemoryPlan, MemoryRequest, ResidentDtype, memory_plan};
-use engine_spec::{Device as Kind, Dtype, ModelConfig, Parallelism};
+use engine_spec::{Device as Kind, Dtype, ModelConfig, Parallelism, Quantization};
 use kernels::driver::{Device, Driver};
 use kernels::emulation::{BuildError, Emulation};
 use serde::Deserialize;
@@ -118,6 +118,7 @@ pub fn plan(config: &ModelConfig, request: MemoryRequest) -> (MemoryPlan, CudaLi
 pub fn request(dtype: Dtype) -> MemoryRequest {
     MemoryRequest {
         dtype,
+        quantization: Quantization::None,
         parallelism: Parallelism::default(),
         device: Kind::Nvidia,
         max_model_len: Some(1024),
