@@ -26,6 +26,7 @@ mod routes;
 mod serve;
 mod startup;
 mod state;
+mod tls;
 mod tools;
 mod worker;
 
@@ -33,3 +34,4 @@ pub use caller::ApiKeys;
 pub use serve::{ServeError, serve};
 pub use startup::{LoadFailure, Loaded, Loader, StartupHandle};
 pub use state::ServerOptions;
+pub use tls::{Tls, TlsError, TlsFiles};
