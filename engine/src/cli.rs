@@ -119,6 +119,33 @@ pub struct ServeArguments {
     /// File with API keys, one NAME:KEY or KEY on each line; health and metrics need none
     #[arg(long, value_name = "FILE", env = "ENGINE_API_KEY_FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// Certificate of the server with its intermediates, PEM; with it the port speaks HTTPS only. Read again on change
+    #[arg(
+        long,
+        alias = "ssl-certfile",
+        value_name = "FILE",
+        env = "ENGINE_TLS_CERT_FILE",
+        requires = "tls_key_file"
+    )]
+    pub tls_cert_file: Option<PathBuf>,
+    /// Private key of that certificate, PEM
+    #[arg(
+        long,
+        alias = "ssl-keyfile",
+        value_name = "FILE",
+        env = "ENGINE_TLS_KEY_FILE",
+        requires = "tls_cert_file"
+    )]
+    pub tls_key_file: Option<PathBuf>,
+    /// Authorities whose certificates clients must show for everything that needs an API key, PEM
+    #[arg(
+        long,
+        alias = "ssl-ca-certs",
+        value_name = "FILE",
+        env = "ENGINE_TLS_CLIENT_CA_FILE",
+        requires = "tls_cert_file"
+    )]
+    pub tls_client_ca_file: Option<PathBuf>,
     /// Seconds after SIGTERM in which running requests may finish [default: 60]
     #[arg(long, value_name = "SECONDS")]
     pub drain_timeout_seconds: Option<u32>,

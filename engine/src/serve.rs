@@ -1,9 +1,12 @@
 //! `engine serve`: bind first, then load, then serve until a signal comes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use engine_server::{ApiKeys, LoadFailure, Loader, ServerOptions, StartupHandle, serve};
+use engine_server::{
+    ApiKeys, LoadFailure, Loader, ServerOptions, StartupHandle, Tls, TlsFiles, serve,
+};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -24,6 +27,7 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
             .and_then(|text| ApiKeys::parse(&text).map_err(anyhow::Error::msg))
             .with_context(|| format!("--api-key-file {}", file.display()))?,
     };
+    let tls = tls(&arguments).context("--tls-cert-file")?;
     telemetry::start(arguments.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(HTTP_THREADS)
@@ -50,6 +54,7 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
             .request_timeout_seconds
             .map(|seconds| Duration::from_secs(seconds.into()));
         options.api_keys = api_keys;
+        options.tls = tls;
         options.failure_linger = Duration::from_secs(arguments.failure_linger_seconds.into());
         let tool_call_parser = arguments.tool_call_parser;
         let machine = load::Machine {
@@ -85,4 +90,17 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
     // A load that is still going on must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_millis(100));
     result
+}
+
+/// The server's certificate, where one was given.
+fn tls(arguments: &ServeArguments) -> anyhow::Result<Option<Arc<Tls>>> {
+    let (Some(certificate), Some(key)) = (&arguments.tls_cert_file, &arguments.tls_key_file) else {
+        return Ok(None);
+    };
+    let files = TlsFiles {
+        certificate: certificate.clone(),
+        key: key.clone(),
+        client_ca: arguments.tls_client_ca_file.clone(),
+    };
+    Ok(Some(Arc::new(Tls::open(files)?)))
 }

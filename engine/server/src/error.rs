@@ -139,6 +139,18 @@ impl ApiError {
         }
     }
 
+    /// No certificate of a client where one is needed.
+    pub fn no_certificate() -> Self {
+        Self {
+            code: Some("client_certificate_required"),
+            ..Self::new(
+                StatusCode::UNAUTHORIZED,
+                "invalid_request_error",
+                "no client certificate was shown; connect with one that this engine's client CA issued",
+            )
+        }
+    }
+
     /// The request's time was over before its answer was.
     pub fn deadline_exceeded(seconds: f64) -> Self {
         Self {

@@ -27,6 +27,7 @@ mod routes;
 mod serve;
 mod startup;
 mod state;
+mod tls;
 mod tools;
 mod worker;
 
@@ -34,3 +35,4 @@ pub use caller::ApiKeys;
 pub use serve::{ServeError, serve};
 pub use startup::{LoadFailure, Loaded, Loader, StartupHandle};
 pub use state::ServerOptions;
+pub use tls::{Tls, TlsError, TlsFiles};

@@ -38,6 +38,9 @@ pub struct Metrics {
     startup_seconds: GaugeVec,
     startup_bytes: GaugeVec,
     pub stalls: IntCounter,
+    /// By result, of the server's certificate.
+    pub tls_reloads: IntCounterVec,
+    pub handshake_failures: IntCounter,
 }
 
 /// Series that exist once a model is loaded.
@@ -159,6 +162,18 @@ impl Metrics {
             "cachalot_engine_stalls_total",
             "Times the engine's thread showed no progress for too long; alert on any.",
         );
+        let tls_reloads = registrar.counters(
+            "cachalot_engine_tls_reloads_total",
+            "Times that changed TLS files were read again, by result; alert on failure.",
+            &["result"],
+        );
+        for result in ["success", "failure"] {
+            tls_reloads.with_label_values(&[result]);
+        }
+        let handshake_failures = registrar.counter(
+            "cachalot_engine_tls_handshake_failures_total",
+            "Connections that ended before their TLS handshake did; alert on a rising rate.",
+        );
         let build = registrar.add(IntGaugeVec::new(
             registrar.opts(
                 "cachalot_engine_build_info",
@@ -175,6 +190,8 @@ impl Metrics {
             startup_seconds,
             startup_bytes,
             stalls,
+            tls_reloads,
+            handshake_failures,
         }
     }
 

@@ -23,6 +23,7 @@ use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::format::answer_rule;
 use crate::generation::{Generation, Prepared};
+use crate::http::Peer;
 use crate::messages::messages;
 use crate::prepare::{blocking, compiled, encode, prepare_chat};
 use crate::request::{check_model, tokens};
@@ -81,7 +82,8 @@ async fn observe(State(shared): AppState, mut request: Request, next: Next) -> R
         .map_or("none", |path| path.as_str())
         .to_owned();
     let key = match needs_key(request.uri().path()) {
-        true => shared.options.api_keys.check(request.headers()),
+        true => check_certificate(&shared, &request)
+            .and_then(|()| shared.options.api_keys.check(request.headers())),
         false => Ok(None),
     };
     let mut response = match key {
@@ -104,6 +106,20 @@ async fn observe(State(shared): AppState, mut request: Request, next: Next) -> R
         response.headers_mut().insert(REQUEST_ID, name);
     }
     response
+}
+
+/// Where certificates of clients are asked for, whoever must show a key must show one.
+fn check_certificate(shared: &Shared, request: &Request) -> Result<(), ApiError> {
+    let is_asked_for = shared
+        .options
+        .tls
+        .as_ref()
+        .is_some_and(|tls| tls.asks_for_clients());
+    let peer = request.extensions().get::<Peer>().copied();
+    match is_asked_for && !peer.unwrap_or_default().is_verified {
+        true => Err(ApiError::no_certificate()),
+        false => Ok(()),
+    }
 }
 
 /// Probes, metrics and the load report stay open: whoever asks for them has no key.

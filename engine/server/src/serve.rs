@@ -56,11 +56,11 @@ pub async fn serve(
         .map_err(ServeError::Thread)?;
     let (stop, stopped) = oneshot::channel();
     let app = router(shared.clone());
-    let options = shared.options.clone();
-    let http = tokio::spawn(async move { accept_loop(listener, app, &options, stopped).await });
+    let http = tokio::spawn(accept_loop(listener, app, shared.clone(), stopped));
 
     let result = tokio::select! {
         failure = watch(&shared) => Err(failure),
+        failure = follow_tls_files(&shared) => Err(failure),
         () = shutdown => {
             drain(&shared).await;
             Ok(())
@@ -109,6 +109,29 @@ async fn watch(shared: &Shared) -> ServeError {
                 tracing::warn!("the engine goes on");
             }
             shared.problem.send_replace(problem);
+        }
+    }
+}
+
+/// Takes over certificates that were rotated; never returns.
+async fn follow_tls_files(shared: &Shared) -> ServeError {
+    let Some(tls) = &shared.options.tls else {
+        return std::future::pending().await;
+    };
+    loop {
+        tokio::time::sleep(tls.reload_interval()).await;
+        let (tls, reloads) = (tls.clone(), &shared.metrics.tls_reloads);
+        match tokio::task::spawn_blocking(move || tls.reload()).await {
+            Ok(None) => {}
+            Ok(Some(Ok(()))) => {
+                reloads.with_label_values(&["success"]).inc();
+                tracing::info!("the TLS files were read again");
+            }
+            Ok(Some(Err(error))) => {
+                reloads.with_label_values(&["failure"]).inc();
+                tracing::warn!(%error, "the TLS files changed and cannot be used; the old ones stay in use");
+            }
+            Err(error) => tracing::error!(%error, "the TLS files could not be looked at"),
         }
     }
 }

@@ -16,6 +16,7 @@ use crate::error::ApiError;
 use crate::health::Heartbeat;
 use crate::metrics::Metrics;
 use crate::startup::StartupHandle;
+use crate::tls::Tls;
 use crate::worker::Command;
 
 /// Limits and times of the server.
@@ -33,7 +34,7 @@ pub struct ServerOptions {
     pub messages_max: usize,
     /// Most prompts in one completion request.
     pub prompts_max: usize,
-    /// Time for the head of a request.
+    /// Time for a TLS handshake, and for the head of a request.
     pub header_timeout: Duration,
     /// Time for its body.
     pub body_timeout: Duration,
@@ -45,6 +46,8 @@ pub struct ServerOptions {
     pub stall_timeout: Duration,
     /// Who is let in.
     pub api_keys: ApiKeys,
+    /// Speak TLS only.
+    pub tls: Option<Arc<Tls>>,
     /// Longest time that a request may take, waiting included.
     pub request_timeout: Option<Duration>,
     /// Tokens that waiting requests may cost together.
@@ -67,6 +70,7 @@ impl ServerOptions {
             failure_linger: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(5),
             api_keys: ApiKeys::default(),
+            tls: None,
             request_timeout: None,
             max_queued_tokens: None,
         }
