@@ -71,6 +71,13 @@ macro_rules! params {
     };
 }
 
+mod attention;
+
+pub use attention::{
+    CacheWriteParams, GqaCacheWriteParams, GqaDecodeParams, MlaCombineParams, MlaDecodeParams,
+    MlaPrefillParams,
+};
+
 params!(
     /// `out[row] = table[tokens[row]]`.
     EmbedParams, 40, {
@@ -300,154 +307,6 @@ params!(
         positions_max: i32,
         /// 0 pairs neighbours, 1 pairs halves.
         half_split: i32,
-    }
-);
-
-params!(
-    /// Norm, rotation and paged write of a latent cache row.
-    CacheWriteParams, 80, {
-        /// bf16 `[rows, kv_stride]`.
-        kv: Address,
-        /// bf16 `[latent]`.
-        weight: Address,
-        /// i32 `[rows]`.
-        positions: Address,
-        /// i64 `[rows]`; negative writes nothing.
-        slots: Address,
-        /// f32 `[positions_max, rotary / 2, {cos, sin}]`.
-        table: Address,
-        /// bf16 `[slots_count, latent + rotary]`.
-        cache: Address,
-        /// Rows of the cache.
-        slots_count: i64,
-        /// Tokens.
-        rows: i32,
-        /// Between rows of `kv`.
-        kv_stride: i32,
-        /// A multiple of 8 up to 1024.
-        latent: i32,
-        /// Even.
-        rotary: i32,
-        /// Rows of the table.
-        positions_max: i32,
-        /// Added to the mean square.
-        eps: f32,
-    }
-);
-
-params!(
-    /// Absorbed MLA decode of one part of the context.
-    MlaDecodeParams, 104, {
-        /// bf16 `[rows, ql_row]`.
-        q_latent: Address,
-        /// bf16 `[rows, qr_row]`.
-        q_rope: Address,
-        /// bf16 `[blocks, block_size, latent + rotary]`.
-        cache: Address,
-        /// i32 `[rows, blocks_stride]`.
-        blocks: Address,
-        /// i32 `[rows]`.
-        lengths: Address,
-        /// f32 `[rows, heads, splits, latent]`.
-        partial: Address,
-        /// f32 `[rows, heads, splits]`, base 2.
-        lse: Address,
-        /// Query rows.
-        rows: i32,
-        /// Heads.
-        heads: i32,
-        /// Between rows of `q_latent`.
-        ql_row: i32,
-        /// Between heads of `q_latent`.
-        ql_head: i32,
-        /// Between rows of `q_rope`.
-        qr_row: i32,
-        /// Between heads of `q_rope`.
-        qr_head: i32,
-        /// Tokens per cache block.
-        block_size: i32,
-        /// Between rows of `blocks`.
-        blocks_stride: i32,
-        /// Parts that `partial` has room for.
-        splits: i32,
-        /// Tokens per part.
-        split_tokens: i32,
-        /// Softmax scale.
-        scale: f32,
-        /// Zero.
-        reserved: i32,
-    }
-);
-
-params!(
-    /// Merges the parts of [`MlaDecodeParams`].
-    MlaCombineParams, 64, {
-        /// f32 `[rows, heads, splits, latent]`.
-        partial: Address,
-        /// f32 `[rows, heads, splits]`.
-        lse: Address,
-        /// i32 `[rows]`.
-        lengths: Address,
-        /// bf16 `[rows, out_row]`.
-        out: Address,
-        /// Query rows.
-        rows: i32,
-        /// Heads.
-        heads: i32,
-        /// Parts that `partial` has room for.
-        splits: i32,
-        /// Tokens per part.
-        split_tokens: i32,
-        /// Even.
-        latent: i32,
-        /// Between rows of `out`.
-        out_row: i32,
-        /// Between heads of `out`.
-        out_head: i32,
-        /// Zero.
-        reserved: i32,
-    }
-);
-
-params!(
-    /// Causal MLA attention of whole sequences.
-    MlaPrefillParams, 104, {
-        /// bf16 `[queries, q_row]`.
-        q: Address,
-        /// bf16 `[keys, kv_row]`: per head key then value.
-        kv: Address,
-        /// bf16 `[keys, rope_row]`.
-        k_rope: Address,
-        /// bf16 `[queries, out_row]`.
-        out: Address,
-        /// f32 `[queries, heads]`, natural, or null.
-        lse: Address,
-        /// i32 `[sequences + 1]`.
-        q_offsets: Address,
-        /// i32 `[sequences + 1]`.
-        k_offsets: Address,
-        /// Sequences.
-        sequences: i32,
-        /// Heads.
-        heads: i32,
-        /// Between rows of `q`.
-        q_row: i32,
-        /// Between heads of `q`.
-        q_head: i32,
-        /// Between rows of `kv`.
-        kv_row: i32,
-        /// Between heads of `kv`.
-        kv_head: i32,
-        /// Between rows of `k_rope`.
-        rope_row: i32,
-        /// Between rows of `out`.
-        out_row: i32,
-        /// Between heads of `out`.
-        out_head: i32,
-        /// Softmax scale.
-        scale: f32,
-        /// Zero.
-        reserved: [i32; 2],
     }
 );
 

@@ -7,6 +7,12 @@ use std::fmt;
 
 use thiserror::Error;
 
+mod attention;
+
+pub use attention::{
+    gqa_cache_write, gqa_decode, mla_cache_write, mla_combine, mla_decode, mla_prefill, mla_splits,
+};
+
 /// A kernel to launch and how; the arguments are in [`crate::params`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Launch {
@@ -474,148 +480,6 @@ pub fn rope(rows: usize, heads: usize, rotary: usize) -> Result<Launch, Unsuppor
         grid: [rows as u32, pairs.div_ceil(128) as u32, 1],
         threads: 128,
         shared_bytes: 0,
-    })
-}
-
-/// Norm, rotation and paged write.
-///
-/// # Errors
-/// A dimension that the kernel does not take.
-pub fn mla_cache_write(rows: usize, latent: usize, rotary: usize) -> Result<Launch, Unsupported> {
-    rows_check("mla_cache_write", "rows", rows)?;
-    width_check("mla_cache_write", latent, 1024)?;
-    check(
-        "mla_cache_write",
-        "rotary",
-        rotary,
-        rotary.is_multiple_of(8),
-        "multiples of 8",
-    )?;
-    Ok(Launch {
-        kernel: "mla_cache_write_bf16",
-        grid: [rows as u32, 1, 1],
-        threads: 128,
-        shared_bytes: 16,
-    })
-}
-
-/// Parts that a context of `tokens` is split into.
-pub fn mla_splits(tokens: usize) -> usize {
-    tokens.div_ceil(MLA_SPLIT_TOKENS).max(1)
-}
-
-/// Absorbed decode; `splits` parts, of which a sequence uses [`mla_splits`].
-///
-/// # Errors
-/// A head shape that was not instantiated.
-pub fn mla_decode(
-    rows: usize,
-    heads: usize,
-    latent: usize,
-    rotary: usize,
-    splits: usize,
-) -> Result<Launch, Unsupported> {
-    rows_check("mla_decode", "rows", rows)?;
-    rows_check("mla_decode", "heads", heads)?;
-    check(
-        "mla_decode",
-        "splits",
-        splits,
-        (1..=GRID_YZ_MAX).contains(&splits),
-        "1 to 65535",
-    )?;
-    let (kernel, shared_bytes) = match (latent, rotary) {
-        (512, 64) => ("mla_decode_bf16_512_64", 132_608),
-        (64, 32) => ("mla_decode_bf16_64_32", 25_088),
-        _ => {
-            return Err(Unsupported {
-                operation: "mla_decode",
-                field: "latent",
-                value: latent,
-                allowed: "latent 512 with rotary 64, or 64 with 32",
-            });
-        }
-    };
-    Ok(Launch {
-        kernel,
-        grid: [rows as u32, heads.div_ceil(16) as u32, splits as u32],
-        threads: 128,
-        shared_bytes,
-    })
-}
-
-/// Merge of the parts of decode.
-///
-/// # Errors
-/// A dimension that the kernel does not take.
-pub fn mla_combine(rows: usize, heads: usize) -> Result<Launch, Unsupported> {
-    rows_check("mla_combine", "rows", rows)?;
-    check(
-        "mla_combine",
-        "heads",
-        heads,
-        (1..=GRID_YZ_MAX).contains(&heads),
-        "1 to 65535",
-    )?;
-    Ok(Launch {
-        kernel: "mla_combine_bf16",
-        grid: [rows as u32, heads as u32, 1],
-        threads: 128,
-        shared_bytes: 0,
-    })
-}
-
-/// Causal attention of whole prompts; `queries_max` is the longest sequence's.
-///
-/// # Errors
-/// A head shape that was not instantiated.
-pub fn mla_prefill(
-    sequences: usize,
-    queries_max: usize,
-    heads: usize,
-    nope: usize,
-    rotary: usize,
-    value: usize,
-) -> Result<Launch, Unsupported> {
-    rows_check("mla_prefill", "queries_max", queries_max)?;
-    check(
-        "mla_prefill",
-        "sequences",
-        sequences,
-        (1..=GRID_YZ_MAX).contains(&sequences),
-        "1 to 65535",
-    )?;
-    check(
-        "mla_prefill",
-        "heads",
-        heads,
-        (1..=GRID_YZ_MAX).contains(&heads),
-        "1 to 65535",
-    )?;
-    let kernel = match (nope, rotary, value) {
-        (128, 64, 128) => "mla_prefill_bf16_128_64_128",
-        (32, 32, 32) => "mla_prefill_bf16_32_32_32",
-        _ => {
-            return Err(Unsupported {
-                operation: "mla_prefill",
-                field: "nope",
-                value: nope,
-                allowed: "nope, rotary, value of 128, 64, 128 or 32, 32, 32",
-            });
-        }
-    };
-    // As struct Shared of the kernel: q, then two stages of 32 keys and values, rows padded by 16 bytes.
-    let (width, padded) = (nope + rotary + 8, value + 8);
-    let shared_bytes = 2 * (64 * width + 2 * 32 * (width + padded));
-    Ok(Launch {
-        kernel,
-        grid: [
-            queries_max.div_ceil(64) as u32,
-            heads as u32,
-            sequences as u32,
-        ],
-        threads: 128,
-        shared_bytes: shared_bytes as u32,
     })
 }
 

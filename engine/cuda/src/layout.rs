@@ -4,11 +4,13 @@
 //! because one product reads them as one matrix. Invariant: no two pieces overlap and every piece begins at 256 bytes.
 
 use engine_memory::{MemoryPlan, ResidentDtype, StepBounds, device_workspace};
-use engine_model::{GatedMlp, LatentAttention, Mlp, Model, Moe, Slot, TensorRole, WeightId};
+use engine_model::{
+    Attention, GatedMlp, LatentAttention, Mlp, Model, Moe, Slot, TensorRole, WeightId,
+};
 use engine_spec::{ModelConfig, Parallelism, Quantization};
 use kernels::plan::{self, QUANT_GROUP};
 
-use crate::shapes::latent;
+use crate::shapes::part_width;
 
 /// What the driver aligns allocations to.
 const ALIGNMENT: usize = 256;
@@ -216,7 +218,7 @@ impl<'a> Placement<'a> {
 
     fn place(mut self, bump: &mut Bump) -> Vec<Placed> {
         for layer in &self.model.layers {
-            if let Ok(attention) = latent(layer) {
+            if let Attention::Latent(attention) = &layer.attention {
                 self.absorbed(attention, bump);
             }
             match &layer.mlp {
@@ -381,15 +383,14 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
         .into();
     let widest = Widest::of(model);
     let rows = tokens * widest.top_k;
-    let first = model.layers.first().and_then(|layer| latent(layer).ok());
-    let latent = first.map_or(1, |attention| attention.latent);
+    let part = model.layers.iter().map(part_width).max().unwrap_or(1);
     // Whole (row, head, split) units, each a part and its logarithm.
-    let units = limits.parts_bytes / ((latent + 1) * 4);
+    let units = limits.parts_bytes / ((part + 1) * 4);
     let narrow = usize::from(matches!(limits.resident, ResidentDtype::Float8E4m3(_)));
     let mut take = |bytes: usize| bump.take(bytes);
     Buffers {
         slots,
-        parts: take(units * latent * 4),
+        parts: take(units * part * 4),
         lse: take(units * 4),
         gate_up: take(tokens * widest.inner * 2 * 2),
         product: take(tokens * widest.inner * 2),
@@ -424,8 +425,9 @@ mod tests {
     use engine_memory::{MemoryRequest, memory_plan};
     use engine_spec::{Device, Dtype};
 
-    /// Published configurations: V3 in FP8, V2-Lite in bf16, and a V3 whose FP8 blocks no product takes.
-    const MODELS: [&str; 3] = [
+    /// Published configurations: V3 in FP8, V2-Lite in bf16, a V3 whose FP8 blocks no product takes, Qwen2.5-7B and the FP8
+    /// form of Qwen3-30B-A3B.
+    const MODELS: [&str; 5] = [
         r#"{"model_type":"deepseek_v3","max_position_embeddings":163840,"n_group":8,
         "quantization_config":{"quant_method":"fp8","weight_block_size":[128,128]}}"#,
         r#"{"model_type":"deepseek_v2","vocab_size":102400,"hidden_size":2048,"intermediate_size":10944,
@@ -436,6 +438,12 @@ mod tests {
         "torch_dtype":"bfloat16"}"#,
         r#"{"model_type":"deepseek_v3","max_position_embeddings":163840,"n_group":8,
         "quantization_config":{"quant_method":"fp8","weight_block_size":[128,64]}}"#,
+        r#"{"model_type":"qwen2","vocab_size":152064,"hidden_size":3584,"intermediate_size":18944,"num_hidden_layers":28,
+        "num_attention_heads":28,"num_key_value_heads":4,"max_position_embeddings":131072,"torch_dtype":"bfloat16"}"#,
+        r#"{"model_type":"qwen3_moe","vocab_size":151936,"hidden_size":2048,"intermediate_size":6144,
+        "moe_intermediate_size":768,"num_hidden_layers":48,"num_attention_heads":32,"num_key_value_heads":4,"head_dim":128,
+        "num_experts":128,"num_experts_per_tok":8,"norm_topk_prob":true,"max_position_embeddings":131072,
+        "torch_dtype":"bfloat16","quantization_config":{"quant_method":"fp8","weight_block_size":[128,128]}}"#,
     ];
 
     fn layouts() -> impl Iterator<Item = (MemoryPlan, Model, Layout)> {
@@ -512,7 +520,7 @@ mod tests {
                 Mlp::Dense(_) => None,
             });
             let mut end = None;
-            for expert in &moe.expect("a mixture").experts {
+            for expert in moe.into_iter().flat_map(|moe| &moe.experts) {
                 for id in [expert.gate, expert.up] {
                     let span = layout.weights[id.index()].span;
                     assert!(end.is_none_or(|end| end == span.at));

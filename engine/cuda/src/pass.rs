@@ -9,6 +9,7 @@
 
 mod attention;
 mod experts;
+mod grouped;
 
 use engine_model::{
     Backend, Gate, GatedMlp, GroupedAttention, LatentAttention, Moe, Norm, Slot, WeightId,
@@ -308,8 +309,12 @@ impl Backend for Pass<'_> {
         self.attend_latent(layer, attention)
     }
 
-    fn grouped_attention(&mut self, _: usize, _: &GroupedAttention) -> Result<(), CudaError> {
-        Err(CudaError::Graph("grouped-query attention"))
+    fn grouped_attention(
+        &mut self,
+        layer: usize,
+        attention: &GroupedAttention,
+    ) -> Result<(), CudaError> {
+        self.attend_grouped(layer, attention)
     }
 
     fn mlp(&mut self, mlp: &GatedMlp, from: Slot, to: Slot) -> Result<(), CudaError> {

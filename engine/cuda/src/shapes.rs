@@ -1,22 +1,17 @@
 //! Which shapes of a model the kernels take, asked before anything is allocated.
 
 use engine_memory::ResidentDtype;
-use engine_model::{Attention, Gate, LatentAttention, Layer, Mlp, Model, Query};
+use engine_model::{Attention, Gate, GroupedAttention, LatentAttention, Layer, Mlp, Model, Query};
 use engine_spec::GateSelection;
 use kernels::plan::{self, Activation, Format, Launch, Unsupported};
 
 use crate::layout::CudaLimits;
 
-/// The attention of a layer, of the kind that there are kernels for.
-pub(crate) fn latent(layer: &Layer) -> Result<&LatentAttention, Unsupported> {
+/// Values of one head's output while its context is in parts.
+pub(crate) fn part_width(layer: &Layer) -> usize {
     match &layer.attention {
-        Attention::Latent(attention) => Ok(attention),
-        Attention::Grouped(attention) => Err(Unsupported {
-            operation: "attention",
-            field: "key-value heads",
-            value: attention.kv_heads,
-            allowed: "latent attention only",
-        }),
+        Attention::Latent(attention) => attention.latent,
+        Attention::Grouped(attention) => attention.width,
     }
 }
 
@@ -40,11 +35,6 @@ pub fn refusal(reason: &Unsupported) -> String {
 /// # Errors
 /// The first shape that no kernel takes, with what the kernels take.
 pub(crate) fn check_shapes(model: &Model, limits: &CudaLimits) -> Result<Vec<Launch>, Unsupported> {
-    // The kind of attention first: another one has no right widths either.
-    model
-        .layers
-        .iter()
-        .try_for_each(|layer| latent(layer).map(|_| ()))?;
     let mut launches: Vec<Launch> = Vec::new();
     // Kernels change at 16 and 32 rows, and the most rows bound the grid.
     for rows in [1, 17, limits.batched_tokens_max.max(33)] {
@@ -74,19 +64,29 @@ fn of_step(model: &Model, limits: &CudaLimits, rows: usize) -> Result<Vec<Launch
         plan::gemm(Format::Bf16, rows, model.vocabulary, hidden, 1)?,
     ];
     for layer in &model.layers {
-        let attention = latent(layer)?;
-        let queries = attention.heads * attention.query_width();
-        match &attention.query {
-            Query::Full(_) => launches.push(product(queries, hidden)?),
-            Query::LowRank { rank, .. } => launches.extend([
-                product(*rank, hidden)?,
-                plan::rms_norm(Format::Bf16, rows, *rank)?,
-                product(queries, *rank)?,
-            ]),
+        match &layer.attention {
+            Attention::Latent(attention) => {
+                let queries = attention.heads * attention.query_width();
+                match &attention.query {
+                    Query::Full(_) => launches.push(product(queries, hidden)?),
+                    Query::LowRank { rank, .. } => launches.extend([
+                        product(*rank, hidden)?,
+                        plan::rms_norm(Format::Bf16, rows, *rank)?,
+                        product(queries, *rank)?,
+                    ]),
+                }
+                launches.push(product(attention.latent + attention.rope, hidden)?);
+                launches.push(product(hidden, attention.heads * attention.value)?);
+                launches.extend(of_latent(attention, limits, rows)?);
+            }
+            Attention::Grouped(attention) => {
+                let (heads, kv_heads) = (attention.heads, attention.kv_heads);
+                launches.push(product(heads * attention.width, hidden)?);
+                launches.push(product(kv_heads * attention.width, hidden)?);
+                launches.push(product(hidden, heads * attention.width)?);
+                launches.extend(of_grouped(attention, limits, rows)?);
+            }
         }
-        launches.push(product(attention.latent + attention.rope, hidden)?);
-        launches.push(product(hidden, attention.heads * attention.value)?);
-        launches.extend(of_attention(attention, limits, rows)?);
         let dense = |inner| -> Result<[Launch; 3], Unsupported> {
             Ok([
                 product(2 * inner, hidden)?,
@@ -111,7 +111,25 @@ fn of_step(model: &Model, limits: &CudaLimits, rows: usize) -> Result<Vec<Launch
     Ok(launches)
 }
 
-fn of_attention(
+fn of_grouped(
+    attention: &GroupedAttention,
+    limits: &CudaLimits,
+    rows: usize,
+) -> Result<[Launch; 3], Unsupported> {
+    let GroupedAttention {
+        heads,
+        kv_heads,
+        width,
+        ..
+    } = *attention;
+    Ok([
+        plan::gqa_cache_write(rows, heads, kv_heads, width)?,
+        plan::gqa_decode(rows, heads, kv_heads, width, limits.splits_max())?,
+        plan::mla_combine(rows, heads)?,
+    ])
+}
+
+fn of_latent(
     attention: &LatentAttention,
     limits: &CudaLimits,
     rows: usize,

@@ -8,7 +8,7 @@ use engine_core::{Batch, ExecuteError, Executor, Logits};
 use engine_cuda::CudaExecutor;
 use engine_load::{Progress, read_config};
 use engine_memory::{Misfit, ResidentDtype, memory_plan};
-use engine_spec::Dtype;
+use engine_spec::{Dtype, ModelConfig};
 use support::{
     device, driver, entry, gpu, gpu_of, limits, load, plan, prefill, random_model, request, step,
     trained_model,
@@ -134,15 +134,16 @@ fn a_shape_without_kernels_is_refused_before_anything_is_allocated() {
 }
 
 #[test]
-fn another_kind_of_attention_is_refused_with_the_way_out() {
+fn a_head_width_without_a_kernel_is_refused_with_the_way_out() {
     let Some(gpu) = gpu() else { return };
-    let dir = random_model("qwen2");
-    let config = read_config(&dir).unwrap();
+    let text = r#"{"model_type":"llama","vocab_size":96,"hidden_size":192,"intermediate_size":88,"num_hidden_layers":2,
+        "num_attention_heads":2,"num_key_value_heads":1,"max_position_embeddings":256}"#;
+    let config = ModelConfig::from_hf_json(text).unwrap();
     let limits = limits(ResidentDtype::Bfloat16);
     let error = CudaExecutor::dummy(&gpu, &config, 1, limits, &Progress::default()).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "no CUDA kernel takes this model: attention: key-value heads is 2, but the kernels take latent attention only; \
+        "no CUDA kernel takes this model: gqa_decode: head width is 96, but the kernels take 64 and 128; \
          serve it with the device cpu"
     );
 }

@@ -105,6 +105,39 @@ fn another_family_stays_close_to_transformers() {
     assert!(worst(&errors) <= TOLERANCE, "{errors:?}");
 }
 
+/// Families of grouped-query attention, one for each width, group and option: Llama 3's scaling; biases; norms of heads,
+/// YaRN and a tied head; a mixture of experts between dense layers.
+const GROUPED: [&str; 4] = ["llama-cuda", "qwen2-cuda", "qwen3-cuda", "qwen3-moe-cuda"];
+
+#[test]
+fn families_of_grouped_attention_stay_close_to_transformers() {
+    for model in GROUPED {
+        let Some(mut errors) = of_random_model(model, Dtype::Auto, false) else {
+            return;
+        };
+        errors.sort_by(f32::total_cmp);
+        let most = errors[errors.len() * 9 / 10 - 1];
+        assert!(most <= TOLERANCE, "{model}: {errors:?}");
+    }
+}
+
+#[test]
+fn families_of_grouped_attention_answer_as_in_transformers_and_on_the_cpu() {
+    for model in GROUPED {
+        let Some(gpu) = gpu() else { return };
+        let dir = random_model(model);
+        let mut executor = load(&gpu, &dir, limits(ResidentDtype::Bfloat16));
+        let mut reference = cpu(&dir);
+        for prompt in golden(&dir.join("golden.json")).prompts {
+            let wanted = prompt.greedy.len();
+            let found = greedy(&mut executor, &prompt.tokens, wanted);
+            assert_eq!(found, prompt.greedy, "{model}: {}", prompt.tokens.len());
+            let on_cpu = greedy(&mut reference, &prompt.tokens, wanted);
+            assert_eq!(found, on_cpu, "{model}: {}", prompt.tokens.len());
+        }
+    }
+}
+
 #[test]
 fn fp8_weights_widened_at_load_stay_close_to_transformers() {
     let Some(errors) = of_random_model("v3-fp8-cuda", Dtype::Bfloat16, false) else {

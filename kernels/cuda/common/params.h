@@ -129,7 +129,7 @@ struct MlaDecodeParams {
 };
 static_assert(sizeof(MlaDecodeParams) == 104, "src/params.rs mirrors this");
 
-// Merges the parts of MlaDecodeParams in ascending order.
+// Merges the parts of MlaDecodeParams, or of GqaDecodeParams (whose width is `latent` here), in ascending order.
 struct MlaCombineParams {
     const float* partial;
     const float* lse;
@@ -138,6 +138,40 @@ struct MlaCombineParams {
     int32_t rows, heads, splits, split_tokens, latent, out_row, out_head, reserved;
 };
 static_assert(sizeof(MlaCombineParams) == 64, "src/params.rs mirrors this");
+
+// Heads of a row of grouped-query attention: bias, norm, half-split rotation; queries in place, keys and values to the cache.
+struct GqaCacheWriteParams {
+    bf16* q;       // [rows, q_stride], heads width apart
+    const bf16* k; // [rows, kv_stride], heads width apart
+    const bf16* v; // [rows, kv_stride], heads width apart
+    const bf16* q_bias; // [heads, width] or null
+    const bf16* k_bias; // [kv_heads, width] or null
+    const bf16* v_bias; // [kv_heads, width] or null
+    const bf16* q_norm; // [width] or null
+    const bf16* k_norm; // [width] or null
+    const int32_t* positions;
+    const int64_t* slots; // block * block_size + offset; negative writes nothing
+    const float* table;   // [positions_max, width / 2, {cos, sin}]
+    bf16* cache;          // [blocks, kv_heads, {key, value}, block_size, width]
+    int64_t slots_count;
+    int32_t rows, heads, kv_heads, width, block_size, q_stride, kv_stride, positions_max;
+    float q_eps, k_eps;
+};
+static_assert(sizeof(GqaCacheWriteParams) == 144, "src/params.rs mirrors this");
+
+// One query row per sequence against its paged cache; a part of `split_tokens` tokens per block of the grid.
+struct GqaDecodeParams {
+    const bf16* q;          // [rows, q_row], heads width apart
+    const bf16* cache;      // [blocks, kv_heads, {key, value}, block_size, width]
+    const int32_t* blocks;  // [rows, blocks_stride]
+    const int32_t* lengths; // [rows] tokens to attend to
+    float* partial;         // [rows, heads, splits, width]
+    float* lse;             // [rows, heads, splits], base 2
+    int32_t rows, heads, kv_heads, q_row, block_size, blocks_stride, splits, split_tokens;
+    float scale;
+    int32_t reserved;
+};
+static_assert(sizeof(GqaDecodeParams) == 88, "src/params.rs mirrors this");
 
 // Causal attention over whole sequences; the last query sees the last key.
 struct MlaPrefillParams {

@@ -10,6 +10,8 @@ fn plans_print_what_they_launch() {
         grouped_gemm(Format::Bf16, 24_576, 2816, 2048, 64),
         mla_decode(64, 128, 512, 64, mla_splits(4096)),
         mla_prefill(2, 4096, 16, 128, 64, 128),
+        gqa_decode(8, 64, 4, 128, mla_splits(4096)),
+        gqa_decode(1, 36, 2, 64, 1),
     ]
     .map(|plan| plan.expect("a supported shape").to_string());
     assert_eq!(
@@ -22,6 +24,8 @@ fn plans_print_what_they_launch() {
             "grouped_gemm_bf16_tile grid 44 x 448 x 1, 128 threads, 49152 bytes shared",
             "mla_decode_bf16_512_64 grid 64 x 8 x 8, 128 threads, 132608 bytes shared",
             "mla_prefill_bf16_128_64_128 grid 64 x 16 x 2, 128 threads, 68608 bytes shared",
+            "gqa_decode_bf16_128 grid 8 x 4 x 8, 128 threads, 104960 bytes shared",
+            "gqa_decode_bf16_64 grid 1 x 4 x 1, 128 threads, 55808 bytes shared",
         ]
     );
 }
@@ -38,6 +42,9 @@ fn a_shape_that_no_kernel_takes_is_refused_with_its_number() {
         gate(1, 256, 8, 7, 4),
         mla_decode(1, 16, 256, 64, 1),
         mla_prefill(1, 64, 16, 64, 64, 128),
+        gqa_decode(1, 32, 8, 96, 1),
+        gqa_decode(1, 32, 5, 128, 1),
+        gqa_cache_write(1, 4, 4, 256),
     ]
     .map(|plan| plan.expect_err("an unsupported shape").to_string());
     assert_eq!(

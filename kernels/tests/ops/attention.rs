@@ -11,7 +11,7 @@ use kernels::reference;
 use crate::harness::{BF16, Lab, close, on_every_schedule};
 
 /// `[positions, rotary / 2, {cos, sin}]`.
-fn table(positions: usize, rotary: usize) -> Vec<f32> {
+pub fn table(positions: usize, rotary: usize) -> Vec<f32> {
     (0..positions * rotary / 2)
         .flat_map(|index| {
             let (position, pair) = (index / (rotary / 2), index % (rotary / 2));

@@ -7,6 +7,7 @@ mod attention;
 mod experts;
 mod faults;
 mod gemms;
+mod grouped;
 mod harness;
 mod mutation;
 mod rows;

@@ -126,6 +126,16 @@ const TARGETS: &[Target] = &[
         tests: &["attention::decode", "attention::a_decoded"],
     },
     Target {
+        file: "cuda/sm80/gqa_cache_write_bf16.cu",
+        sources: &["gqa_cache_write_bf16"],
+        tests: &["grouped::grouped_heads"],
+    },
+    Target {
+        file: "cuda/sm80/gqa_decode_bf16.cu",
+        sources: &["gqa_decode_bf16", "mla_combine_bf16"],
+        tests: &["grouped::grouped_decode", "grouped::a_grouped"],
+    },
+    Target {
         file: "cuda/sm80/mla_prefill_bf16.cu",
         sources: &["mla_prefill_bf16"],
         tests: &["attention::prefill"],

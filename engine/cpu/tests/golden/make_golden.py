@@ -151,6 +151,30 @@ MODELS = {
                     num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True, decoder_sparse_step=2, mlp_only_layers=[3],
                     tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
         published=dict(NO_WINDOW, attention_bias=False)),
+    # Head widths that the CUDA kernels take, groups of 2, 3 and 5 heads.
+    "llama-cuda": dict(
+        family="llama", seed=115, stored="bf16", shards=1, config="transformers",
+        fields=dict(GROUPED, hidden_size=64, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    head_dim=64, rms_norm_eps=1e-5, tie_word_embeddings=False, rope_parameters=llama3(8.0, 32)),
+        published=dict(attention_bias=False, mlp_bias=False)),
+    "qwen2-cuda": dict(
+        family="qwen2", seed=154, stored="bf16", shards=1, config="published",
+        fields=dict(GROUPED, hidden_size=192, intermediate_size=88, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+                    tie_word_embeddings=False, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+        published=NO_WINDOW),
+    "qwen3-cuda": dict(
+        family="qwen3", seed=101, stored="bf16", shards=1, config="published",
+        fields=dict(GROUPED, hidden_size=64, intermediate_size=88, num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=1,
+                    head_dim=128, tie_word_embeddings=True, rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0,
+                                                                                 original_max_position_embeddings=32)),
+        published=dict(NO_WINDOW, attention_bias=False)),
+    "qwen3-moe-cuda": dict(
+        family="qwen3_moe", seed=126, stored="bf16", shards=1, config="transformers",
+        fields=dict(GROUPED, hidden_size=64, intermediate_size=88, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                    head_dim=64, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True,
+                    decoder_sparse_step=1, mlp_only_layers=[1], tie_word_embeddings=False,
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+        published=dict(NO_WINDOW, attention_bias=False)),
 }
 
 

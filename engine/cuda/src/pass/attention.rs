@@ -27,6 +27,11 @@ struct PerHead {
     columns: usize,
 }
 
+/// So many elements of so many bytes further.
+pub(super) fn at(address: Address, elements: usize, bytes: usize) -> Address {
+    address.offset((elements * bytes) as u64)
+}
+
 impl Pass<'_> {
     /// Caches the step's rows and leaves every head's output in [`Slot::Value`].
     pub(super) fn attend_latent(
@@ -60,7 +65,9 @@ impl Pass<'_> {
             columns: nope,
         })?;
         for run in self.runs {
-            self.attend(layer, attention, run)?;
+            for turn in self.turns(heads, run) {
+                self.attend_rows(layer, attention, &turn)?;
+            }
         }
         self.written(Slot::Value);
         self.per_head(&PerHead {
@@ -147,30 +154,49 @@ impl Pass<'_> {
         self.launch(&launch, &params)
     }
 
-    /// Attends in turns of as many rows as the parts have room for.
-    fn attend(
-        &self,
-        layer: usize,
-        attention: &LatentAttention,
-        run: &Run,
-    ) -> Result<(), CudaError> {
-        // A unit is one head's part: a row of the latent's width and a logarithm.
+    /// `run` in turns of as many rows as the parts have room for.
+    pub(super) fn turns(&self, heads: usize, run: &Run) -> impl Iterator<Item = Run> + use<> {
+        let run = *run;
+        // A unit is one head's part: a row of the part's width and a logarithm.
         let units = self.layout.buffers.lse.bytes / 4;
-        let turn = (units / (attention.heads * run.splits)).max(1);
-        for done in (0..run.rows).step_by(turn) {
-            let part = Run {
-                first: run.first + done,
-                rows: turn.min(run.rows - done),
-                table: if run.one_table {
-                    run.table
-                } else {
-                    run.table + done
-                },
-                ..*run
-            };
-            self.attend_rows(layer, attention, &part)?;
-        }
-        Ok(())
+        let turn = (units / (heads * run.splits)).max(1);
+        (0..run.rows).step_by(turn).map(move |done| Run {
+            first: run.first + done,
+            rows: turn.min(run.rows - done),
+            table: if run.one_table {
+                run.table
+            } else {
+                run.table + done
+            },
+            ..run
+        })
+    }
+
+    /// Merges the parts of a turn's heads, `width` values each, into the rows of `to`.
+    pub(super) fn merge(
+        &self,
+        heads: usize,
+        width: usize,
+        run: &Run,
+        to: Slot,
+    ) -> Result<(), CudaError> {
+        let buffers = &self.layout.buffers;
+        let row = heads * width;
+        let combine = MlaCombineParams {
+            partial: self.place(buffers.parts),
+            lse: self.place(buffers.lse),
+            lengths: at(self.place(buffers.lengths), run.first, 4),
+            out: at(self.slot(to).0, run.first * row, 2),
+            rows: run.rows as i32,
+            heads: heads as i32,
+            splits: run.splits as i32,
+            split_tokens: MLA_SPLIT_TOKENS as i32,
+            latent: width as i32,
+            out_row: row as i32,
+            out_head: width as i32,
+            reserved: 0,
+        };
+        self.launch(&plan::mla_combine(run.rows, heads)?, &combine)
     }
 
     fn attend_rows(
@@ -188,9 +214,6 @@ impl Pass<'_> {
             ..
         } = *attention;
         let buffers = &self.layout.buffers;
-        let at = |address: Address, elements: usize, bytes: usize| {
-            address.offset((elements * bytes) as u64)
-        };
         let (query, query_row) = self.slot(Slot::Query);
         let absorbed = self.slot(Slot::AbsorbedQuery).0;
         let lengths = at(self.place(buffers.lengths), run.first, 4);
@@ -222,24 +245,6 @@ impl Pass<'_> {
         };
         let launch = plan::mla_decode(run.rows, heads, latent, rope, run.splits)?;
         self.launch(&launch, &decode)?;
-        let combine = MlaCombineParams {
-            partial,
-            lse,
-            lengths,
-            out: at(
-                self.slot(Slot::LatentValue).0,
-                run.first * heads * latent,
-                2,
-            ),
-            rows: run.rows as i32,
-            heads: heads as i32,
-            splits: run.splits as i32,
-            split_tokens: MLA_SPLIT_TOKENS as i32,
-            latent: latent as i32,
-            out_row: (heads * latent) as i32,
-            out_head: latent as i32,
-            reserved: 0,
-        };
-        self.launch(&plan::mla_combine(run.rows, heads)?, &combine)
+        self.merge(heads, latent, run, Slot::LatentValue)
     }
 }
