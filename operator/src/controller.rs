@@ -279,7 +279,7 @@ impl Shared {
             i64::from(status.wanted_replicas.unwrap_or(0)),
             i64::from(status.ready_replicas.unwrap_or(0)),
         );
-        let written = applied?;
+        let applied = applied?;
         match reported {
             // Deleted meanwhile.
             Err(error) if error.category() == Category::NotFound => {}
@@ -297,7 +297,7 @@ impl Shared {
                 note: event.note,
             });
         }
-        Ok((written > 0 || report, wake_after))
+        Ok((applied.written > 0 || report, applied.again.or(wake_after)))
     }
 
     fn count(&self, key: &Key, applied: &Applied<'_>) {

@@ -40,6 +40,8 @@ pub enum Flaw {
     },
     /// First choices of new pods take more of a node than it has.
     Overbooked(String),
+    /// New pods ask for more GPUs than a quota of the namespace leaves.
+    OverQuota(String),
     /// A created object without owner, label or valid name.
     Malformed(String),
     /// A pod that the restricted pod security standard would refuse.
@@ -59,6 +61,7 @@ impl fmt::Display for Flaw {
                 write!(f, "{ready} replicas would answer, {promised} are promised")
             }
             Self::Overbooked(node) => write!(f, "node {node} is overbooked"),
+            Self::OverQuota(name) => write!(f, "quota {name} leaves too few GPUs"),
             Self::Malformed(name) => write!(f, "{name} is malformed"),
             Self::Unrestricted(name) => write!(f, "pod {name} is not restricted"),
             Self::Condition(kind) => write!(f, "condition {kind} is wrong"),
@@ -279,6 +282,12 @@ fn check_room(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
         let nodes = crate::objects::preferred_nodes(pod);
         if let (Some(node), Some(spec)) = (nodes.first(), &pod.spec) {
             *taken.entry(node.clone()).or_default() += Resources::of_pod(spec);
+        }
+    }
+    let gpus: u64 = taken.values().map(|amount| amount.gpus).sum();
+    for quota in &snapshot.quotas {
+        if gpus > 0 && quota.gpus_used.saturating_add(gpus) > quota.gpus_max {
+            flaws.push(Flaw::OverQuota(quota.name.clone()));
         }
     }
     for (name, amount) in taken {

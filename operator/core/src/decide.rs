@@ -360,6 +360,7 @@ impl<'a> Decided<'a> {
                 kind: Kind::ConfigMap,
                 name: map.name.clone(),
                 uid: map.uid.clone(),
+                if_silent: None,
             })
             .collect()
     }

@@ -299,6 +299,7 @@ fn delete(pod: &PodView) -> Action {
         kind: Kind::Pod,
         name: pod.name.clone(),
         uid: pod.uid.clone(),
+        if_silent: None,
     }
 }
 
@@ -321,6 +322,7 @@ fn left_over(valid: &ValidDeployment, snapshot: &Snapshot, keep: &str) -> Vec<Ac
             kind: Kind::ConfigMap,
             name: map.name.clone(),
             uid: map.uid.clone(),
+            if_silent: None,
         });
     pods.chain(facts).collect()
 }

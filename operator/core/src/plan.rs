@@ -59,6 +59,9 @@ pub enum Action {
         name: String,
         /// Uid it must have.
         uid: String,
+        /// Node that must be found silent by a fresh read right before; else nothing is done. What
+        /// is seen of a node may be old, and a replica that answers again must not be taken away.
+        if_silent: Option<String>,
     },
 }
 

@@ -70,10 +70,16 @@ impl Moves {
     }
 
     fn remove(&mut self, pod: &PodView, why: &str) {
+        self.remove_if(pod, why, None);
+    }
+
+    /// Removes a pod; with `if_silent`, only if that node is found silent once more.
+    fn remove_if(&mut self, pod: &PodView, why: &str, if_silent: Option<String>) {
         self.actions.push(Action::Delete {
             kind: Kind::Pod,
             name: pod.name.clone(),
             uid: pod.uid.clone(),
+            if_silent,
         });
         self.removed.push((pod.name.clone(), why.to_owned()));
     }
@@ -238,11 +244,14 @@ impl<'a> Planner<'a> {
     }
 
     /// A replica on a silent node is given up: its pod is deleted, so that it does not serve when
-    /// the node comes back, and another index takes its place.
+    /// the node comes back, and another index takes its place. What is seen of the node may be old,
+    /// so it is read once more right before.
     fn remove_lost(&mut self, moves: &mut Moves) {
         for replica in self.replicas {
             if let State::Lost { node } = &replica.state {
-                self.remove(moves, replica, &format!("node {node} does not answer"));
+                self.gone.insert(&replica.pod.name);
+                let why = format!("node {node} does not answer");
+                moves.remove_if(replica.pod, &why, Some(node.clone()));
             }
         }
         // A node that has just gone silent is looked at again when its grace is over.

@@ -17,7 +17,7 @@ use jiff::Timestamp;
 use operator_api::ModelDeploymentStatus;
 
 use crate::inventory::Inventory;
-use crate::plan::{Plan, Settings};
+use crate::plan::{Action, Object, Plan, Settings};
 use crate::time::seconds_between;
 
 pub use faults::Faults;
@@ -64,6 +64,8 @@ pub struct Story {
     pub steps: usize,
 }
 
+/// Seconds after which a create that got no answer cannot take effect any more: API servers give up after a minute.
+const HOLD_SECONDS: u64 = 70;
 /// Seconds of one step of the clock.
 const STEP_SECONDS: u64 = 3;
 /// Seconds after a failed pass until the next.
@@ -176,6 +178,33 @@ fn pass(
             world.failed(key);
             break;
         }
+        if world.is_refuted(action) {
+            world.failed(key);
+            break;
+        }
+        if let Some(until) = world.held_until(key, action) {
+            world.tell(format!(
+                "waits, because a create may still take effect: {action}"
+            ));
+            world.due_at(key, until);
+            break;
+        }
+        if let Action::Create(Object::Pod(pod)) = action {
+            if world.is_over_quota(&key.0, pod) {
+                world.tell(format!("refused by a quota: {action}"));
+                world.failed(key);
+                break;
+            }
+            if world.chance(faults.late_create) {
+                let seconds = world.chance.below(faults::LATE_SECONDS_MAX);
+                world.tell(format!(
+                    "no answer, and no effect before {seconds} s: {action}"
+                ));
+                world.delay(key, pod, seconds);
+                world.failed(key);
+                break;
+            }
+        }
         let is_unheard = world.chance(faults.lost_answer);
         let words = format!("{}: {action}", key.1);
         world.tell(if is_unheard {
@@ -232,6 +261,13 @@ impl World {
             wish.is_woken = false;
             wish.due = Some(due);
             wish.is_hungry = is_hungry;
+        }
+    }
+
+    /// A wish is looked at no later than `at`.
+    fn due_at(&mut self, key: &Key, at: jiff::Timestamp) {
+        if let Some(wish) = self.wishes.get_mut(key) {
+            wish.due = Some(wish.due.map_or(at, |due| due.min(at)));
         }
     }
 

@@ -6,24 +6,35 @@
 //!
 //! A write to a pod whose answer was lost may have taken effect. Until the pod was read back nobody may plan for its
 //! ModelDeployment: a plan that does not know of a create gives its index away twice, one that does not know of a drain
-//! takes another replica away. [`Applier::settle`] reads back, and a pass begins with it.
+//! takes another replica away. [`Applier::settle`] reads back, and a pass begins with it. A create that got no answer
+//! may even take effect after it was read back; it is therefore repeated first, and the pod is not deleted for [`HOLD`]:
+//! while the name is taken, nothing can take effect late.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use operator_api::{ModelDeployment, ModelDeploymentStatus};
 use operator_core::{Action, Kind, Object};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use crate::error::{Category, Error};
+use crate::wakes::lock;
 use crate::watch::Key;
 use crate::world::World;
 use crate::write::{Writer, Written};
 
 /// Creates under way at once for one ModelDeployment.
 const CONCURRENCY_MAX: usize = 64;
+
+/// How long a create that got no answer may still take effect: API servers give up after a minute.
+const HOLD: Duration = Duration::from_secs(70);
+
+/// Pause before a plan that was made from old news is made anew.
+const STALE_PAUSE: Duration = Duration::from_millis(20);
 
 /// How one action ended, for metrics and logs.
 #[derive(Debug)]
@@ -34,6 +45,15 @@ pub struct Applied<'a> {
     pub result: Result<bool, Error>,
 }
 
+/// What came of a plan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Actions that were written.
+    pub written: usize,
+    /// Set when the rest of the plan was not tried: after how long to plan again.
+    pub again: Option<Duration>,
+}
+
 /// Applies plans.
 #[derive(Clone)]
 pub struct Applier {
@@ -42,28 +62,53 @@ pub struct Applier {
     unsure: Arc<Unsure>,
 }
 
-/// Pods that may or may not be as a write wanted them.
+/// Pods that may or may not be as a write wanted them; those of a create that got no answer with what it was to make.
 #[derive(Debug, Default)]
-struct Unsure(Mutex<BTreeSet<Key>>);
+struct Unsure {
+    pods: Mutex<BTreeMap<Key, Option<Box<Pod>>>>,
+    /// Until when pods are not deleted because a create of theirs may still take effect.
+    held: Mutex<BTreeMap<Key, Instant>>,
+}
 
 impl Unsure {
-    fn add(&self, namespace: &str, pod: &str) {
-        let mut pods = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        pods.insert(Key::new(namespace, pod));
+    fn add(&self, namespace: &str, pod: &str, created: Option<&Pod>) {
+        let mut pods = lock(&self.pods);
+        let entry = pods.entry(Key::new(namespace, pod)).or_default();
+        if let Some(created) = created {
+            *entry = Some(Box::new(created.clone()));
+            let mut held = lock(&self.held);
+            let now = Instant::now();
+            held.retain(|_, until| *until > now);
+            held.insert(Key::new(namespace, pod), now + HOLD);
+        }
+    }
+
+    /// How long a delete has to wait because a create of that name may still take effect.
+    fn held(&self, namespace: &str, action: &Action) -> Option<Duration> {
+        let Action::Delete {
+            kind: Kind::Pod,
+            name,
+            ..
+        } = action
+        else {
+            return None;
+        };
+        let until = *lock(&self.held).get(&Key::new(namespace, name))?;
+        let left = until.saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
     }
 
     fn remove(&self, pod: &Key) {
-        let mut pods = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        pods.remove(pod);
+        lock(&self.pods).remove(pod);
     }
 
     /// Those that may be of `owner`: its pods are named `<its name>-…`, and so are those of longer names.
-    fn of(&self, owner: &Key) -> Vec<Key> {
+    fn of(&self, owner: &Key) -> Vec<(Key, Option<Box<Pod>>)> {
         let prefix = format!("{}-", owner.name);
-        let pods = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        pods.iter()
-            .filter(|pod| pod.namespace == owner.namespace && pod.name.starts_with(&prefix))
-            .cloned()
+        lock(&self.pods)
+            .iter()
+            .filter(|(pod, _)| pod.namespace == owner.namespace && pod.name.starts_with(&prefix))
+            .map(|(pod, created)| (pod.clone(), created.clone()))
             .collect()
     }
 }
@@ -78,12 +123,22 @@ impl Applier {
         }
     }
 
-    /// Reads back the pods of `owner` whose last write has no known outcome.
+    /// Reads back the pods of `owner` whose last write has no known outcome, and those that a list did not name though
+    /// they were written while it was read.
     ///
     /// # Errors
     /// One of them cannot be read: nobody may plan yet.
     pub async fn settle(&self, owner: &Key) -> Result<(), Error> {
-        for pod in self.unsure.of(owner) {
+        for pod in self.world.take_doubted(owner) {
+            self.unsure.add(&pod.namespace, &pod.name, None);
+        }
+        for (pod, created) in self.unsure.of(owner) {
+            if let Some(created) = created
+                && self.repeat(&pod, &created).await?
+            {
+                self.unsure.remove(&pod);
+                continue;
+            }
             let found = self
                 .writer
                 .read_back::<Pod>("Pod", &pod.namespace, &pod.name)
@@ -98,17 +153,28 @@ impl Applier {
         Ok(())
     }
 
-    /// Remembers a pod whose write failed in a way that does not say whether it took effect.
-    fn doubt(&self, namespace: &str, pod: &str, error: &Error) {
-        if matches!(
-            error.category(),
-            Category::Timeout | Category::Transport | Category::Server | Category::Malformed
-        ) {
-            self.unsure.add(namespace, pod);
+    /// Repeats a create that got no answer; true when it is made now. Where the name is taken, or the API server refuses
+    /// for good, what is there has to be read.
+    async fn repeat(&self, key: &Key, pod: &Pod) -> Result<bool, Error> {
+        match self.writer.create("Pod", &key.namespace, pod).await {
+            Ok(Written::Done(pod)) => {
+                self.world.wrote_pod(pod);
+                Ok(true)
+            }
+            Ok(Written::Already) => Ok(false),
+            Err(error) if is_open(&error) || error.category() == Category::NotLeader => Err(error),
+            Err(_) => Ok(false),
         }
     }
 
-    /// Carries out `actions` in `namespace`; `told` hears of each. Returns how many were written.
+    /// Remembers a pod whose write failed in a way that does not say whether it took effect.
+    fn doubt(&self, namespace: &str, pod: &str, created: Option<&Pod>, error: &Error) {
+        if is_open(error) {
+            self.unsure.add(namespace, pod, created);
+        }
+    }
+
+    /// Carries out `actions` in `namespace`; `told` hears of each.
     ///
     /// # Errors
     /// The first call that failed; the actions after it were not tried.
@@ -117,7 +183,7 @@ impl Applier {
         namespace: &str,
         actions: &[Action],
         told: &(dyn Fn(&Applied<'_>) + Sync),
-    ) -> Result<usize, Error> {
+    ) -> Result<Outcome, Error> {
         let mut written = 0;
         let mut rest = actions;
         let mut width = 1;
@@ -128,6 +194,14 @@ impl Applier {
                 .count();
             let batch = creates.min(width).max(1);
             let (now, later) = rest.split_at(batch);
+            let again = match self.unsure.held(namespace, &now[0]) {
+                None if self.is_refuted(&now[0]).await? => Some(STALE_PAUSE),
+                held => held,
+            };
+            if again.is_some() {
+                self.give_up(namespace, rest);
+                return Ok(Outcome { written, again });
+            }
             let calls: Vec<_> = now
                 .iter()
                 .map(|action| self.one(namespace, action))
@@ -153,7 +227,10 @@ impl Applier {
             };
             rest = later;
         }
-        Ok(written)
+        Ok(Outcome {
+            written,
+            again: None,
+        })
     }
 
     /// Counts what the pods to be created will take, before any of them exists.
@@ -201,9 +278,35 @@ impl Applier {
                 self.patch_pod(namespace, name, uid, labels, annotations)
                     .await
             }
-            Action::Delete { kind, name, uid } => self.delete(namespace, *kind, name, uid).await,
+            Action::Delete {
+                kind,
+                name,
+                uid,
+                if_silent: _,
+            } => self.delete(namespace, *kind, name, uid).await,
         };
         Applied { action, result }
+    }
+
+    /// Whether what an action supposes about a node is not so by a fresh read; what that finds goes into the world, so
+    /// that the next plan knows it too.
+    async fn is_refuted(&self, action: &Action) -> Result<bool, Error> {
+        let Action::Delete {
+            if_silent: Some(name),
+            ..
+        } = action
+        else {
+            return Ok(false);
+        };
+        let Some(node) = self.writer.read_node(name).await? else {
+            return Ok(false);
+        };
+        let is_ready = operator_core::NodeView::of(&node).ready;
+        if is_ready {
+            tracing::info!(%action, node = name, "the node answers again; the plan is made anew");
+            self.world.read_node(node);
+        }
+        Ok(is_ready)
     }
 
     async fn create(&self, namespace: &str, object: &Object) -> Result<bool, Error> {
@@ -217,12 +320,12 @@ impl Applier {
             }
             Ok(Written::Already) => {
                 // An earlier attempt of ours, or an earlier life; what is there may be older than the plan.
-                self.unsure.add(namespace, object.name());
+                self.unsure.add(namespace, object.name(), None);
                 Ok(false)
             }
             Err(error) => {
                 self.world.unassume(namespace, object.name());
-                self.doubt(namespace, object.name(), &error);
+                self.doubt(namespace, object.name(), Some(pod), &error);
                 Err(error)
             }
         }
@@ -274,7 +377,7 @@ impl Applier {
             }
             Ok(Written::Already) => Ok(false),
             Err(error) => {
-                self.doubt(namespace, name, &error);
+                self.doubt(namespace, name, None, &error);
                 Err(error)
             }
         }
@@ -292,7 +395,7 @@ impl Applier {
         let written = match kind {
             Kind::Pod => {
                 let deleted = writer.delete::<Pod>(word, namespace, name, uid).await;
-                deleted.inspect_err(|error| self.doubt(namespace, name, error))?
+                deleted.inspect_err(|error| self.doubt(namespace, name, None, error))?
             }
             Kind::ConfigMap => {
                 writer
@@ -308,6 +411,14 @@ impl Applier {
         };
         Ok(matches!(written, Written::Done(())))
     }
+}
+
+/// Whether an error leaves open if the write took effect.
+fn is_open(error: &Error) -> bool {
+    matches!(
+        error.category(),
+        Category::Timeout | Category::Transport | Category::Server | Category::Malformed
+    )
 }
 
 /// The verb of an action, for the metric label.
@@ -332,11 +443,30 @@ mod tests {
             ("d", "other-0-abc-0"),
             ("e", "m-0-abc-0"),
         ] {
-            unsure.add(namespace, pod);
+            unsure.add(namespace, pod, None);
         }
         let owner = Key::new("d", "m");
-        assert_eq!(unsure.of(&owner), [Key::new("d", "m-0-abc-0")]);
+        assert_eq!(unsure.of(&owner), [(Key::new("d", "m-0-abc-0"), None)]);
         unsure.remove(&Key::new("d", "m-0-abc-0"));
         assert!(unsure.of(&owner).is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_whose_create_got_no_answer_is_not_deleted_before_the_api_server_gave_up() {
+        let unsure = Unsure::default();
+        let delete = |name: &str| Action::Delete {
+            kind: Kind::Pod,
+            name: name.into(),
+            uid: "u".into(),
+            if_silent: None,
+        };
+        unsure.add("d", "m-0-abc-0", Some(&Pod::default()));
+        unsure.add("d", "m-1-abc-0", None);
+        // Known by now, but a late create could still bring it back under its name.
+        unsure.remove(&Key::new("d", "m-0-abc-0"));
+        assert_eq!(unsure.held("d", &delete("m-0-abc-0")), Some(HOLD));
+        assert_eq!(unsure.held("d", &delete("m-1-abc-0")), None);
+        tokio::time::advance(HOLD).await;
+        assert_eq!(unsure.held("d", &delete("m-0-abc-0")), None);
     }
 }

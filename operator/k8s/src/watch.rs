@@ -6,12 +6,13 @@
 //! the first `InitDone` the mirror is not ready and nobody plans on it. The surprise: what the API server answers to our
 //! own writes goes into the mirror at once, so that the next pass sees it. Resource versions decide which of two
 //! versions is newer (they are ordered since Kubernetes 1.33 says so for its own kinds), and the versions at which
-//! objects were deleted are remembered, so that a late answer does not bring one back.
+//! objects were deleted are remembered, so that a late answer does not bring one back. What was written while a list was
+//! being read may be missing in it and exist: it leaves the mirror in doubt and is read back before anyone plans.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use std::time::Duration;
 
@@ -75,8 +76,18 @@ pub struct Mirror<V> {
     entries: RwLock<BTreeMap<Key, Entry<V>>>,
     /// Newest version seen of each object, also of those deleted lately.
     versions: Mutex<Versions>,
+    listing: Mutex<Listing>,
     ready: AtomicBool,
     errors: AtomicU64,
+}
+
+/// What a list may have missed.
+#[derive(Debug, Default)]
+struct Listing {
+    /// Objects that answers to our own writes brought in while a list is being read; none while none is.
+    written: Option<HashSet<Key>>,
+    /// Those of them that the list did not name.
+    doubted: BTreeSet<Key>,
 }
 
 /// What happened to a mirror: the key and the value before and after.
@@ -96,6 +107,7 @@ impl<V> Mirror<V> {
             kind,
             entries: RwLock::default(),
             versions: Mutex::default(),
+            listing: Mutex::default(),
             ready: AtomicBool::new(false),
             errors: AtomicU64::new(0),
         })
@@ -114,6 +126,33 @@ impl<V> Mirror<V> {
     /// The content, for as long as the guard lives. A panic elsewhere does not make it unreadable.
     pub fn read(&self) -> RwLockReadGuard<'_, BTreeMap<Key, Entry<V>>> {
         self.entries.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn listing(&self) -> MutexGuard<'_, Listing> {
+        self.listing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A list begins to be read.
+    fn begin_list(&self) {
+        *self.listing() = Listing {
+            written: Some(HashSet::new()),
+            doubted: BTreeSet::new(),
+        };
+    }
+
+    /// Objects in doubt that `test` accepts, which are then no longer remembered.
+    pub fn take_doubted(&self, test: impl Fn(&Key) -> bool) -> Vec<Key> {
+        let mut listing = self.listing();
+        let taken: Vec<Key> = listing
+            .doubted
+            .iter()
+            .filter(|key| test(key))
+            .cloned()
+            .collect();
+        for key in &taken {
+            listing.doubted.remove(key);
+        }
+        taken
     }
 
     /// One object.
@@ -152,8 +191,9 @@ impl<V: PartialEq> Mirror<V> {
         }
     }
 
-    /// Drops what a complete list did not name.
+    /// Drops what a complete list did not name. What was written meanwhile is in doubt: the list may be older than it.
     fn keep_only(&self, listed: &HashSet<Key>, changed: &impl Fn(Change<'_, V>)) {
+        let written = self.listing().written.take().unwrap_or_default();
         let gone: Vec<Key> = self
             .read()
             .keys()
@@ -161,7 +201,15 @@ impl<V: PartialEq> Mirror<V> {
             .cloned()
             .collect();
         for key in gone {
+            let is_doubted = written.contains(&key);
+            if is_doubted {
+                self.listing().doubted.insert(key.clone());
+            }
             self.put(&key, u64::MAX, None, changed);
+            if is_doubted {
+                let mut versions = self.versions.lock().unwrap_or_else(PoisonError::into_inner);
+                versions.may_return(&key);
+            }
         }
     }
 }
@@ -183,7 +231,10 @@ pub async fn follow<K, V>(
     let mut listed = HashSet::new();
     while let Some(event) = events.next().await {
         match event {
-            Ok(Event::Init) => listed.clear(),
+            Ok(Event::Init) => {
+                listed.clear();
+                mirror.begin_list();
+            }
             Ok(Event::InitApply(object)) => {
                 let (key, version) = (key_of(&object), version_of(&object));
                 mirror.put(&key, version, entry_of(object, &trim), &changed);
@@ -261,6 +312,10 @@ pub fn write_through<K, V>(
     V: PartialEq,
 {
     let object = DeserializeGuard(Ok(object));
+    // Noted before it is put, so that a list which ends in between cannot drop it unnoticed.
+    if let Some(written) = &mut mirror.listing().written {
+        written.insert(key_of(&object));
+    }
     mirror.put(
         &key_of(&object),
         version_of(&object),
@@ -291,6 +346,13 @@ struct Versions {
 const DELETED_MAX: usize = 4096;
 
 impl Versions {
+    /// The version that was known when an object was dropped may be told of again.
+    fn may_return(&mut self, key: &Key) {
+        if let Some(at) = self.deleted.get_mut(key) {
+            *at = at.saturating_sub(1);
+        }
+    }
+
     /// Whether `version` of `key` is newer than what is known; remembers it if so. `u64::MAX` says that a list did not
     /// name the object, which is always news and sets no version.
     fn is_news(&mut self, key: &Key, version: u64, gone: bool) -> bool {
@@ -468,6 +530,42 @@ mod tests {
         assert_eq!(mirror.get(&key), None);
         mirror.put(&key, 11, Some(Ok(Arc::new(2))), &|_| ());
         assert!(mirror.get(&key).is_some());
+    }
+
+    fn config_map(name: &str, version: &str) -> ConfigMap {
+        serde_json::from_value(serde_json::json!({
+            "metadata": {"name": name, "namespace": "d", "resourceVersion": version}, "data": {"a": "b"}}))
+        .expect("a config map")
+    }
+
+    #[test]
+    fn what_is_written_while_a_list_is_read_is_doubted_and_may_come_back() {
+        let mirror = Mirror::<usize>::new("ConfigMap");
+        let (early, late) = (Key::new("d", "early"), Key::new("d", "late"));
+        write_through(&mirror, config_map("early", "90"), size);
+        // A list of version 100 begins; what was there before it and is not named is gone.
+        mirror.begin_list();
+        write_through(&mirror, config_map("late", "105"), size);
+        mirror.keep_only(&HashSet::new(), &|_| ());
+        assert_eq!((mirror.get(&early), mirror.get(&late)), (None, None));
+        assert_eq!(mirror.take_doubted(|_| true), vec![late.clone()]);
+        assert!(mirror.take_doubted(|_| true).is_empty(), "told once");
+        // The watch goes on from version 100 and tells of it as it was written.
+        mirror.put(&late, 105, Some(Ok(Arc::new(1))), &|_| ());
+        assert!(mirror.get(&late).is_some(), "it would never be seen again");
+        // Old news of the one that is gone changes nothing.
+        mirror.put(&early, 90, Some(Ok(Arc::new(1))), &|_| ());
+        assert_eq!(mirror.get(&early), None);
+    }
+
+    #[test]
+    fn what_a_list_names_is_not_doubted() {
+        let mirror = Mirror::<usize>::new("ConfigMap");
+        mirror.begin_list();
+        write_through(&mirror, config_map("a", "105"), size);
+        mirror.keep_only(&HashSet::from([Key::new("d", "a")]), &|_| ());
+        assert!(mirror.get(&Key::new("d", "a")).is_some());
+        assert!(mirror.take_doubted(|_| true).is_empty());
     }
 
     #[test]

@@ -207,6 +207,22 @@ impl World {
         lock(&self.ledger).set(&key, claim);
     }
 
+    /// Pods of `owner` that are gone from the mirror although they were written while the list that does not name them was
+    /// read: only a fresh read tells whether they exist. Each is given once.
+    pub fn take_doubted(&self, owner: &Key) -> Vec<Key> {
+        let prefix = format!("{}-", owner.name);
+        self.pods
+            .take_doubted(|pod| pod.namespace == owner.namespace && pod.name.starts_with(&prefix))
+    }
+
+    /// Takes in a node that was read because what is seen of it may be old.
+    pub fn read_node(&self, node: Node) {
+        let name = node.metadata.name.clone().unwrap_or_default();
+        watch::write_through(&self.nodes, node, |node| Ok(Some(NodeView::of(&node))));
+        let view = self.nodes.get(&Key::new("", &name)).and_then(Result::ok);
+        lock(&self.ledger).set_node(&name, view);
+    }
+
     /// Takes in the API server's answer to a write of ours.
     pub fn wrote_config_map(&self, config_map: ConfigMap) {
         watch::write_through(&self.config_maps, config_map, child_config_map);

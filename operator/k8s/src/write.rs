@@ -10,7 +10,7 @@
 use std::fmt::Debug;
 
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Client, Resource};
 use serde::Serialize;
@@ -111,6 +111,20 @@ impl Writer {
         // A list of one, which the right to list and watch allows; the newest, not a cached one.
         let call = Call::on("list", kind, namespace, name);
         let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
+        let parameters = ListParams::default().fields(&format!("metadata.name={name}"));
+        let found = RetryPolicy::CALL
+            .run(&call, || api.list(&parameters))
+            .await?;
+        Ok(found.items.into_iter().next())
+    }
+
+    /// A node as it is now; none when there is none.
+    ///
+    /// # Errors
+    /// The API server refuses or does not answer.
+    pub async fn read_node(&self, name: &str) -> Result<Option<Node>, Error> {
+        let call = Call::on("get", "Node", "", name);
+        let api: Api<Node> = Api::all(self.client.clone());
         let parameters = ListParams::default().fields(&format!("metadata.name={name}"));
         let found = RetryPolicy::CALL
             .run(&call, || api.list(&parameters))

@@ -9,6 +9,8 @@ use crate::names;
 
 /// Seconds that a silent API server stays silent, at most.
 const SILENT_SECONDS_MAX: u64 = 60;
+/// Seconds after which a create that got no answer takes effect, at most: API servers give up after a minute.
+pub(super) const LATE_SECONDS_MAX: u64 = 60;
 /// Seconds after which a node like one that left joins.
 const JOIN_SECONDS: u64 = 90;
 
@@ -20,6 +22,8 @@ pub struct Faults {
     pub lost_write: u64,
     /// A write takes effect but its answer is lost.
     pub lost_answer: u64,
+    /// A create gets no answer and takes effect later.
+    pub late_create: u64,
     /// The operator is killed right after a write took effect.
     pub killed: u64,
     /// The API server answers nobody for a while.
@@ -62,6 +66,7 @@ impl Faults {
         Self {
             lost_write: 50,
             lost_answer: 50,
+            late_create: 20,
             killed: 30,
             silent_api: 5,
             stale_view: 300,
@@ -133,6 +138,8 @@ impl World {
             self.tell(format!("someone deletes {}", key.1));
             self.lose(&key);
             self.delete_pod(&key, self.pace.delete_seconds_max);
+            // Nobody can know then whether a create of that name is still under way: left out.
+            self.late.retain(|(_, pod, _)| *pod != key);
         }
         if self.chance(faults.pod_failed)
             && let Some(key) = self.any_pod()

@@ -67,6 +67,7 @@ impl World {
             self.put_node(node);
         }
         self.sweep();
+        self.land();
         let keys: Vec<Key> = self.pods.keys().cloned().collect();
         let mut bound: Option<Cluster> = None;
         for key in &keys {
@@ -105,7 +106,8 @@ impl World {
         });
         let looks = self.wishes.values().map(|wish| wish.due);
         let joins = self.joining.iter().map(|(at, _)| Some(*at));
-        pods.chain(looks).chain(joins).flatten().min()
+        let lands = self.late.iter().map(|(at, ..)| Some(*at));
+        pods.chain(looks).chain(joins).chain(lands).flatten().min()
     }
 
     /// Deleted pods whose time has come are gone, unless their node is silent. Those of nodes that

@@ -99,11 +99,8 @@ pub(super) fn serving(world: &World, key: &Key, action: &Action) -> bool {
         _ => return false,
     };
     let pod = (key.0.clone(), name.clone());
-    // One on a node that is seen silent is not seen answering, though it may be back already.
-    let is_seen = world.view.pods.get(&pod).is_some_and(|pod| {
-        let node = pod.view.node.as_ref();
-        is_serving(&pod.view) && node.is_some_and(|node| world.view.is_node_ready(node))
-    });
+    let seen = world.view.pods.get(&pod);
+    let is_seen = seen.is_some_and(|pod| is_serving(&pod.view));
     let truth = world.pods.get(&pod);
     is_seen && truth.is_some_and(|pod| does_serve(world, &pod.view))
 }
@@ -273,9 +270,25 @@ fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), Str
     );
     if !matches!(
         reason("Planned").as_str(),
-        "NoNodeFits" | "MemoryDoesNotFit" | "NotServedYet"
+        "NoNodeFits" | "MemoryDoesNotFit" | "NotServedYet" | "GpuQuotaExceeded"
     ) {
         return Err(format!("{words}, Planned is {}", reason("Planned")));
+    }
+    if reason("Planned") == "GpuQuotaExceeded" {
+        let needs = status.plan.as_ref().map_or(0, |plan| plan.gpus_per_replica);
+        let needs = u64::try_from(needs).unwrap_or(0);
+        let is_so = snapshot
+            .quotas
+            .iter()
+            .any(|quota| quota.gpus_used + needs > quota.gpus_max);
+        return if is_so {
+            Ok(())
+        } else {
+            Err(format!(
+                "{words}, though {:?} allow {needs} GPUs more",
+                snapshot.quotas
+            ))
+        };
     }
     let explanation = explain(&snapshot, settings, &plan);
     let fits = explanation

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::world::{Key, World};
 use crate::names;
-use crate::snapshot::{Claim, Cluster, NodeView, PodView};
+use crate::snapshot::{Claim, Cluster, NodeView, PodView, QuotaView};
 
 /// A pod as it was last seen.
 #[derive(Clone, Debug)]
@@ -20,14 +20,11 @@ pub(super) struct Seen {
 pub(super) struct View {
     pub(super) pods: BTreeMap<Key, Seen>,
     nodes: BTreeMap<String, Arc<NodeView>>,
+    /// Quotas by namespace.
+    pub(super) quotas: BTreeMap<String, Vec<Arc<QuotaView>>>,
 }
 
 impl View {
-    /// Whether a node is seen to answer.
-    pub(super) fn is_node_ready(&self, name: &str) -> bool {
-        self.nodes.get(name).is_some_and(|node| node.ready)
-    }
-
     /// The view that misses nothing.
     pub(super) fn of(world: &World) -> Self {
         let seen = |pod: &super::world::StoredPod| Seen {
@@ -45,6 +42,7 @@ impl View {
                 .iter()
                 .map(|(name, node)| (name.clone(), Arc::clone(&node.view)))
                 .collect(),
+            quotas: world.quota_views(),
         }
     }
 
@@ -60,7 +58,7 @@ impl World {
     pub fn see_everything(&mut self) {
         let fresh = View::of(self);
         let mut woken: BTreeSet<Key> = BTreeSet::new();
-        let mut is_room = false;
+        let mut is_room = self.view.quotas != fresh.quotas;
         let keys: BTreeSet<&Key> = self.view.pods.keys().chain(fresh.pods.keys()).collect();
         for key in keys {
             let (before, after) = (self.view.pods.get(key), fresh.pods.get(key));
@@ -102,10 +100,18 @@ impl World {
         self.view = fresh;
     }
 
+    /// The operator reads one node.
+    pub(super) fn see_node(&mut self, name: &str) {
+        if let Some(node) = self.nodes.get(name) {
+            let view = Arc::clone(&node.view);
+            self.view.nodes.insert(name.to_owned(), view);
+        }
+    }
+
     /// The operator hears the answer to a write about a pod, unless it is lost.
     pub(super) fn hear(&mut self, key: &Key, is_lost: bool) {
         if is_lost {
-            self.unsure.insert(key.clone());
+            self.unsure.insert(key.clone(), None);
             return;
         }
         self.unsure.remove(key);
@@ -128,11 +134,15 @@ impl World {
     pub(super) fn settle(&mut self, wish: &Key) -> bool {
         let prefix = format!("{}-", wish.1);
         let is_own = |pod: &&Key| pod.0 == wish.0 && pod.1.starts_with(&prefix);
-        let pods: Vec<Key> = self.unsure.iter().filter(is_own).cloned().collect();
+        let pods: Vec<Key> = self.unsure.keys().filter(is_own).cloned().collect();
         if !pods.is_empty() && !self.answers() {
             return false;
         }
         for pod in pods {
+            // As `operator-k8s` does: a create is repeated, so that it cannot take effect later.
+            if let Some(Some(created)) = self.unsure.get(&pod).cloned() {
+                self.make(&pod, &created);
+            }
             self.hear(&pod, false);
         }
         true
@@ -142,6 +152,15 @@ impl World {
     pub fn restart(&mut self) {
         self.tell("the operator starts anew".into());
         self.unsure.clear();
+        self.held.clear();
+        // Its connections are closed: what was under way takes effect at once, or never.
+        for (at, ..) in &mut self.late {
+            *at = self.now;
+        }
+        if self.chance(500) {
+            self.late.clear();
+        }
+        self.land();
         for wish in self.wishes.values_mut() {
             wish.samples.clear();
             wish.is_hungry = false;

@@ -18,7 +18,10 @@ use super::{Broken, epoch};
 use crate::inventory::Inventory;
 use crate::names;
 use crate::plan::{Action, Kind, Object};
-use crate::snapshot::{Claim, Cluster, ConfigMapView, NodeView, PodSamples, PodView, Snapshot};
+use crate::resources::Resources;
+use crate::snapshot::{
+    Claim, Cluster, ConfigMapView, NodeView, PodSamples, PodView, QuotaView, Snapshot,
+};
 
 /// Happenings kept for the story of a broken rule.
 const STORY_MAX: usize = 80;
@@ -121,7 +124,14 @@ pub struct World {
     /// Steps for which nothing is seen yet.
     pub(super) blind_steps: u64,
     /// Pods whose last write has no known outcome; the operator reads them before it plans.
-    pub(super) unsure: BTreeSet<Key>,
+    /// With what a create that got no answer was to make.
+    pub(super) unsure: BTreeMap<Key, Option<Box<Pod>>>,
+    /// Creates that take effect later, when nobody waits for them any more.
+    pub(super) late: Vec<(Timestamp, Key, Pod)>,
+    /// Until when a pod is not deleted because a create of it may still take effect.
+    pub(super) held: BTreeMap<Key, Timestamp>,
+    /// Names of quotas and the GPUs they allow, by namespace.
+    pub(super) quotas: BTreeMap<String, Vec<(String, u64)>>,
     /// Pods that answered until something else than the operator ended that.
     pub(super) lost: BTreeSet<Key>,
     /// Whether requests come; without, replicas are idle.
@@ -140,7 +150,7 @@ impl World {
             config_maps,
             services: _,
             budgets: _,
-            quotas: _,
+            quotas,
             deployments,
         } = inventory;
         let mut world = Self {
@@ -157,7 +167,10 @@ impl World {
             joined: 0,
             silent_until: None,
             blind_steps: 0,
-            unsure: BTreeSet::new(),
+            unsure: BTreeMap::new(),
+            late: Vec::new(),
+            held: BTreeMap::new(),
+            quotas: BTreeMap::new(),
             lost: BTreeSet::new(),
             is_busy: true,
             report,
@@ -181,6 +194,13 @@ impl World {
             world
                 .config_maps
                 .insert(key_of(&map.metadata), (owner, view));
+        }
+        for quota in &quotas {
+            let namespace = quota.metadata.namespace.clone().unwrap_or_default();
+            if let Some(view) = QuotaView::of(quota) {
+                let of_namespace = world.quotas.entry(namespace).or_default();
+                of_namespace.push((view.name, view.gpus_max));
+            }
         }
         for deployment in deployments {
             world.put_wish(deployment);
@@ -362,7 +382,7 @@ impl World {
             model_config,
             service: wish.service.clone(),
             disruption_budget: wish.budget.clone(),
-            quotas: Vec::new(),
+            quotas: view.quotas.get(namespace).cloned().unwrap_or_default(),
             cluster: Arc::new(view.cluster()),
             samples: wish.samples.clone(),
             demand: None,
@@ -422,6 +442,7 @@ impl World {
                 kind: Kind::Pod,
                 name,
                 uid,
+                ..
             } => {
                 let key = (namespace, name.clone());
                 let done =
@@ -434,6 +455,112 @@ impl World {
                 .remove(&(namespace, name.clone()))
                 .is_some(),
         }
+    }
+
+    /// A create gets no answer and takes effect later.
+    pub fn delay(&mut self, wish: &Key, pod: &Pod, seconds: u64) {
+        let key = (
+            wish.0.clone(),
+            pod.metadata.name.clone().unwrap_or_default(),
+        );
+        self.unsure.insert(key.clone(), Some(Box::new(pod.clone())));
+        let until = later(self.now, super::HOLD_SECONDS);
+        self.held.insert(key.clone(), until);
+        self.late.push((later(self.now, seconds), key, pod.clone()));
+    }
+
+    /// Until when a delete has to wait because a create of that name may still take effect.
+    pub fn held_until(&self, wish: &Key, action: &Action) -> Option<Timestamp> {
+        let Action::Delete { name, .. } = action else {
+            return None;
+        };
+        let until = self.held.get(&(wish.0.clone(), name.clone()));
+        until.copied().filter(|until| *until > self.now)
+    }
+
+    /// Creates whose time has come take effect, unless the name is taken, a quota is in the way, or the owner is gone.
+    pub(super) fn land(&mut self) {
+        let now = self.now;
+        let (due, waiting) = std::mem::take(&mut self.late)
+            .into_iter()
+            .partition(|(at, ..)| *at <= now);
+        self.late = waiting;
+        for (_, key, pod) in due {
+            if self.make(&key, &pod) {
+                self.tell(format!("the create of {} takes effect at last", key.1));
+            }
+        }
+    }
+
+    /// Makes a pod if the API server would; false when it is there, or refused.
+    pub(super) fn make(&mut self, key: &Key, pod: &Pod) -> bool {
+        let owner = pod.metadata.owner_references.iter().flatten().next();
+        let has_owner = owner.is_some_and(|owner| {
+            let wish = self.wishes.get(&(key.0.clone(), owner.name.clone()));
+            wish.is_some_and(|wish| wish.deployment.metadata.uid.as_ref() == Some(&owner.uid))
+        });
+        if !has_owner || self.pods.contains_key(key) || self.is_over_quota(&key.0, pod) {
+            return false;
+        }
+        self.create(key, pod);
+        true
+    }
+
+    /// Quotas of each namespace with what Kubernetes counts as used.
+    pub(super) fn quota_views(&self) -> BTreeMap<String, Vec<Arc<QuotaView>>> {
+        let used = |namespace: &String| {
+            let pods = self
+                .pods
+                .iter()
+                .filter(|((space, _), pod)| space == namespace && !pod.view.is_finished());
+            pods.map(|(_, pod)| pod.view.requests.gpus).sum()
+        };
+        let view = |namespace: &String, (name, gpus_max): &(String, u64)| {
+            Arc::new(QuotaView {
+                name: name.clone(),
+                gpus_max: *gpus_max,
+                gpus_used: used(namespace),
+            })
+        };
+        self.quotas
+            .iter()
+            .map(|(space, all)| {
+                (
+                    space.clone(),
+                    all.iter().map(|one| view(space, one)).collect(),
+                )
+            })
+            .collect()
+    }
+
+    /// Whether the API server refuses a pod because a quota allows no further GPUs.
+    pub fn is_over_quota(&self, namespace: &str, pod: &Pod) -> bool {
+        let needs = pod
+            .spec
+            .as_ref()
+            .map_or(0, |spec| Resources::of_pod(spec).gpus);
+        let quotas = self.quota_views();
+        let mut quotas = quotas.get(namespace).into_iter().flatten();
+        needs > 0 && quotas.any(|quota| quota.gpus_used + needs > quota.gpus_max)
+    }
+
+    /// Whether a fresh read shows that what a write supposes of a node is not so.
+    pub fn is_refuted(&mut self, action: &Action) -> bool {
+        let Action::Delete {
+            if_silent: Some(node),
+            ..
+        } = action
+        else {
+            return false;
+        };
+        if !self.is_node_ready(node) {
+            return false;
+        }
+        self.tell(format!(
+            "{node} is read once more and answers: not done: {action}"
+        ));
+        self.see_node(node);
+        true
     }
 
     fn apply(&mut self, key: &Key, object: Object) -> bool {

@@ -1,7 +1,7 @@
 //! Random fleets for the simulation: nodes of different sizes, ModelDeployments that compete for
 //! them, and a mix of faults; all from one seed.
 
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{Node, ResourceQuota};
 use operator_api::ModelDeployment;
 use operator_core::Inventory;
 use operator_core::sim::{Faults, Seed, Story};
@@ -22,9 +22,11 @@ pub fn story_of(seed: u64) -> Story {
     let deployments = (0..wishes)
         .map(|index| random_wish(&mut dice, index, on_gpus))
         .collect();
+    let quotas = (on_gpus && dice.below(3) == 0).then(|| quota(2 + dice.below(8)));
     let inventory = Inventory {
         nodes,
         deployments,
+        quotas: quotas.into_iter().collect(),
         ..Inventory::default()
     };
     Story {
@@ -35,6 +37,15 @@ pub fn story_of(seed: u64) -> Story {
         faults: random_faults(&mut dice),
         steps: usize::try_from(30 + dice.below(50)).unwrap(),
     }
+}
+
+fn quota(gpus: u64) -> ResourceQuota {
+    let key = "requests.nvidia.com/gpu";
+    serde_json::from_value(json!({
+        "metadata": {"name": "gpus", "namespace": "default"},
+        "spec": {"hard": {key: gpus.to_string()}},
+    }))
+    .unwrap()
 }
 
 fn random_node(dice: &mut Seed, index: u64, on_gpus: bool) -> Node {
@@ -105,6 +116,7 @@ fn random_faults(dice: &mut Seed) -> Faults {
         1 => Faults {
             lost_write: 400,
             lost_answer: 200,
+            late_create: 200,
             ..all
         },
         2 => Faults {
