@@ -7,7 +7,7 @@ use engine_memory::{MemoryPlan, ResidentDtype, StepBounds, device_workspace};
 use engine_model::{
     Attention, GatedMlp, LatentAttention, Mlp, Model, Moe, Slot, TensorRole, WeightId,
 };
-use engine_spec::{ModelConfig, Parallelism, Quantization};
+use engine_spec::{ModelConfig, Parallelism};
 use kernels::plan::{self, QUANT_GROUP};
 
 use crate::shapes::part_width;
@@ -423,7 +423,7 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
 mod tests {
     use super::*;
     use engine_memory::{MemoryRequest, memory_plan};
-    use engine_spec::{Device, Dtype};
+    use engine_spec::{Device, Dtype, Quantization};
 
     /// Published configurations: V3 in FP8, V2-Lite in bf16, a V3 whose FP8 blocks no product takes, Qwen2.5-7B and the FP8
     /// form of Qwen3-30B-A3B.

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use engine_load::safetensors_header as read_header;
 use engine_memory::{MemoryRequest, memory_plan};
 use engine_server::{ServerOptions, offline};
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism};
+use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
 use engine_text::{
     Allowed, AllowedCalls, AnswerRule, CallDelta, ChatMessage, ContentRule, OutputParser,
     ReasoningParser, Role, Text, TextFiles, ToolCall, ToolFormat, ToolParser,
@@ -84,6 +84,8 @@ pub fn model_config(data: &[u8]) {
     assert!(active <= config.parameters(), "{active} active parameters");
     let request = MemoryRequest {
         dtype: Dtype::Auto,
+        quantization: Quantization::None,
+        draft_tokens: 0,
         parallelism: Parallelism::default(),
         device: Device::Cpu,
         max_model_len: None,
@@ -92,14 +94,16 @@ pub fn model_config(data: &[u8]) {
         max_num_batched_tokens: 512,
         capacity_bytes: None,
     };
-    for (device, capacity_bytes) in [
-        (Device::Cpu, None),
-        (Device::Cpu, Some(1 << 30)),
-        (Device::Nvidia, Some(80 << 30)),
+    for (device, capacity_bytes, quantization, draft_tokens) in [
+        (Device::Cpu, None, Quantization::None, 0),
+        (Device::Cpu, Some(1 << 30), Quantization::Int4, 2),
+        (Device::Nvidia, Some(80 << 30), Quantization::None, 0),
     ] {
         let request = MemoryRequest {
             device,
             capacity_bytes,
+            quantization,
+            draft_tokens,
             ..request
         };
         match memory_plan(&config, &request) {

@@ -189,7 +189,7 @@ pub fn prediction_bytes(config: &ModelConfig, dtype: ResidentDtype) -> u64 {
     };
     attention_bytes(config, dtype, precise, 1)
         + mlp
-        + dtype.wide().matrix(d, 2 * d)
+        + dtype.embedding().matrix(d, 2 * d)
         + 3 * d * precise
 }
 
