@@ -1,10 +1,12 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine_spec::{Device, Dtype};
 use engine_text::ToolCallParser;
+use serde::Deserialize;
 
 /// Serves models of the DeepSeek, Qwen and Llama families over the OpenAI API.
 #[derive(Debug, Parser)]
@@ -60,6 +62,13 @@ pub struct ConfigArguments {
     /// Tokens of one step, prefill chunks and decodes together [default: 512]
     #[arg(long, value_name = "TOKENS")]
     pub max_num_batched_tokens: Option<u32>,
+    /// Tokens that the model's prediction layer (MTP) drafts for each sequence and step, 1 to 8; answers stay the same
+    /// [default: 0, none]
+    #[arg(long, value_name = "COUNT", conflicts_with = "speculative_config")]
+    pub num_speculative_tokens: Option<u32>,
+    /// The same in vLLM's form: {"method": "mtp", "num_speculative_tokens": 1}
+    #[arg(long, value_name = "JSON")]
+    pub speculative_config: Option<SpeculativeConfig>,
     /// Where models from a hub or object store are kept
     #[arg(
         long,
@@ -68,6 +77,36 @@ pub struct ConfigArguments {
         default_value = "/cache"
     )]
     pub cache_dir: PathBuf,
+}
+
+/// vLLM's `--speculative-config`, of which one method is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpeculativeConfig {
+    /// What drafts.
+    pub method: SpeculativeMethod,
+    /// Drafts of a step.
+    #[serde(default = "one")]
+    pub num_speculative_tokens: u32,
+}
+
+/// What drafts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+pub enum SpeculativeMethod {
+    /// The model's own prediction layer.
+    #[serde(rename = "mtp", alias = "deepseek_mtp")]
+    Mtp,
+}
+
+fn one() -> u32 {
+    1
+}
+
+impl FromStr for SpeculativeConfig {
+    type Err = serde_json::Error;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        serde_json::from_str(text)
+    }
 }
 
 /// Device asked for.
@@ -232,4 +271,50 @@ pub enum PlanFormat {
     Text,
     /// JSON
     Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vllms_form_of_speculation_is_read_and_other_methods_are_refused() {
+        let read = |text: &str| text.parse::<SpeculativeConfig>();
+        let count = |text: &str| read(text).unwrap().num_speculative_tokens;
+        assert_eq!(
+            count(r#"{"method": "mtp", "num_speculative_tokens": 3}"#),
+            3
+        );
+        assert_eq!(count(r#"{"method": "deepseek_mtp"}"#), 1);
+        let error = read(r#"{"method": "ngram", "num_speculative_tokens": 3}"#).unwrap_err();
+        assert!(
+            error.to_string().contains("unknown variant `ngram`"),
+            "{error}"
+        );
+        let error = read(r#"{"method": "mtp", "model": "x"}"#).unwrap_err();
+        assert!(
+            error.to_string().contains("unknown field `model`"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn both_flags_of_speculation_at_once_are_refused() {
+        let arguments = [
+            "engine",
+            "plan",
+            "--model",
+            "x",
+            "--num-speculative-tokens",
+            "1",
+        ];
+        Cli::try_parse_from(arguments).unwrap();
+        let both = [
+            &arguments[..],
+            &["--speculative-config", r#"{"method": "mtp"}"#],
+        ]
+        .concat();
+        let error = Cli::try_parse_from(both).unwrap_err();
+        assert!(error.to_string().contains("cannot be used with"), "{error}");
+    }
 }

@@ -34,6 +34,13 @@ fn base(arguments: &ConfigArguments) -> anyhow::Result<EngineConfig> {
         &mut config.max_num_batched_tokens,
         arguments.max_num_batched_tokens,
     );
+    let drafts = arguments
+        .speculative_config
+        .map(|config| config.num_speculative_tokens);
+    set(
+        &mut config.num_speculative_tokens,
+        drafts.or(arguments.num_speculative_tokens),
+    );
     config.max_model_len = arguments.max_model_len.or(config.max_model_len);
     Ok(config)
 }

@@ -80,6 +80,7 @@ pub fn load(
         weights_bytes = plan.per_rank.weights_bytes,
         kv_bytes = plan.per_rank.kv_bytes,
         kv_tokens = plan.kv_tokens,
+        draft_tokens = plan.draft_tokens,
         max_model_len = plan.max_model_len,
         "memory planned"
     );
@@ -105,6 +106,7 @@ pub fn load(
         max_queued_requests: config.max_queued_requests as usize,
         block_size: plan.block_size as usize,
         block_count: plan.kv_blocks as usize,
+        draft_tokens: plan.draft_tokens as usize,
     };
     Ok(Loaded {
         executor,

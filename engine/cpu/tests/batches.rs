@@ -11,7 +11,8 @@ use support::{MODELS, entry, folder, limits, load, prefill};
 
 #[test]
 fn allocations_are_those_of_the_memory_plan() {
-    for model in MODELS {
+    let plain = MODELS.map(|model| (model, 0));
+    for (model, draft_tokens) in plain.into_iter().chain([("v3-mtp", 1), ("v3-mtp", 3)]) {
         for dtype in [Dtype::Float32, Dtype::Bfloat16, Dtype::Auto] {
             let dir = folder(model);
             let config = read_config(&dir).unwrap();
@@ -24,7 +25,7 @@ fn allocations_are_those_of_the_memory_plan() {
                 max_num_seqs: 3,
                 block_size: 8,
                 max_num_batched_tokens: 64,
-                draft_tokens: 0,
+                draft_tokens,
                 capacity_bytes: None,
             };
             let plan = memory_plan(&config, &request).unwrap();
@@ -34,7 +35,7 @@ fn allocations_are_those_of_the_memory_plan() {
             assert_eq!(held.kv, plan.per_rank.kv_bytes, "{model} cache");
             // The plan counts the logits, which belong to the caller, and an output row for each shared expert, of
             // which the joined one needs a single row.
-            let logits = request.max_num_seqs * config.vocab_size;
+            let logits = request.max_num_seqs * (1 + draft_tokens) * config.vocab_size;
             let shared = config.moe.as_ref().map_or(1, |moe| moe.shared_experts);
             let joined =
                 shared.saturating_sub(1) * config.hidden_size * request.max_num_batched_tokens;

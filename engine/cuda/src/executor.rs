@@ -196,6 +196,10 @@ impl CudaExecutor {
 
     fn check_batch(&self, batch: &Batch) -> Result<(), ExecuteError> {
         self.bounds().check(batch)?;
+        if batch.entries.iter().any(|entry| entry.drafts > 0) {
+            let problem = "drafts are not verified on the GPU".to_owned();
+            return Err(ExecuteError::InvalidBatch(problem));
+        }
         // Each has a block table on the device, whether or not it wants logits.
         let (entries, limit) = (batch.entries.len(), self.limits.sequences_max);
         if entries > limit {

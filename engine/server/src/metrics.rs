@@ -60,6 +60,7 @@ pub struct ServingMetrics {
     prompt_tokens_cached: IntCounter,
     prompt_tokens_recomputed: IntCounter,
     generation_tokens: IntCounter,
+    drafts: Option<DraftMetrics>,
     corrupted: IntCounter,
     success: IntCounterVec,
     rejections: IntCounterVec,
@@ -83,6 +84,55 @@ pub struct ServingMetrics {
     mask_failures: IntCounter,
     pub deadlines: IntCounter,
     pub canary_deviation: Gauge,
+}
+
+/// Series that exist where drafts were asked for.
+#[derive(Debug)]
+struct DraftMetrics {
+    drafts: IntCounter,
+    draft_tokens: IntCounter,
+    accepted_tokens: IntCounter,
+    by_position: Vec<IntCounter>,
+}
+
+impl DraftMetrics {
+    fn new(registrar: &Registrar<'_>, draft_tokens: usize) -> Self {
+        let by_position = registrar.counters(
+            names::SPEC_DECODE_NUM_ACCEPTED_TOKENS_PER_POS,
+            "Drafted tokens that were accepted, by their place among the drafts of a step.",
+            &[names::LABEL_POSITION],
+        );
+        Self {
+            drafts: registrar.counter(
+                names::SPEC_DECODE_NUM_DRAFTS,
+                "Times that a sequence's drafts were verified.",
+            ),
+            draft_tokens: registrar.counter(
+                names::SPEC_DECODE_NUM_DRAFT_TOKENS,
+                "Drafted tokens that were verified.",
+            ),
+            accepted_tokens: registrar.counter(
+                names::SPEC_DECODE_NUM_ACCEPTED_TOKENS,
+                "Drafted tokens that were accepted; alert when it stays far below the tokens drafted.",
+            ),
+            by_position: (0..draft_tokens)
+                .map(|position| by_position.with_label_values(&[&position.to_string()]))
+                .collect(),
+        }
+    }
+
+    fn observe(&self, now: &Counters, before: &Counters) {
+        self.drafts.inc_by(now.drafts - before.drafts);
+        self.draft_tokens
+            .inc_by(now.draft_tokens - before.draft_tokens);
+        let accepted = now.accepted_tokens.iter().zip(&before.accepted_tokens);
+        for (position, (now, before)) in accepted.enumerate() {
+            self.accepted_tokens.inc_by(now - before);
+            if let Some(counter) = self.by_position.get(position) {
+                counter.inc_by(now - before);
+            }
+        }
+    }
 }
 
 /// Registers collectors; a name that is used twice is a bug found by any test that builds the metrics.
@@ -319,6 +369,8 @@ impl ServingMetrics {
             prompt_tokens_cached: counter(PROMPT_TOKENS_CACHED, "Prompt tokens found in the prefix cache."),
             prompt_tokens_recomputed: counter(PROMPT_TOKENS_RECOMPUTED, "Tokens computed again after a preemption."),
             generation_tokens: counter(names::GENERATION_TOKENS, "Tokens generated."),
+            drafts: (limits.draft_tokens > 0)
+                .then(|| DraftMetrics::new(registrar, limits.draft_tokens)),
             corrupted: counter(CORRUPTED_REQUESTS, "Sequences that ended because a logit was not finite; alert on any."),
             success,
             rejections,
@@ -380,6 +432,9 @@ impl ServingMetrics {
             .inc_by(now.recomputed_tokens - before.recomputed_tokens);
         self.generation_tokens
             .inc_by(now.generation_tokens - before.generation_tokens);
+        if let Some(drafts) = &self.drafts {
+            drafts.observe(now, before);
+        }
         self.corrupted.inc_by(now.corrupted - before.corrupted);
         self.mask_failures
             .inc_by(now.mask_failures - before.mask_failures);

@@ -357,6 +357,8 @@ impl Worker {
             EventKind::Token(_) => {
                 choice.generated += 1;
                 match choice.last {
+                    // Tokens of one step come together and count as one interval, as in vLLM.
+                    Some(last) if last == now => {}
                     Some(last) => metrics.observe_token(now - last),
                     None => {
                         choice.first = Some(now);

@@ -77,6 +77,61 @@ fn the_numbers_agree_with_what_was_done() {
     assert_eq!(value(&metrics, http), 1.0);
 }
 
+#[test]
+fn drafts_are_counted_under_vllms_names_and_change_no_answer() {
+    let bodies = [
+        json!({"prompt": "p".repeat(40), "temperature": 0, "ignore_eos": true, "max_tokens": 60}),
+        json!({"prompt": "draft", "seed": 7, "max_tokens": 40, "n": 2, "logprobs": 2, "ignore_eos": true}),
+        json!({"prompt": "stop", "seed": 5, "max_tokens": 90, "ignore_eos": true, "stop": ["e", "o"]}),
+    ];
+    let answers = |server: &Server| {
+        bodies.each_ref().map(|body| {
+            let answer = server.post("/v1/completions", body);
+            assert_eq!(answer.status, 200);
+            let mut answer = answer.json();
+            for changing in ["id", "created"] {
+                answer.as_object_mut().unwrap().remove(changing);
+            }
+            answer
+        })
+    };
+    let plain = Server::start(options(), Backend::quick());
+    let expected = answers(&plain);
+    assert!(!plain.get("/metrics").body.contains("vllm:spec_decode"));
+
+    let server = Server::start(options(), Backend::drafting(2));
+    assert_eq!(answers(&server), expected);
+    let metrics = server.get("/metrics").body;
+    let labels = "engine=\"0\",model_name=\"toy\"";
+    let count = |name: &str| value(&metrics, &format!("vllm:{name}{{{labels}}}"));
+    let at = |position: u32| {
+        let name = "vllm:spec_decode_num_accepted_tokens_per_pos_total";
+        value(
+            &metrics,
+            &format!("{name}{{{labels},position=\"{position}\"}}"),
+        )
+    };
+    let drafts = count("spec_decode_num_drafts_total");
+    let accepted = count("spec_decode_num_accepted_tokens_total");
+    assert_eq!(at(0) + at(1), accepted);
+    assert!(at(0) > at(1) && at(1) > 0.0, "{} {}", at(0), at(1));
+    let drafted = count("spec_decode_num_draft_tokens_total");
+    assert!(accepted < drafted && drafts < drafted && drafted <= 2.0 * drafts);
+    for name in [
+        "num_drafts",
+        "num_draft_tokens",
+        "num_accepted_tokens",
+        "num_accepted_tokens_per_pos",
+    ] {
+        let line = format!("# TYPE vllm:spec_decode_{name}_total counter");
+        assert!(metrics.contains(&line), "{line}");
+    }
+    assert_eq!(metrics.matches("position=").count(), 2);
+    // Each step of a sequence after its first token is one interval, however many tokens it gave.
+    let tokens = count("generation_tokens_total");
+    assert!(count("inter_token_latency_seconds_count") < tokens - 4.0);
+}
+
 /// vLLM's names break two of promtool's rules; nothing else may.
 #[test]
 fn promtool_finds_nothing_that_vllms_own_names_do_not_force() {

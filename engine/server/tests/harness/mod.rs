@@ -16,7 +16,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use engine_core::{Batch, ExecuteError, Executor, Limits, Logits};
+use engine_core::{Batch, DraftBatch, ExecuteError, Executor, Limits, Logits};
 use engine_server::{LoadFailure, Loaded, Loader, ServeError, ServerOptions, serve};
 use engine_text::{Text, ToolCallParser};
 use serde_json::Value;
@@ -35,6 +35,7 @@ pub fn limits() -> Limits {
         max_queued_requests: 2,
         block_size: 16,
         block_count: 64,
+        draft_tokens: 0,
     }
 }
 
@@ -71,8 +72,11 @@ impl Backend {
     ) -> Self {
         Self {
             limits,
-            toy: toy::Toy::new(limits.vocabulary, limits.block_size, limits.block_count)
-                .bounded(limits.max_num_batched_tokens, limits.max_num_seqs),
+            toy: toy::Toy::new(limits.vocabulary, limits.block_size, limits.block_count).bounded(
+                limits.max_num_batched_tokens,
+                limits.max_num_seqs,
+                limits.draft_tokens,
+            ),
             steps: Arc::default(),
             script: None,
             act: Box::new(act),
@@ -101,6 +105,15 @@ impl Backend {
         }
     }
 
+    /// With a prediction layer that is right about two tokens in three.
+    pub fn drafting(draft_tokens: usize) -> Self {
+        let limits = Limits {
+            draft_tokens,
+            ..limits()
+        };
+        Self::sized(limits, |_, _| Ok(()))
+    }
+
     pub fn slow(pause: Duration) -> Self {
         Self::new(move |step, _| {
             // The canary is quick, requests are slow.
@@ -122,7 +135,7 @@ impl Executor for Backend {
         if let Some(script) = &self.script {
             let wanted = batch.entries.iter().filter(|entry| entry.wants_logits);
             for (row, entry) in wanted.enumerate() {
-                let history = self.toy.history(entry).unwrap();
+                let history = self.toy.history(entry, entry.end()).unwrap();
                 let speaker = bytes_tokenizer::id("<｜Assistant｜>");
                 if let Some(at) = history.iter().rposition(|token| token.0 == speaker) {
                     // The prompt ends with `<｜Assistant｜><think>\n`.
@@ -135,6 +148,10 @@ impl Executor for Backend {
         }
         let step = self.steps.fetch_add(1, Ordering::Relaxed) + 1;
         (self.act)(step, logits)
+    }
+
+    fn draft(&mut self, pass: &DraftBatch, logits: &mut Logits) -> Result<(), ExecuteError> {
+        self.toy.draft(pass, logits)
     }
 }
 
