@@ -1,7 +1,7 @@
 //! What the answer must be: OpenAI's `response_format`, vLLM's `structured_outputs`, and calls that are forced.
 
 use engine_text::{AnswerRule, CallRule, CallableFunction, ContentRule, GRAMMAR_BYTES_MAX};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::error::ApiError;
 use crate::fields::{Fields, wrong};
@@ -60,13 +60,14 @@ impl Format {
 
 /// What an answer must be altogether, and the field to name when that cannot be done.
 pub fn answer_rule(format: Option<Format>, tools: &Tools) -> Option<(AnswerRule, &'static str)> {
+    let is_strict = |tool: &Value| tool["function"]["strict"] == true;
     let functions = |chosen: &dyn Fn(&str) -> bool| {
         let tools = tools.declared.iter().filter(|tool| chosen(name_of(tool)));
         tools
             .map(|tool| CallableFunction {
                 name: name_of(tool).to_owned(),
                 schema: tool["function"]["parameters"].clone(),
-                strict: tool["function"]["strict"] == true,
+                strict: is_strict(tool),
             })
             .collect()
     };
@@ -87,18 +88,31 @@ pub fn answer_rule(format: Option<Format>, tools: &Tools) -> Option<(AnswerRule,
         }),
         ToolChoice::Auto | ToolChoice::None => None,
     };
+    // Calls of strict functions are valid even where the model is free to make none.
+    if format.is_none() && tools.choice == ToolChoice::Auto && tools.declared.iter().any(is_strict)
+    {
+        let mut functions: Vec<CallableFunction> = functions(&|_| true);
+        for function in functions.iter_mut().filter(|function| !function.strict) {
+            // Nothing was promised for these.
+            function.schema = json!({"type": "object"});
+        }
+        return Some((
+            AnswerRule::FreeWithCalls(CallRule { functions, many }),
+            "tools",
+        ));
+    }
     let is_forced = matches!(tools.choice, ToolChoice::Required | ToolChoice::Named(_));
     match (format, calls) {
         (None, None) => None,
         (format, Some(calls)) if is_forced || format.is_none() => Some((
-            AnswerRule {
+            AnswerRule::Whole {
                 content: None,
                 calls: Some(calls),
             },
             "tools",
         )),
         (Some(format), calls) => Some((
-            AnswerRule {
+            AnswerRule::Whole {
                 content: Some(format.rule),
                 calls,
             },
@@ -221,7 +235,6 @@ fn structured_outputs(fields: &Fields) -> Result<Option<ContentRule>, ApiError> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn parse(body: Value) -> Result<Option<Format>, ApiError> {
         Format::parse(&Fields::parse(body.to_string().as_bytes()).unwrap())

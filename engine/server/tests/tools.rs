@@ -172,6 +172,56 @@ fn a_forced_call_is_made_whatever_the_model_prefers() {
 }
 
 #[test]
+fn a_call_of_a_strict_function_is_valid_though_the_model_writes_another() {
+    let schema = json!({"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"],
+        "additionalProperties": false});
+    let tools = |strict: bool| {
+        json!([
+            {"type": "function", "function": {"name": "f", "parameters": schema, "strict": strict}},
+            {"type": "function", "function": {"name": "g", "parameters": schema}},
+        ])
+    };
+    let of = |server: &Server, strict: bool, seed: u32| {
+        let body = ask(
+            json!({"tools": tools(strict), "tool_choice": "auto", "seed": seed, "parallel_tool_calls": false}),
+        );
+        let answer = server.post("/v1/chat/completions", &body).json();
+        let choice = answer["choices"][0].clone();
+        assert_eq!(choice["finish_reason"], "tool_calls", "{answer}");
+        assert_eq!(choice["message"]["content"], "So: ");
+        assert_eq!(choice["message"]["reasoning_content"], "hm");
+        calls(&choice["message"])[0].clone()
+    };
+    let wrong = "{\"n\": \"three\", \"m\": []}";
+    let says = |name: &str| {
+        server(&format!(
+            "So: <tool_call>\n{{\"name\": \"{name}\", \"arguments\": {wrong}}}\n</tool_call>"
+        ))
+    };
+    let server = says("f");
+    for seed in 0..4 {
+        let (name, arguments) = of(&server, true, seed);
+        let value: Value = serde_json::from_str(&arguments).unwrap();
+        assert!(
+            value == json!({"n": 1}) || value == json!({"n": 2}),
+            "{arguments}"
+        );
+        assert_eq!(name, "f");
+    }
+    // What is not strict is the model's own, alone or beside a strict function.
+    assert_eq!(of(&server, false, 0), ("f".to_owned(), wrong.to_owned()));
+    assert_eq!(of(&says("g"), true, 0), ("g".to_owned(), wrong.to_owned()));
+    // A schema that cannot be enforced whole is refused before anything is generated.
+    let mut body = ask(json!({"tools": tools(true)}));
+    body["tools"][0]["function"]["parameters"]["if"] = json!({});
+    let refused = server.post("/v1/chat/completions", &body);
+    assert_eq!(
+        (refused.status, refused.json()["error"]["param"].clone()),
+        (400, json!("tools"))
+    );
+}
+
+#[test]
 fn an_answer_has_the_form_that_was_asked_for() {
     let server = server("I would rather talk.");
     let schema = json!({"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}},

@@ -46,7 +46,11 @@ impl TokenBytes {
                 None => token_bytes(token, &table),
             };
         }
-        let mut offsets = Vec::with_capacity(size + 1);
+        Self::of(tokens)
+    }
+
+    fn of(tokens: Vec<Vec<u8>>) -> Self {
+        let mut offsets = Vec::with_capacity(tokens.len() + 1);
         let mut bytes = Vec::new();
         offsets.push(0);
         for token in tokens {
@@ -54,6 +58,12 @@ impl TokenBytes {
             offsets.push(bytes.len() as u32);
         }
         Ok(Self { offsets, bytes })
+    }
+
+    /// These words as tokens 0, 1, ….
+    #[cfg(test)]
+    pub(crate) fn from_words(words: &[&str]) -> Self {
+        Self::of(words.iter().map(|word| word.as_bytes().to_vec()).collect())
     }
 
     /// The bytes of a token; none for ids that the tokenizer does not name.

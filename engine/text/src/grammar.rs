@@ -3,7 +3,8 @@
 //! Invariant: compiling is bounded by bytes, depth and llguidance's own fuel, never by a clock, and the mask of a step
 //! is a pure function of the output so far. Surprise: a model that reasons first is left alone until its `</think>`;
 //! a token that would close the reasoning and carry on in the same breath is not allowed, since the grammar must begin
-//! at a token's border.
+//! at a token's border. The grammar of calls that an answer may make, but need not, waits in the same way for the
+//! opening of each call: see [`crate::call_watch`].
 
 use std::fmt;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 
 use crate::bytes::TokenBytes;
+use crate::call_watch::{CallWatch, Opening, Place};
 use crate::reasoning::{REASONING_END, REASONING_START};
 use crate::stop::overlap;
 use crate::tool_format::ToolFormat;
@@ -75,13 +77,18 @@ pub struct CallRule {
     pub many: bool,
 }
 
-/// What an answer must be: content, calls, or either.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct AnswerRule {
-    /// The content.
-    pub content: Option<ContentRule>,
-    /// The calls.
-    pub calls: Option<CallRule>,
+/// What an answer must be: content, calls, or either; or anything in which calls are what they must be.
+#[derive(Clone, Debug, PartialEq)]
+pub enum AnswerRule {
+    /// The whole answer is one of these.
+    Whole {
+        /// The content.
+        content: Option<ContentRule>,
+        /// The calls.
+        calls: Option<CallRule>,
+    },
+    /// Free, but each call that the model begins is one of these.
+    FreeWithCalls(CallRule),
 }
 
 /// Why an answer cannot be restricted, or not any more.
@@ -193,7 +200,17 @@ impl Grammars {
         format: Option<ToolFormat>,
         thought: Thought,
     ) -> Result<Grammar, GrammarError> {
-        let grammar = write(rule, format, thought)?;
+        let (grammar, watch) = match rule {
+            AnswerRule::Whole { content, calls } => (
+                write(content.as_ref(), calls.as_ref(), format, thought)?,
+                None,
+            ),
+            AnswerRule::FreeWithCalls(calls) => {
+                let format = format.ok_or(UNKNOWN_FORMAT)?;
+                let watch = CallWatch::new(format, &self.bytes);
+                (write_one_call(calls, format), Some(watch))
+            }
+        };
         let parser = self.factory()?.create_parser(grammar);
         let matcher = Matcher::new(parser);
         if let Some(error) = matcher.get_error() {
@@ -203,9 +220,13 @@ impl Grammars {
             matcher: Mutex::new(matcher),
             bytes: self.bytes.clone(),
             thought,
+            watch,
         })
     }
 }
+
+const UNKNOWN_FORMAT: GrammarError =
+    GrammarError::Unsupported("how this model writes calls is not known");
 
 /// One line is enough for a client, and the rest shows how the grammar was put together; a line may repeat the whole
 /// expression.
@@ -223,21 +244,20 @@ fn broken(error: impl fmt::Display) -> GrammarError {
 
 /// A rule as llguidance's grammars: the first one is the answer, the second one its content.
 fn write(
-    rule: &AnswerRule,
+    content: Option<&ContentRule>,
+    calls: Option<&CallRule>,
     format: Option<ToolFormat>,
     thought: Thought,
 ) -> Result<TopLevelGrammar, GrammarError> {
     let mut alternatives = Vec::new();
     let mut rules = String::new();
     let mut grammars = Vec::new();
-    if let Some(calls) = &rule.calls {
-        let format = format.ok_or(GrammarError::Unsupported(
-            "how this model writes calls is not known",
-        ))?;
+    if let Some(calls) = calls {
+        let format = format.ok_or(UNKNOWN_FORMAT)?;
         alternatives.push("calls");
         write_calls(calls, format, &mut rules);
     }
-    if let Some(content) = &rule.content {
+    if let Some(content) = content {
         alternatives.push("@content");
         grammars.push(GrammarWithLexer {
             name: Some("content".to_owned()),
@@ -307,27 +327,49 @@ fn quote(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-fn write_calls(calls: &CallRule, format: ToolFormat, rules: &mut String) {
-    let (before, between, after) = format.section();
-    let literal = |text: &str| match text {
+/// A literal of a grammar's rule, or nothing.
+fn literal(text: &str) -> String {
+    match text {
         "" => String::new(),
         text => format!("{} ", quote(text)),
-    };
+    }
+}
+
+fn write_calls(calls: &CallRule, format: ToolFormat, rules: &mut String) {
+    let (before, between, after) = format.section();
     let more = match calls.many {
         true => format!("({}call)* ", literal(between)),
         false => String::new(),
     };
     rules.push_str(&format!(
-        "calls: {}call {more}{}\ncall: ",
+        "calls: {}call {more}{}\n",
         literal(before),
         literal(after)
     ));
+    write_call(calls, |name| format.frame(name), rules);
+}
+
+/// The rest of one call, from where [`CallWatch`] sees it begin.
+fn write_one_call(calls: &CallRule, format: ToolFormat) -> TopLevelGrammar {
+    let mut rules = match format.is_bare() {
+        true => format!("start: BLANKS? call\nBLANKS: /{JSON_BLANKS}/\n"),
+        false => "start: call\n".to_owned(),
+    };
+    write_call(calls, |name| format.opened_frame(name), &mut rules);
+    TopLevelGrammar {
+        grammars: vec![GrammarWithLexer::from_lark(rules)],
+        max_tokens: None,
+    }
+}
+
+/// The rule `call`, one of the functions.
+fn write_call(calls: &CallRule, frame: impl Fn(&str) -> (String, String), rules: &mut String) {
     let names: Vec<String> = (0..calls.functions.len())
         .map(|index| format!("call_{index}"))
         .collect();
-    rules.push_str(&names.join(" | "));
+    rules.push_str(&format!("call: {}", names.join(" | ")));
     for (index, function) in calls.functions.iter().enumerate() {
-        let (head, tail) = format.frame(&function.name);
+        let (head, tail) = frame(&function.name);
         rules.push_str(&format!(
             "\ncall_{index}: {}%json {} {}",
             literal(&head),
@@ -344,6 +386,8 @@ pub struct Grammar {
     matcher: Mutex<Matcher>,
     bytes: Arc<TokenBytes>,
     thought: Thought,
+    /// Where the grammar waits for each call.
+    watch: Option<CallWatch>,
 }
 
 impl fmt::Debug for Grammar {
@@ -360,6 +404,10 @@ impl Grammar {
     pub fn start(&self) -> GrammarState {
         let matcher = self.matcher.lock().unwrap_or_else(PoisonError::into_inner);
         GrammarState {
+            calls: self.watch.clone().map(|watch| Calls {
+                watch,
+                fresh: matcher.deep_clone(),
+            }),
             matcher: matcher.deep_clone(),
             bytes: self.bytes.clone(),
             phase: match self.thought {
@@ -381,9 +429,17 @@ enum Phase {
     Answer,
 }
 
+/// What it takes to follow the calls of a free answer.
+struct Calls {
+    watch: CallWatch,
+    /// The grammar before the first token of a call.
+    fresh: Matcher,
+}
+
 /// How far one answer is in its grammar.
 pub struct GrammarState {
     matcher: Matcher,
+    calls: Option<Calls>,
     bytes: Arc<TokenBytes>,
     phase: Phase,
     seen: usize,
@@ -417,6 +473,7 @@ impl GrammarState {
                 self.forbid_running_on(row);
                 Ok(Allowed::Some)
             }
+            Phase::Answer | Phase::Undecided if self.calls.is_some() => self.restrict_free(row),
             Phase::Answer if self.matcher.is_stopped() => match self.matcher.get_error() {
                 Some(error) => Err(broken(error)),
                 None => Ok(Allowed::Nothing),
@@ -451,7 +508,10 @@ impl GrammarState {
             }
         }
         if self.phase == Phase::Answer {
-            return self.matcher.consume_token(token).map_err(broken);
+            return match self.calls.is_some() {
+                true => self.take_free(token),
+                false => self.matcher.consume_token(token).map_err(broken),
+            };
         }
         self.tail.extend_from_slice(bytes);
         if self.tail.ends_with(REASONING_END.as_bytes()) {
@@ -460,6 +520,57 @@ impl GrammarState {
         }
         let keep = self.tail.len().saturating_sub(REASONING_END.len());
         self.tail.drain(..keep);
+        Ok(())
+    }
+
+    /// Restricts the calls of a free answer and nothing else.
+    fn restrict_free(&mut self, row: &mut [f32]) -> Result<Allowed, GrammarError> {
+        let Some(Calls { watch, .. }) = &self.calls else {
+            return Ok(Allowed::Some);
+        };
+        match watch.place {
+            Place::Call => self.mask(row, None)?,
+            Place::Text => watch.forbid_running_on(&self.bytes, row),
+            Place::Start | Place::Between => {
+                watch.forbid_running_on(&self.bytes, row);
+                let mask = self.matcher.compute_mask().map_err(broken)?;
+                for (index, logit) in row.iter_mut().enumerate() {
+                    let is_forbidden = match watch.opening(self.bytes.get(index as u32)) {
+                        Opening::Blank | Opening::Text => false,
+                        Opening::Call => index >= mask.len() || !mask.is_allowed(index as u32),
+                        Opening::Never => true,
+                    };
+                    if is_forbidden {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+            }
+        }
+        Ok(Allowed::Some)
+    }
+
+    fn take_free(&mut self, token: u32) -> Result<(), GrammarError> {
+        let Some(Calls { watch, fresh }) = &mut self.calls else {
+            return Ok(());
+        };
+        let bytes = self.bytes.get(token);
+        if matches!(watch.place, Place::Start | Place::Between) {
+            match watch.opening(bytes) {
+                Opening::Blank => return Ok(()),
+                Opening::Call | Opening::Never => watch.place = Place::Call,
+                Opening::Text => watch.place = Place::Text,
+            }
+        }
+        if watch.place == Place::Text {
+            watch.read(bytes);
+            return Ok(());
+        }
+        self.matcher.consume_token(token).map_err(broken)?;
+        // Calls end with a literal, so there is nothing that could still follow.
+        if self.matcher.is_accepting().map_err(broken)? {
+            watch.end_call();
+            self.matcher = fresh.deep_clone();
+        }
         Ok(())
     }
 

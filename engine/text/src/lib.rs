@@ -7,6 +7,7 @@
 //! Nothing here reads files: the caller hands over their contents in [`TextFiles`].
 
 mod bytes;
+mod call_watch;
 mod detokenizer;
 mod generation;
 mod grammar;

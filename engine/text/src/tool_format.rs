@@ -139,6 +139,27 @@ impl ToolFormat {
         }
     }
 
+    /// The tags after which a call must follow, the last ones of [`Self::openings`].
+    pub(crate) fn call_openings(self) -> &'static [&'static str] {
+        match self {
+            Self::DeepseekV3 | Self::DeepseekV31 => &[CALL_BEGIN],
+            Self::Hermes | Self::Llama3Json => self.openings(),
+        }
+    }
+
+    /// What surrounds the arguments of one call of `name` after one of [`Self::call_openings`], or where a bare bracket
+    /// opens a call, in its place: before, after.
+    pub(crate) fn opened_frame(self, name: &str) -> (String, String) {
+        let (head, tail) = self.frame(name);
+        let opening = match self {
+            Self::DeepseekV3 | Self::DeepseekV31 => CALL_BEGIN,
+            Self::Hermes => HERMES_BEGIN,
+            Self::Llama3Json => "",
+        };
+        let head = head.strip_prefix(opening).unwrap_or(&head).to_owned();
+        (head, tail)
+    }
+
     /// What may stand between two calls or after the last one, besides white space.
     pub(crate) fn separators(self) -> &'static [&'static str] {
         match self {

@@ -118,7 +118,7 @@ impl ToolParser {
             match self.state {
                 State::Start | State::Text => out.content.push_str(&std::mem::take(&mut self.held)),
                 State::Arguments(_) | State::Closing => self.held.clear(),
-                State::Between if self.held.trim().is_empty() => self.held.clear(),
+                State::Between if self.held.trim_ascii().is_empty() => self.held.clear(),
                 State::Broken(_) => {
                     let rest = std::mem::take(&mut self.held);
                     self.argue(&rest, out);
@@ -226,7 +226,7 @@ impl ToolParser {
         self.held.push(character);
         if character == '{' {
             self.state = State::Header;
-        } else if !character.is_whitespace() {
+        } else if !character.is_ascii_whitespace() {
             // A tag may still open a call; white space before it is content like any other.
             let held = std::mem::take(&mut self.held);
             let blanks = held.len() - character.len_utf8();
@@ -336,7 +336,7 @@ impl ToolParser {
         queue: &mut VecDeque<char>,
         out: &mut Output<'_>,
     ) {
-        let visible = self.held.trim_start();
+        let visible = self.held.trim_ascii_start();
         let (openings, separators) = (format.openings(), format.separators());
         if visible.is_empty() {
             if self.held.len() > HEADER_BYTES_MAX {

@@ -17,7 +17,7 @@ fn text() -> Text {
 }
 
 fn content(rule: ContentRule) -> AnswerRule {
-    AnswerRule {
+    AnswerRule::Whole {
         content: Some(rule),
         calls: None,
     }
@@ -148,7 +148,7 @@ fn the_grammar_waits_for_the_end_of_the_reasoning() {
 fn forced_calls_are_read_by_the_parser_of_the_same_format() {
     let arguments = json!({"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
         "required": ["n"], "additionalProperties": false});
-    let rule = |many| AnswerRule {
+    let rule = |many| AnswerRule::Whole {
         content: None,
         calls: Some(CallRule {
             functions: vec![function("add", &arguments), function("sub", &arguments)],
@@ -193,6 +193,157 @@ fn forced_calls_are_read_by_the_parser_of_the_same_format() {
     }
 }
 
+/// What an answer says and calls.
+fn read(text: &Text, output: &[u32]) -> (String, Vec<(String, String)>) {
+    let mut parser = text.chat_parser("</think>", vec![], engine_text::AllowedCalls::Many);
+    let (mut said, mut calls) = (String::new(), Vec::<(String, String)>::new());
+    let deltas = output.iter().map(|token| parser.push(*token));
+    let mut deltas: Vec<engine_text::Delta> = deltas.collect();
+    deltas.push(parser.finish());
+    for delta in deltas {
+        said.push_str(&delta.content);
+        for call in delta.calls {
+            calls.extend(call.name.map(|name| (name, String::new())));
+            calls[call.index].1.push_str(&call.arguments);
+        }
+    }
+    (said, calls)
+}
+
+/// The openings of two calls with arguments that no schema allows, as a model of each format would write them.
+const WRONG_CALLS: [(ToolFormat, &str, &str); 5] = [
+    (
+        ToolFormat::DeepseekV3,
+        "Look: <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>sub\n```json\n{\"m\": \"x\"}",
+        "\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>nobody\n```json\n[]",
+    ),
+    (
+        ToolFormat::DeepseekV31,
+        "Look: <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>sub<｜tool▁sep｜>{\"n\": -1}",
+        "<｜tool▁call▁begin｜>nobody<｜tool▁sep｜>{}",
+    ),
+    (
+        ToolFormat::Hermes,
+        "Look: <tool_call>\n{\"name\": \"sub\", \"arguments\": {\"n\": 1000}}",
+        "\n<tool_call>\n{\"arguments\": {}, \"name\": \"nobody\"}",
+    ),
+    (
+        ToolFormat::Llama3Json,
+        " {\"name\": \"sub\", \"parameters\": {\"n\": null}}",
+        "; {\"type\": \"function\", \"name\": \"nobody\"}",
+    ),
+    (
+        ToolFormat::Llama3Json,
+        "Look: <|python_tag|>{\"name\": \"sub\", \"parameters\": 7}",
+        "; {\"name\": \"nobody\"}",
+    ),
+];
+
+#[test]
+fn calls_of_a_free_answer_have_valid_arguments_in_every_format() {
+    let arguments = json!({"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["n"], "additionalProperties": false});
+    let rule = AnswerRule::FreeWithCalls(CallRule {
+        functions: vec![function("add", &arguments), function("sub", &arguments)],
+        many: true,
+    });
+    for (format, first, second) in WRONG_CALLS {
+        let mut text = text();
+        text.set_tool_call_parser(ToolCallParser::Format(format));
+        let grammar = text.chat_grammar("</think>", &rule).unwrap();
+        for seed in 0..3 {
+            // The model wants both texts, byte by byte, and then to end; the grammar may make it write other ones.
+            let end = id("<｜end▁of▁sentence｜>");
+            let mut state = grammar.start();
+            let mut output: Vec<u32> = Vec::new();
+            let mut wishes = [first, second].into_iter();
+            let mut wish: Vec<u8> = wishes.next().unwrap().bytes().rev().collect();
+            let mut calls = 0;
+            loop {
+                let (_, found) = read(&text, &output);
+                let complete = found
+                    .iter()
+                    .filter(|(_, arguments)| serde_json::from_str::<Value>(arguments).is_ok())
+                    .count();
+                let step = output.len() as u64;
+                let mut row: Vec<f32> = (0..VOCABULARY as u64)
+                    .map(|token| (mix(seed ^ (step << 32) ^ token) % 1000) as f32)
+                    .collect();
+                row[end as usize] = 2000.0;
+                assert_eq!(state.restrict(&mut row).unwrap(), Allowed::Some);
+                // The end is allowed between calls only.
+                if complete > calls && row[end as usize].is_finite() {
+                    calls = complete;
+                    wish = wishes.next().unwrap_or_default().bytes().rev().collect();
+                }
+                if let Some(byte) = wish.last()
+                    && row[*byte as usize].is_finite()
+                {
+                    row[*byte as usize] = 5000.0;
+                }
+                let best = (0..row.len())
+                    .max_by(|a, b| row[*a].total_cmp(&row[*b]))
+                    .unwrap() as u32;
+                state.take(best).unwrap();
+                if best == end {
+                    break;
+                }
+                if wish.last() == Some(&(best as u8)) && best < 256 {
+                    wish.pop();
+                }
+                output.push(best);
+                assert!(output.len() < 1000, "{}", text.decode(&output));
+            }
+            let (said, calls) = read(&text, &output);
+            let whole = text.decode(&output);
+            assert!(!calls.is_empty(), "{format}: {whole}");
+            assert!(
+                said.trim() == "Look:" || said.trim().is_empty(),
+                "{format}: {said:?} in {whole:?}"
+            );
+            for (name, arguments) in &calls {
+                assert!(name == "add" || name == "sub", "{format}: {whole}");
+                let arguments: Value = serde_json::from_str(arguments).unwrap();
+                assert!(
+                    (0..=99).contains(&arguments["n"].as_i64().unwrap()),
+                    "{whole}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_free_answer_without_a_call_is_left_alone() {
+    let rule = AnswerRule::FreeWithCalls(CallRule {
+        functions: vec![function("add", &json!({"type": "object"}))],
+        many: true,
+    });
+    for (format, words) in [
+        (
+            ToolFormat::DeepseekV3,
+            "<｜tool▁calls▁begin｜> is no call, {} neither",
+        ),
+        (ToolFormat::DeepseekV31, "{\"name\": \"add\"}"),
+        (ToolFormat::Hermes, "a <tool_cal> and {\"name\": 1}"),
+        (ToolFormat::Llama3Json, "Yes: {\"name\": \"add\"}"),
+    ] {
+        let mut text = text();
+        text.set_tool_call_parser(ToolCallParser::Format(format));
+        let mut thought = text.encode("hm <tool_call> {", false).unwrap();
+        thought.push(id("</think>"));
+        thought.extend(text.encode(words, false).unwrap());
+        thought.push(id("<｜end▁of▁sentence｜>"));
+        let mut state = text.chat_grammar("<think>\n", &rule).unwrap().start();
+        for token in thought {
+            let mut row = vec![0.0; VOCABULARY];
+            state.restrict(&mut row).unwrap();
+            assert!(row[token as usize].is_finite(), "{format}: {token}");
+            state.take(token).unwrap();
+        }
+    }
+}
+
 #[test]
 fn rules_that_cannot_be_enforced_are_refused_in_words() {
     let text = text();
@@ -219,7 +370,7 @@ fn rules_that_cannot_be_enforced_are_refused_in_words() {
         let mut row = vec![0.0; VOCABULARY];
         let _ = grammar.start().restrict(&mut row);
     }
-    let none = AnswerRule {
+    let none = AnswerRule::Whole {
         content: None,
         calls: Some(CallRule {
             functions: vec![function("f", &json!({}))],
