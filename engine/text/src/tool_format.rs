@@ -10,6 +10,8 @@ pub(crate) const CALLS_BEGIN: &str = "<｜tool▁calls▁begin｜>";
 pub(crate) const CALLS_END: &str = "<｜tool▁calls▁end｜>";
 pub(crate) const CALL_BEGIN: &str = "<｜tool▁call▁begin｜>";
 pub(crate) const CALL_END: &str = "<｜tool▁call▁end｜>";
+/// The end of a call whose arguments stand in a fenced block.
+const FENCED_CALL_END: &str = "\n```<｜tool▁call▁end｜>";
 pub(crate) const SEPARATOR: &str = "<｜tool▁sep｜>";
 pub(crate) const HERMES_BEGIN: &str = "<tool_call>";
 pub(crate) const HERMES_END: &str = "</tool_call>";
@@ -169,12 +171,13 @@ impl ToolFormat {
         }
     }
 
-    /// The tag by which arguments end that are no JSON.
-    pub(crate) fn end_tag(self) -> Option<&'static str> {
+    /// Tags by which arguments end that are no JSON, longer ones first.
+    pub(crate) fn end_tags(self) -> &'static [&'static str] {
         match self {
-            Self::DeepseekV3 | Self::DeepseekV31 => Some(CALL_END),
-            Self::Hermes => Some(HERMES_END),
-            Self::Llama3Json => None,
+            Self::DeepseekV3 => &[FENCED_CALL_END, CALL_END],
+            Self::DeepseekV31 => &[CALL_END],
+            Self::Hermes => &[HERMES_END],
+            Self::Llama3Json => &[],
         }
     }
 

@@ -40,8 +40,8 @@ enum State {
     /// `held` is a call to be read whole; its object begins there.
     Whole(usize, JsonScanner),
     Arguments(JsonScanner),
-    /// Arguments that are no JSON, up to the end tag of which `held` may be the beginning.
-    Broken(&'static str),
+    /// Arguments that are no JSON, up to an end tag of which `held` may be the beginning.
+    Broken,
     /// After the arguments.
     Closing,
     /// After a call.
@@ -119,7 +119,7 @@ impl ToolParser {
                 State::Start | State::Text => out.content.push_str(&std::mem::take(&mut self.held)),
                 State::Arguments(_) | State::Closing => self.held.clear(),
                 State::Between if self.held.trim_ascii().is_empty() => self.held.clear(),
-                State::Broken(_) => {
+                State::Broken => {
                     let rest = std::mem::take(&mut self.held);
                     self.argue(&rest, out);
                 }
@@ -149,8 +149,8 @@ impl ToolParser {
     ) {
         match self.state {
             State::Arguments(mut scanner) => match scanner.push(character) {
-                Scan::Invalid if format.end_tag().is_some() => {
-                    self.state = State::Broken(format.end_tag().unwrap_or_default());
+                Scan::Invalid if !format.end_tags().is_empty() => {
+                    self.state = State::Broken;
                     queue.push_front(character);
                 }
                 scan => {
@@ -174,9 +174,9 @@ impl ToolParser {
                 self.held.push(character);
                 self.read_whole(from, scanner, character, queue, out);
             }
-            State::Broken(tag) => {
+            State::Broken => {
                 self.held.push(character);
-                self.read_broken(tag, out);
+                self.read_broken(format, out);
             }
             State::Closing => {
                 self.held.push(character);
@@ -318,14 +318,16 @@ impl ToolParser {
         self.state = State::Closing;
     }
 
-    fn read_broken(&mut self, tag: &str, out: &mut Output<'_>) {
-        if self.held.ends_with(tag) {
+    fn read_broken(&mut self, format: ToolFormat, out: &mut Output<'_>) {
+        let tags = format.end_tags();
+        if let Some(tag) = tags.iter().find(|tag| self.held.ends_with(**tag)) {
             let before = self.held[..self.held.len() - tag.len()].to_owned();
             self.argue(&before, out);
             self.end_call();
             return;
         }
-        let cut = self.held.len() - overlap(&self.held, tag);
+        let keep = tags.iter().map(|tag| overlap(&self.held, tag)).max();
+        let cut = self.held.len() - keep.unwrap_or(0);
         let certain: String = self.held.drain(..cut).collect();
         self.argue(&certain, out);
     }

@@ -153,6 +153,12 @@ fn arguments_that_are_no_json_stay_with_their_call() {
         run(ToolFormat::DeepseekV31, &text),
         (" more".to_owned(), owned(&[("f", "{\"a\": é}")]))
     );
+    let (head, tail) = ToolFormat::DeepseekV3.frame("f");
+    let text = format!("{head}{{'a': 1}}\n\n{tail} more");
+    assert_eq!(
+        run(ToolFormat::DeepseekV3, &text),
+        (" more".to_owned(), owned(&[("f", "{'a': 1}\n\n")]))
+    );
     // Cut off by max_tokens.
     let text = format!("{CALL_BEGIN}f{SEPARATOR}{{\"a\": \"b");
     assert_eq!(

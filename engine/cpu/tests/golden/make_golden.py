@@ -119,6 +119,21 @@ MODELS = {
                     routed_scaling_factor=1.0, norm_topk_prob=True,
                     rope_parameters=dict(rope_type="default", rope_theta=10000.0), num_nextn_predict_layers=0),
         published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
+    # DeepSeek-V3.1: scales are powers of two, here stored as e8m0 for most tensors and as float32 for some.
+    "v31-ue8m0": dict(
+        family="deepseek_v3", seed=31, stored="fp8", scales="ue8m0", blocks=[32, 48], shards=1, config="transformers",
+        fields=dict(SHAPE, num_hidden_layers=2, first_k_dense_replace=1, q_lora_rank=28, n_routed_experts=8, n_shared_experts=1,
+                    num_experts_per_tok=3, n_group=2, topk_group=1, routed_scaling_factor=2.5, norm_topk_prob=True,
+                    rope_parameters=yarn(40.0, 32, 1.0, 1.0), num_nextn_predict_layers=0),
+        published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
+    # Kimi-K2: V3's graph under its own name, one group, and a YaRN ramp without width (beta_fast equals beta_slow).
+    "kimi-k2": dict(
+        family="deepseek_v3", published_type="kimi_k2", seed=32, stored="bf16", shards=1, config="published",
+        fields=dict(SHAPE, num_hidden_layers=2, first_k_dense_replace=1, q_lora_rank=28, n_routed_experts=12, n_shared_experts=1,
+                    num_experts_per_tok=4, n_group=1, topk_group=1, routed_scaling_factor=2.827, norm_topk_prob=True,
+                    rope_parameters=dict(yarn(32.0, 32, 1.0, 1.0), rope_theta=50000.0, beta_fast=1.0, beta_slow=1.0),
+                    num_nextn_predict_layers=0),
+        published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
     "qwen2": dict(
         family="qwen2", seed=16, stored="bf16", shards=2, config="published",
         fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=False,
@@ -134,6 +149,16 @@ MODELS = {
         fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=36, rms_norm_eps=1e-5,
                     tie_word_embeddings=False, rope_parameters=llama3(8.0, 32)),
         published=dict(attention_bias=False, mlp_bias=False)),
+    "llama-fp16": dict(
+        family="llama", seed=33, stored="fp16", shards=1, config="published",
+        fields=dict(GROUPED, num_hidden_layers=2, num_attention_heads=5, num_key_value_heads=1, tie_word_embeddings=True,
+                    rope_parameters=llama3(8.0, 32)),
+        published=dict(attention_bias=False, mlp_bias=False)),
+    "qwen3-fp32": dict(
+        family="qwen3", seed=34, stored="fp32", shards=2, config="transformers",
+        fields=dict(GROUPED, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                    tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0)),
+        published=dict(NO_WINDOW, attention_bias=False)),
     "llama-tied": dict(
         family="llama", seed=19, stored="bf16", shards=1, config="published",
         fields=dict(GROUPED, num_hidden_layers=3, num_attention_heads=5, num_key_value_heads=5, tie_word_embeddings=True,
@@ -183,7 +208,11 @@ def lowest_index_topk(values, k, dim=-1, largest=True, sorted=True):
     return torch.return_types.topk((order.values.narrow(dim, 0, k), order.indices.narrow(dim, 0, k)))
 
 
-def fill_parameter(name, p, generator):
+DTYPES = {"bf16": (torch.bfloat16, "bfloat16"), "fp8": (torch.bfloat16, "bfloat16"), "fp16": (torch.float16, "float16"),
+          "fp32": (torch.float32, "float32")}
+
+
+def fill_parameter(name, p, generator, stored):
     noise = torch.randn(p.shape, generator=generator)
     if "norm" in name:
         p.copy_(1 + 0.2 * noise)
@@ -193,14 +222,14 @@ def fill_parameter(name, p, generator):
         p.copy_(noise)
     else:
         p.copy_(noise * 1.5 / math.sqrt(p.shape[-1]))
-    p.copy_(p.bfloat16().float())
+    p.copy_(p.to(DTYPES[stored][0]).float())
 
 
-def fill(model, generator, ties):
+def fill(model, generator, ties, stored):
     """Random weights of a spread that makes logits differ clearly; V3 biases are negative enough that all biased scores are."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            fill_parameter(name, p, generator)
+            fill_parameter(name, p, generator, stored)
         for index, layer in enumerate(model.model.layers):
             gate = getattr(layer.mlp, "gate", None)
             if gate is None or not hasattr(gate, "e_score_correction_bias"):
@@ -262,7 +291,7 @@ def add_mtp(tensors, model, generator):
     layer = MtpModel(model, 1).layers[0]
     with torch.no_grad():
         for name, p in layer.named_parameters():
-            fill_parameter(name, p, generator)
+            fill_parameter(name, p, generator, "bf16")
         bias = layer.mtp_block.mlp.gate.e_score_correction_bias
         bias.copy_(-1.2 + 0.1 * torch.randn(bias.shape, generator=generator))
     prefix = f"model.layers.{model.config.num_hidden_layers}."
@@ -277,7 +306,7 @@ def is_fp8(name, tensor):
     return tensor.dim() == 2 and not any(part in name for part in wide)
 
 
-def quantise(tensor, blocks):
+def quantise(tensor, blocks, power_of_two=False):
     """FP8 e4m3 with one float32 multiplier per block; returns stored values, multipliers and what they stand for."""
     rows, columns = tensor.shape
     scales = torch.empty(-(-rows // blocks[0]), -(-columns // blocks[1]))
@@ -287,6 +316,8 @@ def quantise(tensor, blocks):
         for j in range(scales.shape[1]):
             part = (slice(i * blocks[0], (i + 1) * blocks[0]), slice(j * blocks[1], (j + 1) * blocks[1]))
             scales[i, j] = tensor[part].abs().max().clamp(min=1e-4) / 448
+            if power_of_two:
+                scales[i, j] = 2.0 ** math.ceil(math.log2(float(scales[i, j])))
             stored[part] = (tensor[part] / scales[i, j]).to(torch.float8_e4m3fn)
             meant[part] = stored[part].float() * scales[i, j]
     return stored, scales, meant
@@ -313,9 +344,10 @@ def configs(spec, model):
     """config.json in both forms: as transformers 5 writes it, and as published checkpoints have it."""
     new = json.loads(model.config.to_json_string(use_diff=True))
     new.pop("transformers_version", None)
-    new["dtype"] = "bfloat16"
+    new["dtype"] = DTYPES[spec["stored"]][1]
     old = {k: v for k, v in spec["fields"].items() if k != "rope_parameters"} | spec["published"]
-    old |= {"architectures": [type(model).__name__], "model_type": spec["family"], "torch_dtype": "bfloat16", "hidden_act": "silu",
+    old |= {"architectures": [type(model).__name__], "model_type": spec.get("published_type", spec["family"]),
+            "torch_dtype": DTYPES[spec["stored"]][1], "hidden_act": "silu",
             "rope_theta": spec["fields"]["rope_parameters"]["rope_theta"]}
     if spec["family"].startswith("deepseek"):
         old["moe_layer_freq"] = 1
@@ -326,6 +358,8 @@ def configs(spec, model):
     new["architectures"], new["model_type"] = old["architectures"], spec["family"]
     if spec["stored"] == "fp8":
         quantization = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": spec["blocks"]}
+        if "scales" in spec:
+            quantization["scale_fmt"] = spec["scales"]
         new["quantization_config"] = old["quantization_config"] = quantization
     return {"published": old, "transformers": new}
 
@@ -477,7 +511,7 @@ def random_models(names):
         config = config_class(**spec["fields"])
         config._attn_implementation = "eager"
         model = model_class(config).float().eval()
-        fill(model, generator, spec.get("ties", False))
+        fill(model, generator, spec.get("ties", False), spec["stored"])
         if spec.get("spread"):
             spread(model)
         tensors = published_tensors(model)
@@ -486,9 +520,13 @@ def random_models(names):
             if key.endswith("e_score_correction_bias"):
                 stored[key] = tensor.float()
             elif spec["stored"] == "fp8" and is_fp8(key, tensor):
-                stored[key], stored[key + "_scale_inv"], tensors[key] = quantise(tensor, spec["blocks"])
+                ue8m0 = spec.get("scales") == "ue8m0"
+                stored[key], scales, tensors[key] = quantise(tensor, spec["blocks"], ue8m0)
+                as_e8m0 = ue8m0 and len(stored) % 2 == 0
+                stored[key + "_scale_inv"] = scales.to(torch.float8_e8m0fnu) if as_e8m0 else scales
+                assert torch.equal(stored[key + "_scale_inv"].float(), scales)
             else:
-                stored[key] = tensor.bfloat16()
+                stored[key] = tensor.to(DTYPES[spec["stored"]][0])
         if spec["stored"] == "fp8":
             put_back(model, tensors)
         if spec.get("mtp"):

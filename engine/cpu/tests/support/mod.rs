@@ -12,17 +12,21 @@ use engine_memory::ResidentDtype;
 use serde::Deserialize;
 
 /// The random models.
-pub const MODELS: [&str; 11] = [
+pub const MODELS: [&str; 15] = [
     "v2-lite",
     "v2-groups",
     "v3-groups",
     "v3-mtp",
     "v3-fp8",
+    "v31-ue8m0",
+    "kimi-k2",
     "qwen2",
     "qwen2-fp8",
     "llama",
     "llama-tied",
+    "llama-fp16",
     "qwen3",
+    "qwen3-fp32",
     "qwen3-moe",
 ];
 
@@ -39,6 +43,7 @@ pub struct Prompt {
     pub tokens: Vec<u32>,
     pub positions: Vec<usize>,
     pub logits: Vec<Vec<f32>>,
+    #[serde(default)]
     pub greedy: Vec<u32>,
 }
 
