@@ -44,6 +44,7 @@ fatbins! {
     "grouped_gemm_fp8": ["grouped_gemm_fp8_stream16", "grouped_gemm_fp8_tile"],
     "hopper_gemm_bf16": ["hopper_gemm_bf16"],
     "hopper_gemm_fp8": ["hopper_gemm_fp8"],
+    "logprobs_f32": ["logprobs_f32"],
     "mla_cache_write_bf16": ["mla_cache_write_bf16"],
     "mla_combine_bf16": ["mla_combine_bf16"],
     "mla_decode_bf16": ["mla_decode_bf16_512_64", "mla_decode_bf16_64_32"],
@@ -53,6 +54,8 @@ fatbins! {
     "rms_norm_bf16": ["rms_norm_bf16"],
     "rms_norm_fp8": ["rms_norm_fp8"],
     "rope_bf16": ["rope_bf16"],
+    "sample_adjust_f32": ["sample_adjust_f32"],
+    "sample_f32": ["sample_f32"],
     "swiglu_bf16": ["swiglu_bf16"],
     "swiglu_fp8": ["swiglu_fp8"],
 }

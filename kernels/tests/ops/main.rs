@@ -11,4 +11,5 @@ mod grouped;
 mod harness;
 mod mutation;
 mod rows;
+mod sampling;
 mod streams;

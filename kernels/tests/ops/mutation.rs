@@ -136,6 +136,30 @@ const TARGETS: &[Target] = &[
         tests: &["grouped::grouped_decode", "grouped::a_grouped"],
     },
     Target {
+        file: "cuda/sm80/sample.h",
+        sources: &["sample_f32", "logprobs_f32"],
+        tests: &[
+            "sampling::sampling",
+            "sampling::a_row",
+            "sampling::logprobs",
+        ],
+    },
+    Target {
+        file: "cuda/sm80/sample_adjust_f32.cu",
+        sources: &["sample_adjust_f32"],
+        tests: &["sampling::adjusted"],
+    },
+    Target {
+        file: "cuda/sm80/sample_f32.cu",
+        sources: &["sample_f32"],
+        tests: &["sampling::sampling", "sampling::a_row"],
+    },
+    Target {
+        file: "cuda/sm80/logprobs_f32.cu",
+        sources: &["logprobs_f32"],
+        tests: &["sampling::logprobs"],
+    },
+    Target {
         file: "cuda/sm80/mla_prefill_bf16.cu",
         sources: &["mla_prefill_bf16"],
         tests: &["attention::prefill"],
