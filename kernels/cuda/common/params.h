@@ -99,6 +99,9 @@ struct RopeParams {
 };
 static_assert(sizeof(RopeParams) == 56, "src/params.rs mirrors this");
 
+// Bytes of a token in the fp8 form of the latent cache: codes, a float32 scale per 128 of them, bf16 rotary values.
+CONSTANT int mla_fp8_row_bytes(int latent, int rotary) { return latent + latent / QUANT_GROUP * 4 + rotary * 2; }
+
 // cache[slot] = { norm(kv[:latent]) * weight, rope(kv[latent:latent + rotary]) }
 struct CacheWriteParams {
     const bf16* kv; // [rows, kv_stride]
@@ -106,7 +109,7 @@ struct CacheWriteParams {
     const int32_t* positions;
     const int64_t* slots; // block * block_size + offset; negative writes nothing
     const float* table;   // [positions_max, rotary / 2, {cos, sin}]
-    bf16* cache;          // [slots_count, latent + rotary]
+    void* cache;          // bf16 [slots_count, latent + rotary], or slots_count rows of the fp8 form
     int64_t slots_count;
     int32_t rows, kv_stride, latent, rotary, positions_max;
     float eps;
@@ -117,7 +120,7 @@ static_assert(sizeof(CacheWriteParams) == 80, "src/params.rs mirrors this");
 struct MlaDecodeParams {
     const bf16* q_latent; // [rows, ql_row], heads ql_head apart
     const bf16* q_rope;   // [rows, qr_row], heads qr_head apart
-    const bf16* cache;    // [blocks, block_size, latent + rotary]
+    const void* cache;    // bf16 [blocks, block_size, latent + rotary], or such rows of the fp8 form
     const int32_t* blocks; // [rows, blocks_stride]
     const int32_t* lengths; // [rows] tokens to attend to
     float* partial;        // [rows, heads, splits, latent]

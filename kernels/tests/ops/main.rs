@@ -6,6 +6,7 @@
 mod attention;
 mod experts;
 mod faults;
+mod fp8_cache;
 mod gemms;
 mod grouped;
 mod harness;

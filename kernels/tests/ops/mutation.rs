@@ -111,14 +111,23 @@ const TARGETS: &[Target] = &[
         tests: &["attention::rope", "attention::a_position"],
     },
     Target {
-        file: "cuda/sm80/mla_cache_write_bf16.cu",
-        sources: &["mla_cache_write_bf16"],
-        tests: &["attention::the_cache"],
+        file: "cuda/sm80/mla_cache_write.h",
+        sources: &["mla_cache_write_bf16", "mla_cache_write_fp8"],
+        tests: &["attention::the_cache", "fp8_cache::a_row"],
     },
     Target {
-        file: "cuda/sm80/mla_decode_bf16.cu",
-        sources: &["mla_decode_bf16", "mla_combine_bf16"],
-        tests: &["attention::decode", "attention::a_decoded"],
+        file: "cuda/sm80/mla_decode.h",
+        sources: &[
+            "mla_decode_bf16",
+            "mla_decode_fp8",
+            "mla_combine_bf16",
+            "copy_blocks",
+        ],
+        tests: &[
+            "attention::decode",
+            "attention::a_decoded",
+            "fp8_cache::decode",
+        ],
     },
     Target {
         file: "cuda/sm80/mla_combine_bf16.cu",
