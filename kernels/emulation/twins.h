@@ -74,6 +74,10 @@ inline float exp_exact(float a) { return std::exp(a); }
 inline float exp2_fast(float a) { return std::exp2(a); }
 inline float log2_exact(float a) { return std::log2(a); }
 inline float log_exact(float a) { return std::log(a); }
+inline double exp_double(double a) { return std::exp(a); }
+inline double log_double(double a) { return std::log(a); }
+inline void atomic_add(uint32_t* to, uint32_t value) { __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
+inline void atomic_or(uint32_t* to, uint32_t value) { __atomic_fetch_or(to, value, __ATOMIC_RELAXED); }
 
 inline float float_from(bf16 value) { return float_of(uint32_t(value.bits) << 16); }
 inline bf16 bf16_from(float value) {

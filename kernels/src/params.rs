@@ -72,11 +72,13 @@ macro_rules! params {
 }
 
 mod attention;
+mod sampling;
 
 pub use attention::{
     CacheWriteParams, GqaCacheWriteParams, GqaDecodeParams, MlaCombineParams, MlaDecodeParams,
     MlaPrefillParams,
 };
+pub use sampling::{LogprobsParams, SAMPLE_NUMBERS, SampleAdjustParams, SampleParams};
 
 params!(
     /// `out[row] = table[tokens[row]]`.

@@ -8,10 +8,13 @@ use std::fmt;
 use thiserror::Error;
 
 mod attention;
+mod sampling;
 
 pub use attention::{
-    gqa_cache_write, gqa_decode, mla_cache_write, mla_combine, mla_decode, mla_prefill, mla_splits,
+    gqa_cache_write, gqa_decode, mla_cache_write, mla_combine, mla_decode, mla_prefill,
+    mla_row_bytes, mla_splits,
 };
+pub use sampling::{logprobs, mask_words, sample, sample_adjust};
 
 /// A kernel to launch and how; the arguments are in [`crate::params`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

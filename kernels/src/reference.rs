@@ -205,6 +205,67 @@ pub fn attend(
     (out, top + sum.ln())
 }
 
+/// How a row is sampled.
+#[derive(Clone, Copy, Debug)]
+pub struct Sampling {
+    /// Below 1e-5 is greedy.
+    pub temperature: f32,
+    /// 1 keeps all.
+    pub top_p: f32,
+    /// 0 keeps all.
+    pub min_p: f32,
+    /// 0 keeps all.
+    pub top_k: usize,
+}
+
+impl Sampling {
+    /// The token that `draw` in `[0, 1)` falls on. Untruncated rows are cut in the order of tokens, truncated ones in the
+    /// order of rank, as the engine's sampler does.
+    pub fn choose(&self, logits: &[f32], draw: f64) -> Option<usize> {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+        let best = logits[*order.first()?];
+        if best == f32::NEG_INFINITY {
+            return None;
+        }
+        if self.temperature < 1e-5 {
+            return order.first().copied();
+        }
+        let scale = 1.0 / f64::from(self.temperature);
+        let weight = |token: &usize| (f64::from(logits[*token] - best) * scale).exp();
+        if self.top_k == 0 && self.min_p == 0.0 && self.top_p >= 1.0 {
+            order.sort_unstable();
+        } else {
+            order.retain(|token| weight(token) >= f64::from(self.min_p));
+            if self.top_k > 0 {
+                order.truncate(self.top_k);
+            }
+            if self.top_p < 1.0 {
+                let goal = order.iter().map(weight).sum::<f64>() * f64::from(self.top_p);
+                let mut sum = 0.0;
+                let reached = order.iter().position(|token| {
+                    sum += weight(token);
+                    sum >= goal
+                });
+                order.truncate(reached.map_or(order.len(), |at| at + 1));
+            }
+        }
+        let goal = draw * order.iter().map(weight).sum::<f64>();
+        let mut sum = 0.0;
+        let found = order.iter().copied().find(|token| {
+            sum += weight(token);
+            sum > goal
+        });
+        found.or_else(|| {
+            order
+                .iter()
+                .rev()
+                .copied()
+                .find(|token| weight(token) > 0.0)
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

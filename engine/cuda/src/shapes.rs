@@ -144,9 +144,9 @@ fn of_latent(
     } = *attention;
     Ok([
         plan::rope(rows, heads, rope)?,
-        plan::mla_cache_write(rows, latent, rope)?,
+        plan::mla_cache_write(Format::Bf16, rows, latent, rope)?,
         plan::gemm(Format::Bf16, rows, latent, nope, heads)?,
-        plan::mla_decode(rows, heads, latent, rope, limits.splits_max())?,
+        plan::mla_decode(Format::Bf16, rows, heads, latent, rope, limits.splits_max())?,
         plan::mla_combine(rows, heads)?,
         plan::gemm(Format::Bf16, rows, value, latent, heads)?,
     ])

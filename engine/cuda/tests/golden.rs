@@ -22,6 +22,8 @@ use support::{
 const TRAINED_TOLERANCE: f32 = 1e-2;
 /// Random layers amplify it. Measured: 3.3e-2; the CPU has up to 1.7e-2 there.
 const TOLERANCE: f32 = 5e-2;
+/// Measured: 2.0e-2.
+const GROUPED_TOLERANCE: f32 = 3e-2;
 /// e4m3 keeps 3 bits of an activation; where that tips a near tie of the gate a row differs much more than others, so the
 /// mean counts. Measured: 0.12, and 0.21 when every expert has the first one's scales. The reference itself moves by 0.1
 /// when its activations are rounded like that.
@@ -112,12 +114,10 @@ const GROUPED: [&str; 4] = ["llama-cuda", "qwen2-cuda", "qwen3-cuda", "qwen3-moe
 #[test]
 fn families_of_grouped_attention_stay_close_to_transformers() {
     for model in GROUPED {
-        let Some(mut errors) = of_random_model(model, Dtype::Auto, false) else {
+        let Some(errors) = of_random_model(model, Dtype::Auto, false) else {
             return;
         };
-        errors.sort_by(f32::total_cmp);
-        let most = errors[errors.len() * 9 / 10 - 1];
-        assert!(most <= TOLERANCE, "{model}: {errors:?}");
+        assert!(worst(&errors) <= GROUPED_TOLERANCE, "{model}: {errors:?}");
     }
 }
 

@@ -7,7 +7,7 @@ mod support;
 use engine_core::BatchEntry;
 use engine_cuda::{CudaExecutor, CudaLimits};
 use engine_memory::ResidentDtype;
-use support::{bits, entry, gpu, limits, load, prefill, step, trained_model};
+use support::{bits, entry, gpu, limits, load, prefill, random_model, step, trained_model};
 
 fn with(change: impl FnOnce(&mut CudaLimits)) -> Option<CudaExecutor> {
     let mut limits = limits(ResidentDtype::Bfloat16);
@@ -183,4 +183,46 @@ fn split_contexts_give_the_same_bytes_in_chunks_and_token_by_token() {
     let whole = feed(&mut executor, &[128, 128, 128, 128, 18], &blocks);
     let cut = feed(&mut executor, &[128, 128, 128, 127, 17, 1, 1], &other);
     assert_eq!(whole, cut);
+}
+
+/// The same of grouped-query attention: chunks, company, graphs, turns and parts change no byte.
+#[test]
+fn grouped_attention_gives_the_same_bytes_in_chunks_company_turns_and_parts() {
+    let tokens: Vec<u32> = (0..530).map(|i| (i * 29 + 3) % 90 + 2).collect();
+    let blocks: Vec<u32> = (0..40).collect();
+    let other: Vec<u32> = (0..40).map(|i| 79 - i).collect();
+    let mut rows = Vec::new();
+    for turns in [false, true] {
+        let Some(gpu) = gpu() else { return };
+        let mut limits = limits(ResidentDtype::Bfloat16);
+        limits.model_len_max = 640;
+        limits.block_size = 16;
+        limits.kv_blocks = 80;
+        if turns {
+            // Room for the parts of three rows of four heads in two parts.
+            limits.parts_bytes = 3 * 8 * 65 * 4;
+            limits.graphs = false;
+        }
+        let mut executor = load(&gpu, &random_model("llama-cuda"), limits);
+        let mut feed = |sizes: &[usize], blocks: &[u32], company: bool| {
+            let mut done = 0;
+            let mut last = Vec::new();
+            for size in sizes {
+                let mut entries = vec![entry(1, &tokens[done..done + size], done, blocks)];
+                if company && done == 0 {
+                    entries.insert(0, entry(2, &[7, 9, 11], 0, &[41]));
+                } else if company {
+                    entries.insert(0, entry(2, &[13], 3, &[41]));
+                }
+                last = step(&mut executor, entries).pop().unwrap();
+                done += size;
+            }
+            bits(&last)
+        };
+        if !turns {
+            rows.push(feed(&[128, 128, 128, 128, 18], &blocks, false));
+        }
+        rows.push(feed(&[100, 125, 125, 125, 53, 1, 1], &other, turns));
+    }
+    assert!(rows.iter().all(|row| *row == rows[0]));
 }

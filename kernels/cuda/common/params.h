@@ -99,6 +99,9 @@ struct RopeParams {
 };
 static_assert(sizeof(RopeParams) == 56, "src/params.rs mirrors this");
 
+// Bytes of a token in the fp8 form of the latent cache: codes, a float32 scale per 128 of them, bf16 rotary values.
+CONSTANT int mla_fp8_row_bytes(int latent, int rotary) { return latent + latent / QUANT_GROUP * 4 + rotary * 2; }
+
 // cache[slot] = { norm(kv[:latent]) * weight, rope(kv[latent:latent + rotary]) }
 struct CacheWriteParams {
     const bf16* kv; // [rows, kv_stride]
@@ -106,7 +109,7 @@ struct CacheWriteParams {
     const int32_t* positions;
     const int64_t* slots; // block * block_size + offset; negative writes nothing
     const float* table;   // [positions_max, rotary / 2, {cos, sin}]
-    bf16* cache;          // [slots_count, latent + rotary]
+    void* cache;          // bf16 [slots_count, latent + rotary], or slots_count rows of the fp8 form
     int64_t slots_count;
     int32_t rows, kv_stride, latent, rotary, positions_max;
     float eps;
@@ -117,7 +120,7 @@ static_assert(sizeof(CacheWriteParams) == 80, "src/params.rs mirrors this");
 struct MlaDecodeParams {
     const bf16* q_latent; // [rows, ql_row], heads ql_head apart
     const bf16* q_rope;   // [rows, qr_row], heads qr_head apart
-    const bf16* cache;    // [blocks, block_size, latent + rotary]
+    const void* cache;    // bf16 [blocks, block_size, latent + rotary], or such rows of the fp8 form
     const int32_t* blocks; // [rows, blocks_stride]
     const int32_t* lengths; // [rows] tokens to attend to
     float* partial;        // [rows, heads, splits, latent]
@@ -197,6 +200,45 @@ struct GreedyParams {
     int32_t rows, vocabulary, stride, reserved;
 };
 static_assert(sizeof(GreedyParams) == 48, "src/params.rs mirrors this");
+
+// out = logits with bias, penalties and mask of each row.
+struct SampleAdjustParams {
+    const float* logits; // [rows, stride]
+    float* out;          // [rows, stride]
+    uint32_t* counts;    // [rows, stride], scratch
+    const float* numbers; // [rows, {temperature, top_p, min_p, presence, frequency, repetition}]
+    const int32_t* tokens;  // of all rows: prompt, output, prompt, output ...
+    const int32_t* offsets; // [2 * rows + 1]: a row's prompt begins at 2 row, its output at 2 row + 1
+    const int32_t* bias_tokens;  // of all rows, each token of a row once
+    const float* bias;           // one for each
+    const int32_t* bias_offsets; // [rows + 1] or null
+    const uint32_t* mask;        // [rows, mask_stride], bit i % 32 of word i / 32 allows token i; or null
+    int32_t rows, vocabulary, stride, mask_stride;
+};
+static_assert(sizeof(SampleAdjustParams) == 96, "src/params.rs mirrors this");
+
+// chosen = the next token of each row; -1 when nothing is allowed.
+struct SampleParams {
+    const float* logits;  // [rows, stride]; minus infinity is never drawn
+    const float* numbers; // as SampleAdjustParams
+    const int32_t* top_k; // [rows]; 0 keeps all
+    const int64_t* draws; // [rows, {seed, choice, position}]
+    int32_t* chosen;
+    int32_t rows, vocabulary, stride, reserved;
+};
+static_assert(sizeof(SampleParams) == 56, "src/params.rs mirrors this");
+
+// Natural log-probabilities of the rows' tokens and of their `top` most probable ones, best first.
+struct LogprobsParams {
+    const float* logits; // [rows, stride]
+    const int32_t* tokens;
+    float* chosen;
+    int32_t* top_tokens; // [rows, top]
+    float* top_values;   // [rows, top]
+    int32_t* broken;     // first token whose logit is not finite, or -1
+    int32_t rows, vocabulary, stride, top;
+};
+static_assert(sizeof(LogprobsParams) == 64, "src/params.rs mirrors this");
 
 // Cache block pairs[i][1] = cache block pairs[i][0], in every layer.
 struct CopyBlocksParams {

@@ -22,6 +22,11 @@ DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xfffff
 DEVICE int shuffle_xor(int value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE float shuffle(float value, int source) { return __shfl_sync(0xffffffffu, value, source); }
 DEVICE int shuffle(int value, int source) { return __shfl_sync(0xffffffffu, value, source); }
+DEVICE double shuffle(double value, int source) { return __shfl_sync(0xffffffffu, value, source); }
+DEVICE double shuffle_xor(double value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+DEVICE uint64_t shuffle_xor(uint64_t value, int mask) {
+    return __shfl_xor_sync(0xffffffffu, (unsigned long long)value, mask);
+}
 DEVICE uint32_t vote(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
 DEVICE int popcount(uint32_t bits) { return __popc(bits); }
 
@@ -41,6 +46,11 @@ DEVICE float exp2_fast(float a) {
 }
 DEVICE float log2_exact(float a) { return log2f(a); }
 DEVICE float log_exact(float a) { return logf(a); }
+DEVICE double exp_double(double a) { return exp(a); }
+DEVICE double log_double(double a) { return log(a); }
+// Of whole numbers only: their sum does not depend on the order.
+DEVICE void atomic_add(uint32_t* to, uint32_t value) { atomicAdd(to, value); }
+DEVICE void atomic_or(uint32_t* to, uint32_t value) { atomicOr(to, value); }
 
 DEVICE float float_from(bf16 value) { return __uint_as_float((uint32_t)value.bits << 16); }
 DEVICE bf16 bf16_from(float value) {

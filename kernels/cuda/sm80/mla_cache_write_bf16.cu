@@ -1,35 +1,3 @@
-// Norm of the latent, rotation of the shared key part and the paged write, in one pass.
-// Bytes: rows * (latent + rotary) * 4. The norm never touches the rotary part.
-#include "rope.h"
+#include "mla_cache_write.h"
 
-constexpr int CACHE_WRITE_THREADS = 128;
-
-KERNEL(mla_cache_write_bf16, CacheWriteParams, CACHE_WRITE_THREADS) {
-    float* partial = reinterpret_cast<float*>(shared_memory());
-    const int row = block_x(), t = thread_index();
-    const int64_t slot = p.slots[row];
-    if (!within(slot, p.slots_count)) return; // the whole block: a padding row
-    const bf16* kv = p.kv + (int64_t)row * p.kv_stride;
-    bf16* to = p.cache + slot * (p.latent + p.rotary);
-    float v[8] = {}, squares = 0.f; // latent <= 1024
-    const bool inside = within(t * 8, p.latent);
-    if (inside) unpack(v, load_vector(kv + t * 8));
-#pragma unroll
-    for (int j = 0; j < 8; j++) squares = fma_rn(v[j], v[j], squares);
-    const float sum = block_sum<CACHE_WRITE_THREADS / 32>(squares, partial);
-    const float factor = div_rn(1.f, sqrt_rn(add_rn(div_rn(sum, (float)p.latent), p.eps)));
-    if (inside) {
-        float w[8];
-        unpack(w, load_vector(p.weight + t * 8));
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = mul_rn(mul_rn(v[j], factor), w[j]);
-        store_vector(to + t * 8, pack(v));
-    }
-    const int position = p.positions[row], half = p.rotary / 2;
-    for (int pair = t; within(pair, half); pair += CACHE_WRITE_THREADS) {
-        const bf16* from = kv + p.latent + 2 * pair;
-        const Pair r = 
-            rotate(float_from(from[0]), float_from(from[1]), p.table, position, p.positions_max, half, pair);
-        *reinterpret_cast<uint32_t*>(to + p.latent + 2 * pair) = bf16_pair(r.a, r.b);
-    }
-}
+KERNEL(mla_cache_write_bf16, CacheWriteParams, CACHE_WRITE_THREADS) { mla_cache_write<false>(p); }

@@ -16,7 +16,7 @@ params!(
         slots: Address,
         /// f32 `[positions_max, rotary / 2, {cos, sin}]`.
         table: Address,
-        /// bf16 `[slots_count, latent + rotary]`.
+        /// bf16 `[slots_count, latent + rotary]`, or rows of the fp8 form.
         cache: Address,
         /// Rows of the cache.
         slots_count: i64,
@@ -42,7 +42,7 @@ params!(
         q_latent: Address,
         /// bf16 `[rows, qr_row]`.
         q_rope: Address,
-        /// bf16 `[blocks, block_size, latent + rotary]`.
+        /// bf16 `[blocks, block_size, latent + rotary]`, or such rows of the fp8 form.
         cache: Address,
         /// i32 `[rows, blocks_stride]`.
         blocks: Address,

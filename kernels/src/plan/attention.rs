@@ -2,14 +2,37 @@
 //!
 //! Invariant: a context is cut at the same places whatever else is in the step.
 
-use super::{GRID_YZ_MAX, Launch, MLA_SPLIT_TOKENS, Unsupported, check, rows_check, width_check};
+use super::{
+    Format, GRID_YZ_MAX, Launch, MLA_SPLIT_TOKENS, QUANT_GROUP, Unsupported, check, rows_check,
+    width_check,
+};
 
-/// Norm, rotation and paged write.
+/// Bytes of a token in the latent cache: bf16 values; or fp8 codes, a float32 scale per 128 of them and bf16 rotary values.
+pub fn mla_row_bytes(form: Format, latent: usize, rotary: usize) -> usize {
+    match form {
+        Format::Bf16 => 2 * (latent + rotary),
+        Format::Fp8 => latent + latent / QUANT_GROUP * 4 + rotary * 2,
+    }
+}
+
+/// Norm, rotation and paged write of a cache of the given form.
 ///
 /// # Errors
 /// A dimension that the kernel does not take.
-pub fn mla_cache_write(rows: usize, latent: usize, rotary: usize) -> Result<Launch, Unsupported> {
+pub fn mla_cache_write(
+    form: Format,
+    rows: usize,
+    latent: usize,
+    rotary: usize,
+) -> Result<Launch, Unsupported> {
     rows_check("mla_cache_write", "rows", rows)?;
+    check(
+        "mla_cache_write",
+        "latent",
+        latent,
+        form == Format::Bf16 || latent.is_multiple_of(4 * QUANT_GROUP),
+        "multiples of 512 in fp8",
+    )?;
     width_check("mla_cache_write", latent, 1024)?;
     check(
         "mla_cache_write",
@@ -19,7 +42,10 @@ pub fn mla_cache_write(rows: usize, latent: usize, rotary: usize) -> Result<Laun
         "multiples of 8",
     )?;
     Ok(Launch {
-        kernel: "mla_cache_write_bf16",
+        kernel: match form {
+            Format::Bf16 => "mla_cache_write_bf16",
+            Format::Fp8 => "mla_cache_write_fp8",
+        },
         grid: [rows as u32, 1, 1],
         threads: 128,
         shared_bytes: 16,
@@ -31,11 +57,12 @@ pub fn mla_splits(tokens: usize) -> usize {
     tokens.div_ceil(MLA_SPLIT_TOKENS).max(1)
 }
 
-/// Absorbed decode; `splits` parts, of which a sequence uses [`mla_splits`].
+/// Absorbed decode over a cache of the given form; `splits` parts, of which a sequence uses [`mla_splits`].
 ///
 /// # Errors
 /// A head shape that was not instantiated.
 pub fn mla_decode(
+    form: Format,
     rows: usize,
     heads: usize,
     latent: usize,
@@ -51,15 +78,16 @@ pub fn mla_decode(
         (1..=GRID_YZ_MAX).contains(&splits),
         "1 to 65535",
     )?;
-    let (kernel, shared_bytes) = match (latent, rotary) {
-        (512, 64) => ("mla_decode_bf16_512_64", 132_608),
-        (64, 32) => ("mla_decode_bf16_64_32", 25_088),
+    let (kernel, shared_bytes) = match (form, latent, rotary) {
+        (Format::Bf16, 512, 64) => ("mla_decode_bf16_512_64", 132_608),
+        (Format::Bf16, 64, 32) => ("mla_decode_bf16_64_32", 25_088),
+        (Format::Fp8, 512, 64) => ("mla_decode_fp8_512_64", 120_832),
         _ => {
             return Err(Unsupported {
                 operation: "mla_decode",
                 field: "latent",
                 value: latent,
-                allowed: "latent 512 with rotary 64, or 64 with 32",
+                allowed: "latent 512 with rotary 64, or in bf16 64 with 32",
             });
         }
     };

@@ -5,7 +5,7 @@ use kernels::driver::Buffer;
 use kernels::params::{
     CacheWriteParams, MlaCombineParams, MlaDecodeParams, MlaPrefillParams, RopeParams,
 };
-use kernels::plan;
+use kernels::plan::{self, Format};
 use kernels::reference;
 
 use crate::harness::{BF16, Lab, close, on_every_schedule};
@@ -129,7 +129,7 @@ fn the_cache_row_is_normed_rotated_and_put_in_its_slot() {
             let (d_positions, d_table) = (lab.upload(&positions), lab.upload(&angles));
             let cache = lab.poisoned(slots_count * width * 2);
             lab.run(
-                &plan::mla_cache_write(rows, latent, rotary).expect("a plan"),
+                &plan::mla_cache_write(Format::Bf16, rows, latent, rotary).expect("a plan"),
                 &CacheWriteParams {
                     kv: d_kv.address(),
                     weight: d_weight.address(),
@@ -271,7 +271,8 @@ impl Decode {
         let lse = lab.poisoned(count * heads * splits * 4);
         let out = lab.poisoned(count * heads * self.latent * 2);
         lab.run(
-            &plan::mla_decode(count, heads, self.latent, self.rotary, splits).expect("a plan"),
+            &plan::mla_decode(Format::Bf16, count, heads, self.latent, self.rotary, splits)
+                .expect("a plan"),
             &MlaDecodeParams {
                 q_latent: d_queries.address(),
                 q_rope: d_queries.address().offset(self.latent as u64 * 2),

@@ -6,9 +6,11 @@
 mod attention;
 mod experts;
 mod faults;
+mod fp8_cache;
 mod gemms;
 mod grouped;
 mod harness;
 mod mutation;
 mod rows;
+mod sampling;
 mod streams;

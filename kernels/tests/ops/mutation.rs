@@ -111,14 +111,23 @@ const TARGETS: &[Target] = &[
         tests: &["attention::rope", "attention::a_position"],
     },
     Target {
-        file: "cuda/sm80/mla_cache_write_bf16.cu",
-        sources: &["mla_cache_write_bf16"],
-        tests: &["attention::the_cache"],
+        file: "cuda/sm80/mla_cache_write.h",
+        sources: &["mla_cache_write_bf16", "mla_cache_write_fp8"],
+        tests: &["attention::the_cache", "fp8_cache::a_row"],
     },
     Target {
-        file: "cuda/sm80/mla_decode_bf16.cu",
-        sources: &["mla_decode_bf16", "mla_combine_bf16"],
-        tests: &["attention::decode", "attention::a_decoded"],
+        file: "cuda/sm80/mla_decode.h",
+        sources: &[
+            "mla_decode_bf16",
+            "mla_decode_fp8",
+            "mla_combine_bf16",
+            "copy_blocks",
+        ],
+        tests: &[
+            "attention::decode",
+            "attention::a_decoded",
+            "fp8_cache::decode",
+        ],
     },
     Target {
         file: "cuda/sm80/mla_combine_bf16.cu",
@@ -134,6 +143,30 @@ const TARGETS: &[Target] = &[
         file: "cuda/sm80/gqa_decode_bf16.cu",
         sources: &["gqa_decode_bf16", "mla_combine_bf16"],
         tests: &["grouped::grouped_decode", "grouped::a_grouped"],
+    },
+    Target {
+        file: "cuda/sm80/sample.h",
+        sources: &["sample_f32", "logprobs_f32"],
+        tests: &[
+            "sampling::sampling",
+            "sampling::a_row",
+            "sampling::logprobs",
+        ],
+    },
+    Target {
+        file: "cuda/sm80/sample_adjust_f32.cu",
+        sources: &["sample_adjust_f32"],
+        tests: &["sampling::adjusted"],
+    },
+    Target {
+        file: "cuda/sm80/sample_f32.cu",
+        sources: &["sample_f32"],
+        tests: &["sampling::sampling", "sampling::a_row"],
+    },
+    Target {
+        file: "cuda/sm80/logprobs_f32.cu",
+        sources: &["logprobs_f32"],
+        tests: &["sampling::logprobs"],
     },
     Target {
         file: "cuda/sm80/mla_prefill_bf16.cu",

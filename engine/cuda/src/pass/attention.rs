@@ -121,7 +121,8 @@ impl Pass<'_> {
             positions_max: self.positions_max as i32,
             eps: attention.kv_norm.epsilon,
         };
-        let launch = plan::mla_cache_write(self.rows, attention.latent, attention.rope)?;
+        let launch =
+            plan::mla_cache_write(Format::Bf16, self.rows, attention.latent, attention.rope)?;
         self.launch(&launch, &params)
     }
 
@@ -243,7 +244,7 @@ impl Pass<'_> {
             scale,
             reserved: 0,
         };
-        let launch = plan::mla_decode(run.rows, heads, latent, rope, run.splits)?;
+        let launch = plan::mla_decode(Format::Bf16, run.rows, heads, latent, rope, run.splits)?;
         self.launch(&launch, &decode)?;
         self.merge(heads, latent, run, Slot::LatentValue)
     }
