@@ -14,6 +14,7 @@
 
 pub(crate) mod attend;
 pub(crate) mod paired;
+pub(crate) mod panel;
 
 use half::bf16;
 

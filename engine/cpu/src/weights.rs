@@ -1,8 +1,9 @@
 //! Weights in the form the kernels read.
 //!
-//! Matrices are float32 or bfloat16, row-major, as `[out, in]`. Norms, gates and biases are float32. The key-value
-//! up-projection is held per head as a transposed key part and a value part, ready for absorbed attention; it takes
-//! exactly the bytes of the stored matrix.
+//! Matrices `[out, in]` are float32, row-major, or bfloat16, in panels (see [`crate::packed`]); an embedding that is not
+//! the head, too, is only looked up, and row-major. Norms, gates and biases are float32. The key-value up-projection is
+//! held per head as a transposed key part and a value part, ready for absorbed attention; it takes exactly the bytes of
+//! the stored matrix.
 
 use std::sync::OnceLock;
 
@@ -11,9 +12,10 @@ use engine_memory::ResidentDtype;
 use engine_model::{Attention, LatentAttention, Model, TensorRole, WeightId};
 use half::bf16;
 
+use crate::packed::Packed;
 use crate::pool::Pool;
 
-/// A row-major matrix.
+/// A matrix, or several of the same shape.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Matrix {
     pub rows: usize,
@@ -24,8 +26,12 @@ pub(crate) struct Matrix {
 /// Elements of a matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Values {
+    /// Row-major.
     F32(Vec<f32>),
+    /// Row-major; only for looking rows up.
     Bf16(Vec<bf16>),
+    /// In panels, for products.
+    Packed(Packed),
 }
 
 impl Values {
@@ -33,11 +39,13 @@ impl Values {
         match self {
             Self::F32(values) => values.len() * 4,
             Self::Bf16(values) => values.len() * 2,
+            Self::Packed(packed) => packed.bytes(),
         }
     }
 }
 
 impl Matrix {
+    /// Row-major.
     fn new(tensor: &StoredTensor<'_>, wide: bool) -> Self {
         let (rows, columns) = match tensor.spec.shape.as_slice() {
             [length] => (1, *length),
@@ -55,6 +63,29 @@ impl Matrix {
             values,
         }
     }
+
+    /// The same, ready for products.
+    fn packed(self) -> Self {
+        let values = match self.values {
+            Values::Bf16(values) => Values::Packed(Packed::new(&values, self.rows, self.columns)),
+            other => other,
+        };
+        Self { values, ..self }
+    }
+
+    /// Widens a row.
+    pub fn read_row(&self, row: usize, to: &mut [f32]) {
+        let at = row * self.columns;
+        match &self.values {
+            Values::F32(values) => to.copy_from_slice(&values[at..at + self.columns]),
+            Values::Bf16(values) => {
+                for (to, from) in to.iter_mut().zip(&values[at..at + self.columns]) {
+                    *to = from.to_f32();
+                }
+            }
+            Values::Packed(packed) => packed.unpack(row, to),
+        }
+    }
 }
 
 /// One tensor, ready for use.
@@ -62,9 +93,9 @@ impl Matrix {
 pub(crate) enum Weight {
     Matrix(Matrix),
     Absorbed {
-        /// `[heads * latent, nope]`.
+        /// `[latent, nope]` of each head.
         key: Matrix,
-        /// `[heads * value, latent]`.
+        /// `[value, latent]` of each head.
         value: Matrix,
     },
 }
@@ -103,9 +134,11 @@ impl Weights {
             source.read(model, WeightId(index as u32), &mut |tensor| {
                 let wide = wide || tensor.spec.role == TensorRole::Precise;
                 let matrix = Matrix::new(tensor, wide);
+                let id = WeightId(index as u32);
                 let weight = match absorbed[index] {
                     Some(attention) => absorb(&matrix, attention),
-                    None => Weight::Matrix(matrix),
+                    None if id == model.embedding && id != model.head => Weight::Matrix(matrix),
+                    None => Weight::Matrix(matrix.packed()),
                 };
                 // Each index is visited once, so the slot is empty.
                 let _ = slots[index].set(weight);
@@ -139,6 +172,11 @@ impl Weights {
         self.0.iter().map(|weight| size(weight) as u64).sum()
     }
 
+    /// Whether products with a tensor read activations that were rounded to bfloat16.
+    pub fn is_packed(&self, id: WeightId) -> bool {
+        matches!(self.matrix(id).values, Values::Packed(_))
+    }
+
     /// A tensor used as a plain matrix.
     pub fn matrix(&self, id: WeightId) -> &Matrix {
         match &self.0[id.index()] {
@@ -152,7 +190,7 @@ impl Weights {
     pub fn precise(&self, id: WeightId) -> &[f32] {
         match &self.matrix(id).values {
             Values::F32(values) => values,
-            Values::Bf16(_) => &[],
+            Values::Bf16(_) | Values::Packed(_) => &[],
         }
     }
 
@@ -166,14 +204,7 @@ impl Weights {
 }
 
 fn absorb(up: &Matrix, attention: &LatentAttention) -> Weight {
-    let LatentAttention {
-        heads,
-        nope,
-        value,
-        latent,
-        ..
-    } = *attention;
-    let split = |values: &Values| match values {
+    let (key, value) = match &up.values {
         Values::F32(values) => {
             let (key, value) = split_heads(values, attention);
             (Values::F32(key), Values::F32(value))
@@ -182,19 +213,16 @@ fn absorb(up: &Matrix, attention: &LatentAttention) -> Weight {
             let (key, value) = split_heads(values, attention);
             (Values::Bf16(key), Values::Bf16(value))
         }
+        packed @ Values::Packed(_) => (packed.clone(), packed.clone()),
     };
-    let (key_values, value_values) = split(&up.values);
+    let matrix = |rows, columns, values| Matrix {
+        rows,
+        columns,
+        values,
+    };
     Weight::Absorbed {
-        key: Matrix {
-            rows: heads * latent,
-            columns: nope,
-            values: key_values,
-        },
-        value: Matrix {
-            rows: heads * value,
-            columns: latent,
-            values: value_values,
-        },
+        key: matrix(attention.latent, attention.nope, key).packed(),
+        value: matrix(attention.value, attention.latent, value).packed(),
     }
 }
 

@@ -10,7 +10,7 @@ const HALF: usize = LANES / 2;
 
 /// See [`Lanes`]; needs `avx2` and `fma`.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(__m256, __m256);
+pub(crate) struct Avx2(pub(super) __m256, pub(super) __m256);
 
 /// Sum of eight lanes in the order of [`Lanes::sum`].
 ///

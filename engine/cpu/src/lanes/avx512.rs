@@ -8,7 +8,7 @@ use super::Lanes;
 
 /// See [`Lanes`]; needs `avx512f`, `avx512bw`, `avx512dq` and `avx512vl`.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512(pub(super) __m512);
 
 #[inline(always)]
 fn mask(count: usize) -> u16 {

@@ -8,7 +8,7 @@ use super::{LANES, Lanes};
 
 /// See [`Lanes`].
 #[derive(Clone, Copy)]
-pub(crate) struct Portable([f32; LANES]);
+pub(crate) struct Portable(pub(super) [f32; LANES]);
 
 impl Portable {
     #[inline(always)]
