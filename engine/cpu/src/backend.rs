@@ -3,6 +3,10 @@
 //! Invariant: buffers are allocated once, for the largest step; a step only fills a prefix of each. The rows of a step
 //! are its tokens in batch order. All caches are written before any row of a layer attends, so a token of a chunk sees
 //! its predecessors in the same chunk in the same rounded form in which a later step would.
+//!
+//! Surprise: activations are rounded to bfloat16 once, where they are, by the first product with packed weights that
+//! reads them. What needs them in float32 comes before; a buffer knows in which form it is, and reading it in the other
+//! is a panic.
 
 #![allow(unsafe_code)]
 
@@ -22,7 +26,7 @@ use crate::cache::Cache;
 use crate::compute::{Area, Compute, Job, Shared};
 use crate::kernels::{AddScaled, RmsNorm, Rows, SiluProduct};
 use crate::pool::WorkerPanic;
-use crate::weights::{Values, Weights};
+use crate::weights::Weights;
 
 /// Values of an elementwise task.
 const SPAN: usize = 8 * 1024;
@@ -61,6 +65,8 @@ impl Step {
 struct Buffer {
     width: usize,
     values: Vec<f32>,
+    /// Each row's values are bfloat16, in the first half of their room.
+    is_rounded: bool,
 }
 
 /// See the module's description.
@@ -91,6 +97,7 @@ impl CpuBackend {
             Buffer {
                 width,
                 values: vec![0.0; width * tokens_max],
+                is_rounded: false,
             }
         });
         Self {
@@ -133,9 +140,51 @@ impl CpuBackend {
         self.step.tokens.len()
     }
 
-    fn area(&mut self, slot: Slot) -> Area {
+    /// A slot to write to.
+    fn fresh(&mut self, slot: Slot) -> Area {
         let buffer = &mut self.slots[slot as usize];
+        buffer.is_rounded = false;
         Area::new(&mut buffer.values, buffer.width)
+    }
+
+    /// A slot's float32 values.
+    fn wide(&mut self, slot: Slot) -> Area {
+        let buffer = &mut self.slots[slot as usize];
+        assert!(!buffer.is_rounded, "{slot:?} was rounded already");
+        Area::new(&mut buffer.values, buffer.width)
+    }
+
+    /// A slot's values, rounded or not.
+    fn as_they_are(&mut self, slot: Slot) -> Area {
+        let buffer = &mut self.slots[slot as usize];
+        let area = Area::new(&mut buffer.values, buffer.width);
+        if buffer.is_rounded {
+            area.rounded()
+        } else {
+            area
+        }
+    }
+
+    /// A slot's values, rounded where they are.
+    fn rounded(&mut self, slot: Slot) -> Result<Area, WorkerPanic> {
+        let rows = self.rows();
+        let area = self.as_they_are(slot);
+        if area.is_rounded {
+            return Ok(area);
+        }
+        let buffer = &mut self.slots[slot as usize];
+        buffer.is_rounded = true;
+        // SAFETY: the slot holds the step's rows.
+        unsafe { self.compute.round(area, rows, buffer.width)? };
+        Ok(area.rounded())
+    }
+
+    /// A slot's values in a form that products with all of `weights` read.
+    fn factors(&mut self, slot: Slot, weights: &[WeightId]) -> Result<Area, WorkerPanic> {
+        if weights.iter().any(|id| self.weights.is_packed(*id)) {
+            return self.rounded(slot);
+        }
+        Ok(self.as_they_are(slot))
     }
 
     /// Silu products of `count` values of three adjoining parts of the MLP scratch, `part` values each.
@@ -171,25 +220,18 @@ impl Backend for CpuBackend {
         }
         let matrix = self.weights.matrix(table);
         let hidden = &mut self.slots[Slot::Hidden as usize].values;
-        let columns = matrix.columns;
-        for (row, token) in hidden.chunks_exact_mut(columns).zip(&self.step.tokens) {
-            let at = *token as usize * columns;
-            match &matrix.values {
-                Values::Integer(integers) => integers.read_row(*token as usize, row),
-                Values::F32(values) => row.copy_from_slice(&values[at..at + columns]),
-                Values::Bf16(values) => {
-                    for (to, from) in row.iter_mut().zip(&values[at..at + columns]) {
-                        *to = from.to_f32();
-                    }
-                }
-            }
+        for (row, token) in hidden
+            .chunks_exact_mut(matrix.columns)
+            .zip(&self.step.tokens)
+        {
+            matrix.read_row(*token as usize, row);
         }
         Ok(())
     }
 
     fn norm(&mut self, norm: &Norm, from: Slot, to: Slot) -> Result<(), WorkerPanic> {
         let rows = self.rows();
-        let (input, out) = (self.area(from), self.area(to));
+        let (input, out) = (self.wide(from), self.fresh(to));
         let weight = self.weights.precise(norm.weight);
         let weight_start = Shared(weight.as_ptr().cast_mut());
         let kernel = |row: usize| RmsNorm {
@@ -205,21 +247,22 @@ impl Backend for CpuBackend {
 
     fn linear(&mut self, weight: WeightId, from: Slot, to: Slot) -> Result<(), WorkerPanic> {
         let count = self.rows();
-        let (input, out) = (self.area(from), self.area(to));
+        let (input, out) = (self.factors(from, &[weight])?, self.fresh(to));
         let matrix = self.weights.matrix(weight);
-        let job = Job::whole(matrix, input, Rows::From(0), count, out);
+        let job = Job::new(matrix, input, Rows::From(0), count, out);
         // SAFETY: different slots of the widths that the model planned for this weight.
         unsafe { self.compute.products(&[job]) }
     }
 
     fn mlp(&mut self, mlp: &GatedMlp, from: Slot, to: Slot) -> Result<(), WorkerPanic> {
         let rows = self.rows();
-        let (input, out) = (self.area(from), self.area(to));
+        let (input, out) = (self.factors(from, &[mlp.gate, mlp.up])?, self.fresh(to));
         let part = rows * mlp.inner;
         let gate = Area::new(&mut self.mlp, mlp.inner);
+        let mut product = gate.skip(2 * part);
         let job = |weight: WeightId, input: Area, out: Area| {
             let matrix = self.weights.matrix(weight);
-            Job::whole(matrix, input, Rows::From(0), rows, out)
+            Job::new(matrix, input, Rows::From(0), rows, out)
         };
         let jobs = [
             job(mlp.gate, input, gate),
@@ -228,8 +271,13 @@ impl Backend for CpuBackend {
         // SAFETY: gate and up go to different parts of the scratch, which holds three parts of `rows * inner`.
         unsafe { self.compute.products(&jobs)? };
         self.activate(gate, part, part)?;
+        if self.weights.is_packed(mlp.down) {
+            // SAFETY: the third part.
+            unsafe { self.compute.round(product, rows, mlp.inner)? };
+            product = product.rounded();
+        }
         let matrix = self.weights.matrix(mlp.down);
-        let down = Job::whole(matrix, gate.skip(2 * part), Rows::From(0), rows, out);
+        let down = Job::new(matrix, product, Rows::From(0), rows, out);
         // SAFETY: from the scratch to a slot.
         unsafe { self.compute.products(&[down]) }
     }
@@ -260,7 +308,7 @@ impl Backend for CpuBackend {
 
     fn add(&mut self, from: Slot, to: Slot) -> Result<(), WorkerPanic> {
         let count = self.rows() * self.slots[to as usize].width;
-        let (term, sum) = (self.area(from).start, self.area(to).start);
+        let (term, sum) = (self.wide(from).start, self.wide(to).start);
         let kernel = |task: usize| {
             let at = task * SPAN;
             AddScaled {
@@ -275,20 +323,16 @@ impl Backend for CpuBackend {
     }
 
     fn head(&mut self, norm: &Norm, table: WeightId) -> Result<(), WorkerPanic> {
-        self.head_through(norm, table, Slot::Normed)
+        self.norm_wanted(norm, Slot::Normed)?;
+        self.project_wanted(table)
     }
 }
 
 impl CpuBackend {
-    /// The head, with the normed rows in `normed`.
-    fn head_through(
-        &mut self,
-        norm: &Norm,
-        table: WeightId,
-        normed: Slot,
-    ) -> Result<(), WorkerPanic> {
+    /// `to` = the normed hidden states of the rows that want logits, in their order.
+    fn norm_wanted(&mut self, norm: &Norm, to: Slot) -> Result<(), WorkerPanic> {
         let count = self.step.wanted.len();
-        let (hidden, normed) = (self.area(Slot::Hidden), self.area(normed));
+        let (hidden, normed) = (self.wide(Slot::Hidden), self.fresh(to));
         let weight = self.weights.precise(norm.weight);
         let weight_start = Shared(weight.as_ptr().cast_mut());
         let wanted = &self.step.wanted;
@@ -302,11 +346,23 @@ impl CpuBackend {
         // SAFETY: each task writes its own row of another slot than it reads.
         unsafe {
             self.compute
-                .kernels(count, count * weight.len() * 2, &kernel)?;
+                .kernels(count, count * weight.len() * 2, &kernel)
+        }
+    }
+
+    /// Logits of the first rows of [`Slot::Normed`], as many as want them.
+    fn project_wanted(&mut self, table: WeightId) -> Result<(), WorkerPanic> {
+        let count = self.step.wanted.len();
+        let mut normed = self.wide(Slot::Normed);
+        if self.weights.is_packed(table) {
+            let width = self.hidden;
+            // SAFETY: the slot holds more rows than are wanted, and the next layer's norm begins it anew.
+            unsafe { self.compute.round(normed, count, width)? };
+            normed = normed.rounded();
         }
         let matrix = self.weights.matrix(table);
         let out = Area::new(self.step.logits.as_mut_slice(), matrix.rows);
-        let job = Job::whole(matrix, normed, Rows::From(0), count, out);
+        let job = Job::new(matrix, normed, Rows::From(0), count, out);
         // SAFETY: the logits have `count` rows of the table's length.
         unsafe { self.compute.products(&[job]) }
     }

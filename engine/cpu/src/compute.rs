@@ -7,27 +7,28 @@
 
 use std::cell::RefCell;
 
-use half::bf16;
-
-use crate::kernels::paired::PairedProduct;
+use crate::kernels::paired::{PairedProduct, RoundInPlace};
 use crate::kernels::quantised::IntegerProduct;
 use crate::kernels::{Isa, Kernel, Product, Rows};
+use crate::packed::{PANEL, Packed};
 use crate::pool::{Pool, WorkerPanic};
 use crate::quantised::Integers;
 use crate::weights::{Matrix, Values};
 
-/// Weight rows of a tile under few activation rows: a sequential stream of some hundred kilobytes in large models.
-const COLUMN_TILE_FEW: usize = 32;
-/// The same under many: rounding the activations of a tile is then a few hundredths of its work.
-const COLUMN_TILE_MANY: usize = 128;
-/// Weight rows of a tile of integers: whole blocks, and as many bytes.
+/// Weight rows of a tile: a panel, which is a sequential stream of some hundred kilobytes in large models.
+const COLUMN_TILE: usize = PANEL;
+/// Activation rows of a tile: they stay in the second-level cache while the weights pass.
+const ROW_TILE: usize = 128;
+/// Weight rows of a tile of integers under few activation rows: whole blocks.
 const INTEGER_TILE_FEW: usize = 64;
-/// The same under many activation rows.
+/// The same under many: quantising the activations of a tile is then a few hundredths of its work.
 const INTEGER_TILE_MANY: usize = 256;
+/// Activation rows that are many.
+const INTEGER_MANY: usize = 16;
 /// Activation rows of a tile of integers.
 const INTEGER_ROW_TILE: usize = 48;
-/// Activation rows of a tile: they stay in the first-level cache while the weights pass.
-const ROW_TILE: usize = 16;
+/// Rows that one task rounds.
+const ROUND_ROWS: usize = 16;
 /// Multiply-adds below which a region is not worth a second thread: about ten microseconds.
 const ALONE_WORK_MAX: usize = 128 * 1024;
 
@@ -68,6 +69,8 @@ impl<T> Shared<T> {
 pub(crate) struct Area {
     pub start: Shared<f32>,
     pub stride: usize,
+    /// Each row's values are bfloat16, in the first half of their room: see [`Compute::round`].
+    pub is_rounded: bool,
 }
 
 impl Area {
@@ -76,6 +79,7 @@ impl Area {
         Self {
             start: Shared(buffer.as_mut_ptr()),
             stride,
+            is_rounded: false,
         }
     }
 
@@ -83,6 +87,14 @@ impl Area {
     pub fn skip(self, offset: usize) -> Self {
         Self {
             start: Shared(self.start.at(offset)),
+            ..self
+        }
+    }
+
+    /// The same rows after [`Compute::round`].
+    pub fn rounded(self) -> Self {
+        Self {
+            is_rounded: true,
             ..self
         }
     }
@@ -99,27 +111,29 @@ impl Area {
     }
 }
 
-/// One product of a region: all its rows with all rows of a part of a matrix.
+/// One product of a region: all its rows with all rows of a matrix.
 #[derive(Clone, Copy)]
 pub(crate) struct Job<'a> {
     pub matrix: &'a Matrix,
-    /// Rows of the matrix to use.
-    pub first: usize,
-    pub columns: usize,
+    /// Which one, of several of the same shape.
+    pub part: usize,
+    /// Rounded rows for a packed matrix, float32 rows for a float32 one, either for integers.
     pub input: Area,
+    /// Values of an input row, in whichever form, before the first one of the product.
+    pub skip: usize,
     pub rows: Rows<'a>,
     pub count: usize,
     pub out: Area,
 }
 
 impl<'a> Job<'a> {
-    /// The product with all rows of `matrix`.
-    pub fn whole(matrix: &'a Matrix, input: Area, rows: Rows<'a>, count: usize, out: Area) -> Self {
+    /// The product with a single matrix.
+    pub fn new(matrix: &'a Matrix, input: Area, rows: Rows<'a>, count: usize, out: Area) -> Self {
         Self {
             matrix,
-            first: 0,
-            columns: matrix.rows,
+            part: 0,
             input,
+            skip: 0,
             rows,
             count,
             out,
@@ -128,31 +142,34 @@ impl<'a> Job<'a> {
 }
 
 impl Job<'_> {
-    fn column_tile(&self) -> usize {
-        match (&self.matrix.values, self.count < ROW_TILE) {
-            (Values::Integer(_), true) => INTEGER_TILE_FEW,
-            (Values::Integer(_), false) => INTEGER_TILE_MANY,
-            (_, true) => COLUMN_TILE_FEW,
-            (_, false) => COLUMN_TILE_MANY,
-        }
-    }
-
-    fn row_tile(&self) -> usize {
+    /// Weight and activation rows of a tile.
+    fn tile(&self) -> (usize, usize) {
         match &self.matrix.values {
-            Values::Integer(_) => INTEGER_ROW_TILE,
-            Values::F32(_) | Values::Bf16(_) => ROW_TILE,
+            Values::Integer(_) if self.count < INTEGER_MANY => (INTEGER_TILE_FEW, INTEGER_ROW_TILE),
+            Values::Integer(_) => (INTEGER_TILE_MANY, INTEGER_ROW_TILE),
+            Values::F32(_) | Values::Bf16(_) | Values::Packed(_) => (COLUMN_TILE, ROW_TILE),
         }
     }
 
     fn tiles(&self) -> (usize, usize) {
+        let (width, height) = self.tile();
         (
-            self.columns.div_ceil(self.column_tile()),
-            self.count.div_ceil(self.row_tile()),
+            self.matrix.rows.div_ceil(width),
+            self.count.div_ceil(height),
         )
     }
 
+    /// First input value of the product's row 0, whatever the form.
+    fn input_at(&self) -> *const f32 {
+        let start = self.input.start;
+        if self.input.is_rounded {
+            return start.0.cast::<u16>().wrapping_add(self.skip).cast();
+        }
+        start.at(self.skip)
+    }
+
     fn work(&self) -> usize {
-        self.columns * self.count * self.matrix.columns
+        self.matrix.rows * self.count * self.matrix.columns
     }
 
     /// # Safety
@@ -163,21 +180,12 @@ impl Job<'_> {
         columns: std::ops::Range<usize>,
         indices: std::ops::Range<usize>,
     ) {
-        let length = self.matrix.columns;
         unsafe {
             match &self.matrix.values {
-                Values::F32(values) => {
-                    let weight = values.as_ptr().add(self.first * length);
-                    isa.run(self.product(weight, columns, indices));
-                }
-                Values::Bf16(values) => {
-                    let weight = values.as_ptr().add(self.first * length);
-                    let needed = PairedProduct::scratch_length(length, indices.len());
-                    with_scratch(needed, |scratch| {
-                        isa.run_paired(self.paired(weight, columns, indices, scratch));
-                    });
-                }
+                Values::F32(values) => isa.run(self.product(values, columns, indices)),
+                Values::Packed(packed) => isa.run_paired(self.paired(packed, columns, indices)),
                 Values::Integer(integers) => {
+                    let length = self.matrix.columns;
                     let format = integers.format;
                     let needed = IntegerProduct::scratch_length(format, length, indices.len());
                     with_scratch(needed, |scratch| {
@@ -185,29 +193,28 @@ impl Job<'_> {
                             .run(self.integers(integers, columns, indices, scratch));
                     });
                 }
+                Values::Bf16(_) => unreachable!("a table that is only looked up"),
             }
         }
     }
 
-    fn paired<'a>(
-        &'a self,
-        weight: *const bf16,
+    fn paired(
+        &self,
+        packed: &Packed,
         columns: std::ops::Range<usize>,
         indices: std::ops::Range<usize>,
-        scratch: &'a mut [u16],
-    ) -> PairedProduct<'a> {
+    ) -> PairedProduct<'_> {
         PairedProduct {
-            // `bf16` is a transparent u16.
-            weight: weight.cast(),
+            weight: packed.part(self.part),
             length: self.matrix.columns,
+            height: self.matrix.rows,
             columns,
-            input: self.input.start.0,
-            input_stride: self.input.stride,
+            input: self.input_at().cast(),
+            input_stride: 2 * self.input.stride,
             rows: self.rows,
             indices,
             out: self.out.start.0,
             out_stride: self.out.stride,
-            scratch,
         }
     }
 
@@ -220,10 +227,11 @@ impl Job<'_> {
     ) -> IntegerProduct<'a> {
         IntegerProduct {
             format: integers.format,
-            blocks: integers.part(self.first).as_ptr().cast(),
+            blocks: integers.part(self.part).as_ptr().cast(),
             length: self.matrix.columns,
             columns,
-            input: self.input.start.0,
+            input: self.input_at(),
+            is_rounded: self.input.is_rounded,
             input_stride: self.input.stride,
             rows: self.rows,
             indices,
@@ -235,15 +243,16 @@ impl Job<'_> {
 
     fn product(
         &self,
-        weight: *const f32,
+        values: &[f32],
         columns: std::ops::Range<usize>,
         indices: std::ops::Range<usize>,
     ) -> Product<'_> {
+        let length = self.matrix.columns;
         Product {
-            weight,
-            length: self.matrix.columns,
+            weight: values[self.part * self.matrix.rows * length..].as_ptr(),
+            length,
             columns,
-            input: self.input.start.0,
+            input: self.input_at(),
             input_stride: self.input.stride,
             rows: self.rows,
             indices,
@@ -287,7 +296,7 @@ impl Compute {
             return self.pool.run(1, &|_| {
                 for job in jobs.get() {
                     // SAFETY: the caller's promise; this is the only task.
-                    unsafe { job.run(isa, 0..job.columns, 0..job.count) }
+                    unsafe { job.run(isa, 0..job.matrix.rows, 0..job.count) }
                 }
             });
         }
@@ -305,15 +314,35 @@ impl Compute {
                     continue;
                 }
                 let (columns, _) = job.tiles();
-                let width = job.column_tile();
+                let (width, height) = job.tile();
                 let column = tile % columns * width;
-                let height = job.row_tile();
                 let row = tile / columns * height;
-                let columns = column..job.columns.min(column + width);
+                let columns = column..job.matrix.rows.min(column + width);
                 let rows = row..job.count.min(row + height);
                 // SAFETY: the caller's promise, and each tile of a job is visited once.
                 unsafe { job.run(isa, columns, rows) }
                 return;
+            }
+        })
+    }
+
+    /// Rounds `length` values of each of `rows` rows to bfloat16 where they are: a row then holds them in its first half.
+    ///
+    /// # Safety
+    /// The area holds the rows, and nobody else touches them.
+    pub unsafe fn round(
+        &mut self,
+        area: Area,
+        rows: usize,
+        length: usize,
+    ) -> Result<(), WorkerPanic> {
+        let isa = self.isa;
+        let tasks = rows.div_ceil(ROUND_ROWS);
+        self.region(tasks, rows * length, &|task| {
+            for row in task * ROUND_ROWS..rows.min((task + 1) * ROUND_ROWS) {
+                let values = area.row(row);
+                // SAFETY: the caller's promise; each row is visited once.
+                unsafe { isa.run_paired(RoundInPlace { values, length }) };
             }
         })
     }

@@ -14,6 +14,7 @@
 
 pub(crate) mod attend;
 pub(crate) mod paired;
+pub(crate) mod panel;
 pub(crate) mod quantised;
 
 use half::bf16;

@@ -11,6 +11,7 @@ mod compute;
 mod executor;
 pub mod kernels;
 mod lanes;
+mod packed;
 mod pool;
 mod quantised;
 mod store;

@@ -34,10 +34,9 @@ pub(crate) fn block_lines(format: IntegerFormat, columns: usize) -> usize {
 }
 
 impl Integers {
-    /// The lines of the part that begins with row `first`, which must be a whole number of parts.
-    pub fn part(&self, first: usize) -> &[Line] {
+    /// The lines of a part.
+    pub fn part(&self, part: usize) -> &[Line] {
         let lines = block_lines(self.format, self.columns) * self.part_rows.div_ceil(BLOCK);
-        let part = first / self.part_rows;
         &self.lines[part * lines..(part + 1) * lines]
     }
 
@@ -45,7 +44,7 @@ impl Integers {
     pub fn read_row(&self, row: usize, out: &mut [f32]) {
         let lines = block_lines(self.format, self.columns);
         let row_of_part = row % self.part_rows;
-        let block = &self.part(row - row_of_part)[row_of_part / BLOCK * lines..][..lines];
+        let block = &self.part(row / self.part_rows)[row_of_part / BLOCK * lines..][..lines];
         let lane = row_of_part % BLOCK * 4;
         let float = |line: &Line| {
             let bytes: [u8; 4] = std::array::from_fn(|at| line.0[lane + at]);

@@ -1,8 +1,9 @@
 //! Weights in the form the kernels read.
 //!
-//! Matrices are float32 or bfloat16, row-major, as `[out, in]`, or blocks of integers (see [`crate::quantised`]). Norms, gates and biases are float32. The key-value
-//! up-projection is held per head as a transposed key part and a value part, ready for absorbed attention; it takes
-//! exactly the bytes of the stored matrix.
+//! Matrices `[out, in]` are float32, row-major, or bfloat16, in panels (see [`crate::packed`]), or blocks of integers (see
+//! [`crate::quantised`]); an embedding that is not the head, too, is only looked up, and row-major. Norms, gates and biases
+//! are float32. The key-value up-projection is held per head as a transposed key part and a value part, ready for
+//! absorbed attention; in float32 and bfloat16 it takes exactly the bytes of the stored matrix.
 
 use std::sync::OnceLock;
 
@@ -11,11 +12,12 @@ use engine_memory::ResidentDtype;
 use engine_model::{Attention, LatentAttention, Model, TensorRole, WeightId};
 use half::bf16;
 
+use crate::packed::Packed;
 use crate::pool::Pool;
 use crate::quantised::{COLUMNS_MAX, Integers, Packer};
 use crate::store::Store;
 
-/// A row-major matrix.
+/// A matrix, or several of the same shape.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Matrix {
     pub rows: usize,
@@ -26,8 +28,13 @@ pub(crate) struct Matrix {
 /// Elements of a matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Values {
+    /// Row-major.
     F32(Store<f32>),
+    /// Row-major; only for looking rows up.
     Bf16(Store<bf16>),
+    /// In panels, for products.
+    Packed(Packed),
+    /// In blocks, for products.
     Integer(Integers),
 }
 
@@ -37,12 +44,14 @@ impl Values {
         match self {
             Self::F32(values) => values.as_bytes(),
             Self::Bf16(values) => values.as_bytes(),
+            Self::Packed(packed) => packed.as_bytes(),
             Self::Integer(integers) => integers.lines.as_bytes(),
         }
     }
 }
 
 impl Matrix {
+    /// Floats row-major, integers ready for products.
     fn new(tensor: &StoredTensor<'_>, form: ResidentDtype) -> Self {
         let (rows, columns) = match tensor.spec.shape.as_slice() {
             [length] => (1, *length),
@@ -73,6 +82,30 @@ impl Matrix {
             values,
         }
     }
+
+    /// The same, ready for products.
+    fn packed(self) -> Self {
+        let values = match self.values {
+            Values::Bf16(values) => Values::Packed(Packed::new(&values, self.rows, self.columns)),
+            other => other,
+        };
+        Self { values, ..self }
+    }
+
+    /// Widens a row.
+    pub fn read_row(&self, row: usize, to: &mut [f32]) {
+        let at = row * self.columns;
+        match &self.values {
+            Values::F32(values) => to.copy_from_slice(&values[at..at + self.columns]),
+            Values::Bf16(values) => {
+                for (to, from) in to.iter_mut().zip(&values[at..at + self.columns]) {
+                    *to = from.to_f32();
+                }
+            }
+            Values::Packed(packed) => packed.unpack(row, to),
+            Values::Integer(integers) => integers.read_row(row, to),
+        }
+    }
 }
 
 /// One tensor, ready for use.
@@ -80,9 +113,9 @@ impl Matrix {
 pub(crate) enum Weight {
     Matrix(Matrix),
     Absorbed {
-        /// `[heads * latent, nope]`.
+        /// `[latent, nope]` of each head.
         key: Matrix,
-        /// `[heads * value, latent]`.
+        /// `[value, latent]` of each head.
         value: Matrix,
     },
 }
@@ -118,9 +151,11 @@ impl Weights {
         pool.run(slots.len(), &|index| {
             source.read(model, WeightId(index as u32), &mut |tensor| {
                 let id = WeightId(index as u32);
+                let matrix = || Matrix::new(tensor, form(dtype, model, id));
                 let weight = match absorbed[index] {
                     Some(attention) => absorb(tensor, attention, dtype.head()),
-                    None => Weight::Matrix(Matrix::new(tensor, form(dtype, model, id))),
+                    None if id == model.embedding && id != model.head => Weight::Matrix(matrix()),
+                    None => Weight::Matrix(matrix().packed()),
                 };
                 // Each index is visited once, so the slot is empty.
                 let _ = slots[index].set(weight);
@@ -156,6 +191,11 @@ impl Weights {
         parts.map(|part| part.values.as_bytes().len() as u64).sum()
     }
 
+    /// Whether products with a tensor read activations that were rounded to bfloat16.
+    pub fn is_packed(&self, id: WeightId) -> bool {
+        matches!(self.matrix(id).values, Values::Packed(_))
+    }
+
     /// A tensor used as a plain matrix.
     pub fn matrix(&self, id: WeightId) -> &Matrix {
         match &self.0[id.index()] {
@@ -169,7 +209,7 @@ impl Weights {
     pub fn precise(&self, id: WeightId) -> &[f32] {
         match &self.matrix(id).values {
             Values::F32(values) => values,
-            Values::Bf16(_) | Values::Integer(_) => &[],
+            Values::Bf16(_) | Values::Packed(_) | Values::Integer(_) => &[],
         }
     }
 
@@ -254,17 +294,17 @@ fn absorb(tensor: &StoredTensor<'_>, attention: &LatentAttention, form: Resident
             (Values::Bf16(keys.into()), Values::Bf16(values.into()))
         }
     };
-    Weight::Absorbed {
-        key: Matrix {
-            rows: heads * latent,
-            columns: nope,
-            values: keys,
-        },
-        value: Matrix {
-            rows: heads * value,
-            columns: latent,
+    let matrix = |rows, columns, values| {
+        Matrix {
+            rows,
+            columns,
             values,
-        },
+        }
+        .packed()
+    };
+    Weight::Absorbed {
+        key: matrix(latent, nope, keys),
+        value: matrix(value, latent, values),
     }
 }
 

@@ -23,21 +23,23 @@ impl CpuBackend {
     ) -> Result<(), WorkerPanic> {
         self.cache_rows(layer, attention)?;
         let heads = attention.heads;
-        let query = (self.area(Slot::Query), attention.query_width());
-        let absorbed = (self.area(Slot::AbsorbedQuery), attention.latent);
+        let query = self.factors(Slot::Query, &[attention.kv_up])?;
+        let query = (query, attention.query_width());
+        let absorbed = (self.fresh(Slot::AbsorbedQuery), attention.latent);
         self.per_head(attention.kv_up, true, heads, query, absorbed)?;
         let cache = self.cache.layer_mut(layer);
         self.attend(cache, attention)?;
-        let latent = (self.area(Slot::LatentValue), attention.latent);
-        let value = (self.area(Slot::Value), attention.value);
+        let latent = self.factors(Slot::LatentValue, &[attention.kv_up])?;
+        let latent = (latent, attention.latent);
+        let value = (self.fresh(Slot::Value), attention.value);
         self.per_head(attention.kv_up, false, heads, latent, value)
     }
 
     fn cache_rows(&mut self, layer: usize, attention: &LatentAttention) -> Result<(), WorkerPanic> {
         let rows = self.rows();
         let cos_sin_width = self.rope.width();
-        let fresh = self.area(Slot::CacheRow);
-        let query = self.area(Slot::Query);
+        let fresh = self.wide(Slot::CacheRow);
+        let query = self.wide(Slot::Query);
         let norm = self.weights.precise(attention.kv_norm.weight);
         let norm = Shared(norm.as_ptr().cast_mut());
         let epsilon = attention.kv_norm.epsilon;
@@ -99,13 +101,12 @@ impl CpuBackend {
             )));
         };
         let matrix = if key { keys } else { values };
-        let columns = matrix.rows / heads;
         let jobs: Vec<Job<'_>> = (0..heads)
             .map(|head| Job {
                 matrix,
-                first: head * columns,
-                columns,
-                input: input.0.skip(head * input.1),
+                part: head,
+                input: input.0,
+                skip: head * input.1,
                 rows: Rows::From(0),
                 count: rows,
                 out: out.0.skip(head * out.1),
@@ -120,10 +121,14 @@ impl CpuBackend {
         cache: CacheTarget,
         attention: &LatentAttention,
     ) -> Result<(), WorkerPanic> {
+        let queries = match cache {
+            CacheTarget::F32(_) => self.wide(Slot::Query),
+            CacheTarget::Bf16(_) => self.rounded(Slot::Query)?,
+        };
         let heads = Heads {
-            latent_queries: self.area(Slot::AbsorbedQuery),
-            queries: self.area(Slot::Query),
-            out: self.area(Slot::LatentValue),
+            latent_queries: self.wide(Slot::AbsorbedQuery),
+            queries,
+            out: self.fresh(Slot::LatentValue),
             block_size: self.cache.block_size(),
             step: &self.step,
             attention,
@@ -143,7 +148,15 @@ impl CpuBackend {
                 let length = PairedAttend::scratch_length(latent, rope);
                 self.compute.region(tasks, work, &|task| {
                     with_scratch(length, |scratch| {
-                        let of = heads.task(task, cache);
+                        let mut of = heads.task(task, cache);
+                        let groups = attention.heads.div_ceil(GROUP);
+                        let skip = task % groups * GROUP * attention.query_width() + attention.nope;
+                        of.rotated_queries = heads
+                            .queries
+                            .row(task / groups)
+                            .cast::<u16>()
+                            .wrapping_add(skip)
+                            .cast();
                         // SAFETY: as above.
                         unsafe { isa.run_paired(PairedAttend { of, scratch }) };
                     });

@@ -95,9 +95,9 @@ impl CpuBackend {
     ) -> Result<(), WorkerPanic> {
         let rows = self.rows();
         let turn_width = self.rope.width();
-        let queries = self.area(Slot::Query);
-        let keys = self.area(Slot::FreshKey);
-        let values = self.area(Slot::FreshValue);
+        let queries = self.wide(Slot::Query);
+        let keys = self.wide(Slot::FreshKey);
+        let values = self.wide(Slot::FreshValue);
         let GroupedAttention {
             heads,
             kv_heads,
@@ -145,8 +145,8 @@ impl CpuBackend {
         attention: &GroupedAttention,
     ) -> Result<(), WorkerPanic> {
         let rows = self.rows();
-        let queries = self.area(Slot::Query);
-        let out = self.area(Slot::Value);
+        let queries = self.wide(Slot::Query);
+        let out = self.fresh(Slot::Value);
         let block_size = self.cache.block_size();
         let step = &self.step;
         let (width, group) = (attention.width, attention.group());

@@ -8,7 +8,7 @@
 
 use std::cell::RefCell;
 
-use engine_model::{Choice, Gate, GateScratch, GatedMlp, Moe, Slot};
+use engine_model::{Choice, Gate, GateScratch, GatedMlp, Moe, Slot, WeightId};
 
 use super::CpuBackend;
 use crate::compute::{Area, Job, Shared};
@@ -109,10 +109,10 @@ impl CpuBackend {
     /// Chooses the experts of every row.
     pub(super) fn choose_experts(&mut self, gate: &Gate, from: Slot) -> Result<(), WorkerPanic> {
         let rows = self.rows();
-        let input = self.area(from);
+        let input = self.wide(from);
         let scores = Area::new(&mut self.mlp, gate.experts);
         let matrix = self.weights.matrix(gate.weight);
-        let job = Job::whole(matrix, input, Rows::From(0), rows, scores);
+        let job = Job::new(matrix, input, Rows::From(0), rows, scores);
         // SAFETY: from a slot to the head of the scratch.
         unsafe { self.compute.products(&[job])? };
         let choices = &mut self.chosen.choices;
@@ -150,7 +150,11 @@ impl CpuBackend {
         from: Slot,
         to: Slot,
     ) -> Result<(), WorkerPanic> {
-        let (input, out) = (self.area(from), self.area(to));
+        // All routed experts are stored alike; the shared one may differ.
+        let mlps = || moe.experts.first().into_iter().chain(&moe.shared);
+        let entries: Vec<WeightId> = mlps().flat_map(|mlp| [mlp.gate, mlp.up]).collect();
+        let input = self.factors(from, &entries)?;
+        let out = self.fresh(to);
         let scratch = ExpertScratch::new(self, moe);
         let ExpertScratch { inner, outputs, .. } = scratch;
         let part = scratch.part;
@@ -163,7 +167,7 @@ impl CpuBackend {
             };
             for (weight, at) in [(run.mlp.gate, 0), (run.mlp.up, part)] {
                 let out = run.inner.skip(at);
-                jobs.push(Job::whole(
+                jobs.push(Job::new(
                     weights.matrix(weight),
                     input,
                     rows,
@@ -176,12 +180,22 @@ impl CpuBackend {
         unsafe { self.compute.products(&jobs)? };
         drop(jobs);
         self.activate(inner, part, part)?;
+        for run in scratch.runs(moe, &self.chosen) {
+            if self.weights.is_packed(run.mlp.down) {
+                let products = run.inner.skip(2 * part);
+                // SAFETY: the third part.
+                unsafe { self.compute.round(products, run.count, run.mlp.inner)? };
+            }
+        }
         let weights = &self.weights;
         let mut jobs = Vec::new();
         for run in scratch.runs(moe, &self.chosen) {
             let matrix = weights.matrix(run.mlp.down);
-            let products = run.inner.skip(2 * part);
-            jobs.push(Job::whole(
+            let mut products = run.inner.skip(2 * part);
+            if weights.is_packed(run.mlp.down) {
+                products = products.rounded();
+            }
+            jobs.push(Job::new(
                 matrix,
                 products,
                 Rows::From(0),

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use engine_model::{Norm, PredictionBackend, Slot, WeightId};
+use engine_model::{Backend, Norm, PredictionBackend, Slot, WeightId};
 
 use super::CpuBackend;
 use crate::compute::Shared;
@@ -12,8 +12,8 @@ use crate::pool::WorkerPanic;
 impl PredictionBackend for CpuBackend {
     fn join(&mut self, token_norm: &Norm, hidden_norm: &Norm) -> Result<(), WorkerPanic> {
         let rows = self.rows();
-        let (tokens, previous) = (self.area(Slot::Hidden), self.area(Slot::Previous));
-        let joined = self.area(Slot::Joined);
+        let (tokens, previous) = (self.wide(Slot::Hidden), self.wide(Slot::Previous));
+        let joined = self.fresh(Slot::Joined);
         let of = |norm: &Norm| {
             let weight = self.weights.precise(norm.weight);
             (Shared(weight.as_ptr().cast_mut()), norm.epsilon)
@@ -41,6 +41,7 @@ impl PredictionBackend for CpuBackend {
     }
 
     fn predict_head(&mut self, norm: &Norm, table: WeightId) -> Result<(), WorkerPanic> {
-        self.head_through(norm, table, Slot::Previous)
+        self.norm_wanted(norm, Slot::Previous)?;
+        self.head(norm, table)
     }
 }

@@ -12,9 +12,12 @@
 
 use half::bf16;
 
-use super::paired::{AHEAD, PairedKernel, block, round};
+use super::paired::{PairedKernel, round};
+use super::panel::prefetch;
 use super::{Attend, CHUNK, GROUP, fold};
 use crate::lanes::{LANES, PAIRED, Pairs};
+
+const AHEAD: usize = 1024;
 
 /// See the module's description.
 pub(crate) struct PairedAttend<'a> {
@@ -68,7 +71,7 @@ impl PairedAttend<'_> {
                 }
                 let mut weights = [[0u16; CHUNK]; H];
                 for head in 0..H {
-                    round::<P>(scores[head].as_ptr(), CHUNK, &mut weights[head]);
+                    round::<P>(scores[head].as_ptr(), CHUNK, weights[head].as_mut_ptr());
                 }
                 for at in (0..self.of.latent).step_by(PAIRED) {
                     let wide = PAIRED.min(self.of.latent - at);
@@ -93,14 +96,16 @@ impl PairedAttend<'_> {
         let stride = self.scratch.len() / GROUP;
         for head in 0..H {
             let query = &mut self.scratch[head * stride..(head + 1) * stride];
+            query.fill(0);
             unsafe {
                 let from = self.of.latent_queries.add((first + head) * latent);
-                round::<P>(from, latent, query);
+                round::<P>(from, latent, query.as_mut_ptr());
                 let from = self
                     .of
                     .rotated_queries
+                    .cast::<u16>()
                     .add((first + head) * self.of.rotated_stride);
-                round::<P>(from, rope, &mut query[latent..]);
+                std::ptr::copy_nonoverlapping(from, query[latent..].as_mut_ptr(), rope);
             }
         }
         let start = self.scratch.as_ptr();
@@ -207,6 +212,55 @@ unsafe fn add_values<P: Pairs, const H: usize>(
                 values[half * LANES..(half + 1) * LANES].copy_from_slice(&lanes);
             }
             std::ptr::copy_nonoverlapping(values.as_ptr(), outs[head], wide);
+        }
+    }
+}
+
+/// The sums of the products of `R` rows, filled up to whole steps with zeros, with `C` rows of `length` elements.
+/// `STREAM` asks the memory for what lies `ahead` elements after the latter.
+#[inline(always)]
+unsafe fn block<P: Pairs, const R: usize, const C: usize, const STREAM: bool>(
+    rows: [*const u16; R],
+    weights: [*const u16; C],
+    length: usize,
+    ahead: usize,
+) -> [[P; C]; R] {
+    unsafe {
+        let mut sums = [[P::zero(); C]; R];
+        let whole = length / PAIRED * PAIRED;
+        let mut at = 0;
+        while at < whole {
+            if STREAM {
+                for weight in weights {
+                    prefetch(weight.wrapping_add(at + ahead).cast());
+                }
+            }
+            let factors = std::array::from_fn(|c| P::load(weights[c].add(at)));
+            step(&mut sums, factors, rows, at);
+            at += PAIRED;
+        }
+        if at < length {
+            let factors = std::array::from_fn(|c| P::load_part(weights[c].add(at), length - at));
+            step(&mut sums, factors, rows, at);
+        }
+        sums
+    }
+}
+
+/// Adds the products of one step of `R` rows and `C` columns.
+#[inline(always)]
+unsafe fn step<P: Pairs, const R: usize, const C: usize>(
+    sums: &mut [[P; C]; R],
+    factors: [P::Elements; C],
+    rows: [*const u16; R],
+    at: usize,
+) {
+    for r in 0..R {
+        unsafe {
+            let values = P::load(rows[r].add(at));
+            for c in 0..C {
+                sums[r][c] = sums[r][c].add_products(values, factors[c]);
+            }
         }
     }
 }

@@ -1,26 +1,15 @@
 //! Products of bfloat16 weights with activations rounded to bfloat16, summed in float32.
 //!
-//! Invariant (batch invariance): an output is one chain of steps of [`PAIRED`] elements over its weight row, from the
-//! first to the last, and one fixed tree over the lanes. How many rows and columns a register tile holds is about speed
-//! only.
-//!
-//! A few rows walk the weights as one sequential stream, the memory's favourite; many rows reuse a tile of 4 x 4 from
-//! registers, which needs eight loads for sixteen products.
+//! Invariant: see [`super::panel`], which does the arithmetic.
 
 #![allow(unsafe_code)]
-#![allow(clippy::needless_range_loop)] // as in the parent
 
+use super::panel::{Operands, Shape, multiply};
+use super::{Isa, Rows};
 #[cfg(target_arch = "x86_64")]
 use crate::lanes::{Avx2Pairs, Avx512Bf16Pairs, Avx512Pairs};
-use crate::lanes::{LANES, PAIRED, Pairs, PortablePairs};
-
-use super::{Isa, Rows};
-
-/// Rows and columns of a register tile.
-const TILE: usize = 4;
-/// Elements that a stream asks the memory for ahead of use: 2 KiB. A chain waits for its own sum, so too few loads are
-/// in flight without it: 22 GB/s became 30 on one core of a Zen 5; 1 to 4 KiB made no difference.
-pub(super) const AHEAD: usize = 1024;
+use crate::lanes::{LANES, Pairs, PortablePairs};
+use crate::packed::PANEL;
 
 /// A loop nest written once over pairs.
 pub(crate) trait PairedKernel {
@@ -29,235 +18,102 @@ pub(crate) trait PairedKernel {
     unsafe fn run<P: Pairs>(self);
 }
 
-/// `out[index][column] = bf16(input[rows[index]]) · weight[column]` for `index` in `indices` and `column` in `columns`.
+/// `out[index][column] = input[rows[index]] · weight[column]` for `index` in `indices` and `column` in `columns`, which
+/// begin at a multiple of [`PANEL`] and end at one or at the matrix's end.
 ///
-/// Pointers: `weight` to rows of `length` bfloat16 elements; `input` and `out` to rows `input_stride` and `out_stride`
-/// apart.
+/// Pointers: `weight` to the panels of a matrix of `height` rows of `length` elements; `input` and `out` to rows
+/// `input_stride` and `out_stride` apart.
 pub(crate) struct PairedProduct<'a> {
-    pub weight: *const u16,
+    pub weight: *const u32,
     pub length: usize,
+    pub height: usize,
     pub columns: std::ops::Range<usize>,
-    pub input: *const f32,
+    pub input: *const u16,
     pub input_stride: usize,
     pub rows: Rows<'a>,
     pub indices: std::ops::Range<usize>,
     pub out: *mut f32,
     pub out_stride: usize,
-    /// Room for the rounded rows: [`PairedProduct::scratch_length`] elements.
-    pub scratch: &'a mut [u16],
-}
-
-impl PairedProduct<'_> {
-    /// Elements that `count` rows of `length` take when rounded: each row is filled up to whole steps with zeros.
-    pub fn scratch_length(length: usize, count: usize) -> usize {
-        length.next_multiple_of(PAIRED) * count
-    }
 }
 
 impl PairedKernel for PairedProduct<'_> {
     #[inline(always)]
     unsafe fn run<P: Pairs>(self) {
-        let stride = self.length.next_multiple_of(PAIRED);
-        let rows = self.scratch.chunks_exact_mut(stride);
-        for (row, index) in rows.zip(self.indices.clone()) {
-            unsafe {
-                let input = self.input.add(self.rows.get(index) * self.input_stride);
-                round::<P>(input, self.length, row);
-            }
-        }
-        let count = self.indices.len();
-        // Fewer are kept beside one pass over the weights.
-        let tiled = if count < 2 * TILE {
-            0
-        } else {
-            count / TILE * TILE
-        };
-        let whole = self.columns.start + self.columns.len() / TILE * TILE;
-        unsafe {
-            for column in (self.columns.start..whole).step_by(TILE) {
-                for row in (0..tiled).step_by(TILE) {
-                    // The sums stay in registers only if each branch uses its own.
-                    if row == 0 {
-                        // Meanwhile the next four weight rows come in.
-                        let ahead = TILE * self.length;
-                        let sums = self.block::<P, TILE, TILE, true>(row, column, ahead);
-                        self.put(row, column, sums);
-                    } else {
-                        let sums = self.block::<P, TILE, TILE, false>(row, column, 0);
-                        self.put(row, column, sums);
-                    }
-                }
-            }
-            for row in (0..tiled).step_by(TILE) {
-                self.stream::<P, TILE, 1>(row, whole);
-            }
-            let mut row = tiled;
-            while row < count {
-                let first = self.columns.start;
-                row += match count - row {
-                    1 => self.stream::<P, 1, 2>(row, first),
-                    2 | 3 => self.stream::<P, 2, 1>(row, first),
-                    _ => self.stream::<P, TILE, 1>(row, first),
-                };
-            }
+        let pairs = self.length.div_ceil(2);
+        for column in self.columns.clone().step_by(PANEL) {
+            let columns = Columns {
+                of: &self,
+                first: column,
+            };
+            let shape = Shape {
+                count: self.indices.len(),
+                step: 1,
+                length: self.length,
+                width: PANEL.min(self.height - column),
+            };
+            unsafe { multiply::<P, _>(&columns, self.weight.add(column * pairs), shape) };
         }
     }
 }
 
-impl PairedProduct<'_> {
-    /// `R` rows by all columns from `first` on, `C` weight rows at a time; returns `R`.
-    #[inline(always)]
-    unsafe fn stream<P: Pairs, const R: usize, const C: usize>(
-        &self,
-        row: usize,
-        first: usize,
-    ) -> usize {
-        let mut column = first;
-        unsafe {
-            while column + C <= self.columns.end {
-                let sums = self.block::<P, R, C, true>(row, column, AHEAD);
-                self.put(row, column, sums);
-                column += C;
-            }
-            while column < self.columns.end {
-                let sums = self.block::<P, R, 1, true>(row, column, AHEAD);
-                self.put(row, column, sums);
-                column += 1;
-            }
-        }
-        R
-    }
+/// A product's columns from one on.
+struct Columns<'a> {
+    of: &'a PairedProduct<'a>,
+    first: usize,
+}
 
-    /// The sums of `R` rows with `C` columns.
+impl Operands for Columns<'_> {
     #[inline(always)]
-    unsafe fn block<P: Pairs, const R: usize, const C: usize, const STREAM: bool>(
-        &self,
-        row: usize,
-        column: usize,
-        ahead: usize,
-    ) -> [[P; C]; R] {
-        unsafe {
-            let rows = std::array::from_fn(|r| self.rounded(row + r));
-            let weights = std::array::from_fn(|c| self.weight.add((column + c) * self.length));
-            block::<P, R, C, STREAM>(rows, weights, self.length, ahead)
-        }
-    }
-
-    /// Totals the sums and writes them.
-    #[inline(always)]
-    unsafe fn put<P: Pairs, const R: usize, const C: usize>(
-        &self,
-        row: usize,
-        column: usize,
-        sums: [[P; C]; R],
-    ) {
-        unsafe {
-            if R * C < LANES {
-                for r in 0..R {
-                    for c in 0..C {
-                        *self.at(row + r, column + c) = sums[r][c].total();
-                    }
-                }
-                return;
-            }
-            let all = std::array::from_fn(|at| sums[at / C][at % C]);
-            let totals = P::totals(all);
-            for r in 0..R {
-                let from = totals.as_ptr().add(r * C);
-                std::ptr::copy_nonoverlapping(from, self.at(row + r, column), C);
-            }
-        }
+    fn row(&self, index: usize) -> *const u32 {
+        let row = self.of.rows.get(self.of.indices.start + index);
+        self.of
+            .input
+            .wrapping_add(row * self.of.input_stride)
+            .cast()
     }
 
     #[inline(always)]
-    fn rounded(&self, row: usize) -> *const u16 {
-        let stride = self.length.next_multiple_of(PAIRED);
-        self.scratch.as_ptr().wrapping_add(row * stride)
+    fn out(&self, index: usize) -> *mut f32 {
+        let index = self.of.indices.start + index;
+        self.of
+            .out
+            .wrapping_add(index * self.of.out_stride + self.first)
     }
 
-    /// Where the result of the `row`-th index goes.
     #[inline(always)]
-    fn at(&self, row: usize, column: usize) -> *mut f32 {
-        let index = self.indices.start + row;
-        self.out.wrapping_add(index * self.out_stride + column)
+    fn before(&self, _: usize) -> Option<f32> {
+        None
     }
 }
 
-/// The sums of the products of `R` rows, filled up to whole steps with zeros, with `C` rows of `length` elements.
-/// `STREAM` asks the memory for what lies `ahead` elements after the latter.
+/// Rounds `length` values to bfloat16, where they are: the result takes the first half of their room.
+pub(crate) struct RoundInPlace {
+    pub values: *mut f32,
+    pub length: usize,
+}
+
+impl PairedKernel for RoundInPlace {
+    #[inline(always)]
+    unsafe fn run<P: Pairs>(self) {
+        // A step writes where this or an earlier one has read.
+        unsafe { round::<P>(self.values, self.length, self.values.cast()) };
+    }
+}
+
+/// Rounds `length` values from `from` to `to`, which may begin where `from` does.
 #[inline(always)]
-pub(super) unsafe fn block<P: Pairs, const R: usize, const C: usize, const STREAM: bool>(
-    rows: [*const u16; R],
-    weights: [*const u16; C],
-    length: usize,
-    ahead: usize,
-) -> [[P; C]; R] {
-    unsafe {
-        let mut sums = [[P::zero(); C]; R];
-        let whole = length / PAIRED * PAIRED;
-        let mut at = 0;
-        while at < whole {
-            if STREAM {
-                for weight in weights {
-                    prefetch(weight.wrapping_add(at + ahead));
-                }
-            }
-            let factors = std::array::from_fn(|c| P::load(weights[c].add(at)));
-            step(&mut sums, factors, rows, at);
-            at += PAIRED;
-        }
-        if at < length {
-            let factors = std::array::from_fn(|c| P::load_part(weights[c].add(at), length - at));
-            step(&mut sums, factors, rows, at);
-        }
-        sums
-    }
-}
-
-/// Adds the products of one step of `R` rows and `C` columns.
-#[inline(always)]
-unsafe fn step<P: Pairs, const R: usize, const C: usize>(
-    sums: &mut [[P; C]; R],
-    factors: [P::Elements; C],
-    rows: [*const u16; R],
-    at: usize,
-) {
-    for r in 0..R {
-        unsafe {
-            let values = P::load(rows[r].add(at));
-            for c in 0..C {
-                sums[r][c] = sums[r][c].add_products(values, factors[c]);
-            }
-        }
-    }
-}
-
-/// Asks for a cache line; any address will do.
-#[inline(always)]
-pub(super) fn prefetch(at: *const u16) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint that touches nothing; every x86-64 has it.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
-}
-
-/// Rounds `length` values into `row`, and fills the rest of it with zeros.
-#[inline(always)]
-pub(super) unsafe fn round<P: Pairs>(from: *const f32, length: usize, row: &mut [u16]) {
+pub(super) unsafe fn round<P: Pairs>(from: *const f32, length: usize, to: *mut u16) {
     let whole = length / LANES * LANES;
-    let to = row.as_mut_ptr();
     unsafe {
         for at in (0..whole).step_by(LANES) {
             P::round(from.add(at), to.add(at));
         }
-        row[whole..].fill(0);
         if whole < length {
             let mut rest = [0.0; LANES];
+            let mut rounded = [0; LANES];
             std::ptr::copy_nonoverlapping(from.add(whole), rest.as_mut_ptr(), length - whole);
-            P::round(rest.as_ptr(), to.add(whole));
+            P::round(rest.as_ptr(), rounded.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(rounded.as_ptr(), to.add(whole), length - whole);
         }
     }
 }

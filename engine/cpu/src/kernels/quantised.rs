@@ -12,7 +12,9 @@
 
 use engine_memory::IntegerFormat;
 
-use super::{Isa, Rows, paired::prefetch};
+use half::bf16;
+
+use super::{Isa, Rows, panel::prefetch};
 #[cfg(target_arch = "x86_64")]
 use crate::lanes::{Avx2Bytes, Avx512VnniBytes, AvxVnniBytes};
 use crate::lanes::{Bytes, LANES, LINE, Lanes, PortableBytes};
@@ -41,7 +43,9 @@ pub(crate) struct IntegerProduct<'a> {
     pub blocks: *const u8,
     pub length: usize,
     pub columns: std::ops::Range<usize>,
+    /// Float32 rows; or, where `is_rounded`, rows whose bfloat16 values take the first half of their room.
     pub input: *const f32,
+    pub is_rounded: bool,
     pub input_stride: usize,
     pub rows: Rows<'a>,
     pub indices: std::ops::Range<usize>,
@@ -93,12 +97,13 @@ impl IntegerKernel for IntegerProduct<'_> {
         for (place, index) in self.indices.clone().enumerate() {
             unsafe {
                 let input = self.input.add(self.rows.get(index) * self.input_stride);
-                quantise_row(
-                    input,
-                    self.length,
-                    record,
-                    scratch.add(place * record.stride()),
-                );
+                let to = scratch.add(place * record.stride());
+                if self.is_rounded {
+                    let input = input.cast::<bf16>();
+                    quantise_row(|at| (*input.add(at)).to_f32(), self.length, record, to);
+                } else {
+                    quantise_row(|at| *input.add(at), self.length, record, to);
+                }
             }
         }
         let pass = Pass {
@@ -317,14 +322,14 @@ impl Format for Int4 {
     }
 }
 
-/// Quantises a row into its record.
+/// Quantises a row, whose values `value` gives, into its record.
 #[inline(always)]
-unsafe fn quantise_row(from: *const f32, length: usize, record: Record, to: *mut u8) {
+unsafe fn quantise_row(value: impl Fn(usize) -> f32, length: usize, record: Record, to: *mut u8) {
     unsafe {
         for group in 0..record.groups {
             let first = group * record.group;
             let count = record.group.min(length - first);
-            let (scale, sum) = quantise(from.add(first), count, to.add(first));
+            let (scale, sum) = quantise(|at| value(first + at), count, to.add(first));
             let at = to.add(record.bytes + 8 * group);
             at.cast::<f32>().write_unaligned(scale);
             at.add(4).cast::<i32>().write_unaligned(sum);
@@ -335,12 +340,12 @@ unsafe fn quantise_row(from: *const f32, length: usize, record: Record, to: *mut
 
 /// Quantises values to -127 ..= 127 and returns their scale and sum. Where one is no finite number the scale is NaN.
 #[inline(always)]
-unsafe fn quantise(from: *const f32, count: usize, to: *mut u8) -> (f32, i32) {
+unsafe fn quantise(value: impl Fn(usize) -> f32, count: usize, to: *mut u8) -> (f32, i32) {
     unsafe {
         // Bits of magnitudes order like integers, infinities and NaNs last.
         let mut largest = 0u32;
         for at in 0..count {
-            largest = largest.max((*from.add(at)).to_bits() & 0x7fff_ffff);
+            largest = largest.max(value(at).to_bits() & 0x7fff_ffff);
         }
         let largest = f32::from_bits(largest);
         if !largest.is_finite() || largest < TINY {
@@ -350,7 +355,7 @@ unsafe fn quantise(from: *const f32, count: usize, to: *mut u8) -> (f32, i32) {
         let inverse = 127.0 / largest;
         let mut sum = 0i32;
         for at in 0..count {
-            let rounded = (*from.add(at) * inverse + MAGIC).to_bits() as u8;
+            let rounded = (value(at) * inverse + MAGIC).to_bits() as u8;
             *to.add(at) = rounded;
             sum += i32::from(rounded.cast_signed());
         }

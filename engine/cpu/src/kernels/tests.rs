@@ -4,8 +4,9 @@ use engine_core::BlockId;
 use proptest::prelude::*;
 
 use super::attend::PairedAttend;
-use super::paired::PairedProduct;
+use super::paired::{PairedProduct, RoundInPlace};
 use super::*;
+use crate::packed::Packed;
 
 /// Reproducible values in [-1, 1).
 pub(crate) fn noise(seed: u64, count: usize) -> Vec<f32> {
@@ -95,20 +96,26 @@ fn paired(
     indices: std::ops::Range<usize>,
 ) -> Vec<f32> {
     let columns = weight.len() / length;
+    let weight: Vec<bf16> = weight.iter().map(|bits| bf16::from_bits(*bits)).collect();
+    let packed = Packed::new(&weight, columns, length);
     let mut out = vec![f32::NAN; indices.end * columns];
-    // Whatever the last tile left there must not matter.
-    let mut scratch = vec![0x7fc0; PairedProduct::scratch_length(length, indices.len())];
+    let mut input = input.to_vec();
+    for row in input.chunks_exact_mut(length) {
+        let values = row.as_mut_ptr();
+        // SAFETY: a row of this length.
+        unsafe { isa.run_paired(RoundInPlace { values, length }) };
+    }
     let kernel = PairedProduct {
-        weight: weight.as_ptr(),
+        weight: packed.part(0),
         length,
+        height: columns,
         columns: 0..columns,
-        input: input.as_ptr(),
-        input_stride: length,
+        input: input.as_ptr().cast(),
+        input_stride: 2 * length,
         rows,
         indices: indices.clone(),
         out: out.as_mut_ptr(),
         out_stride: columns,
-        scratch: &mut scratch,
     };
     // SAFETY: the buffers have exactly these sizes.
     unsafe { isa.run_paired(kernel) };
@@ -117,9 +124,12 @@ fn paired(
 
 #[test]
 fn paired_products_are_right_for_every_length_and_equal_on_every_instruction_set() {
-    for length in (1..140).chain([200, 256, 257, 1000]) {
-        // Both leave a rest beside the register tiles, and the rows one beside the streams.
-        let (columns, rows) = (21, 15);
+    let shapes = (1..140)
+        .map(|length| (length, 21))
+        .chain([200, 256, 257, 1000].map(|length| (length, 145)));
+    for (length, columns) in shapes {
+        // Whole panels, registers and tiles, and rests of each.
+        let rows = 19;
         let weight = narrowed(&noise(length as u64, length * columns));
         let input = noise(length as u64 + 7, length * rows);
         let reference = paired(
@@ -334,6 +344,7 @@ fn attend_paired(
     rotated: &[f32],
 ) -> Vec<f32> {
     let mut out = vec![f32::NAN; shape.heads * shape.latent];
+    let rotated = narrowed(rotated);
     // Whatever the last task left there must not matter.
     let mut scratch = vec![0x7fc0; PairedAttend::scratch_length(shape.latent, shape.rope)];
     let kernel = PairedAttend {
@@ -346,7 +357,7 @@ fn attend_paired(
             rope: shape.rope,
             scale: shape.scale,
             latent_queries: latent.as_ptr(),
-            rotated_queries: rotated.as_ptr(),
+            rotated_queries: rotated.as_ptr().cast(),
             rotated_stride: shape.rope,
             out: out.as_mut_ptr(),
             heads: shape.heads,

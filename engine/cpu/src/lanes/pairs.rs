@@ -33,6 +33,10 @@ pub(crate) trait Pairs: Copy {
     type Wide: Lanes;
     /// All sums zero.
     unsafe fn zero() -> Self;
+    /// The sums that the lanes hold.
+    unsafe fn from_wide(lanes: Self::Wide) -> Self;
+    /// The sums as lanes.
+    unsafe fn wide(self) -> Self::Wide;
     /// Reads [`PAIRED`] elements.
     unsafe fn load(from: *const u16) -> Self::Elements;
     /// Reads `count < PAIRED` elements; the others are zero.
@@ -90,6 +94,16 @@ impl Pairs for PortablePairs {
     #[inline(always)]
     unsafe fn zero() -> Self {
         Self([0.0; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn from_wide(lanes: Self::Wide) -> Self {
+        Self(lanes.0)
+    }
+
+    #[inline(always)]
+    unsafe fn wide(self) -> Self::Wide {
+        Portable(self.0)
     }
 
     #[inline(always)]
@@ -169,6 +183,16 @@ impl Pairs for Avx2Pairs {
     #[inline(always)]
     unsafe fn zero() -> Self {
         unsafe { Self([_mm256_setzero_ps(); 2]) }
+    }
+
+    #[inline(always)]
+    unsafe fn from_wide(lanes: Self::Wide) -> Self {
+        Self([lanes.0, lanes.1])
+    }
+
+    #[inline(always)]
+    unsafe fn wide(self) -> Self::Wide {
+        Avx2(self.0[0], self.0[1])
     }
 
     #[inline(always)]
@@ -390,6 +414,16 @@ impl Pairs for Avx512Pairs {
     }
 
     #[inline(always)]
+    unsafe fn from_wide(lanes: Self::Wide) -> Self {
+        Self(lanes.0)
+    }
+
+    #[inline(always)]
+    unsafe fn wide(self) -> Self::Wide {
+        Avx512(self.0)
+    }
+
+    #[inline(always)]
     unsafe fn load(from: *const u16) -> Self::Elements {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
@@ -471,6 +505,16 @@ impl Pairs for Avx512Bf16Pairs {
     #[inline(always)]
     unsafe fn zero() -> Self {
         unsafe { Self(_mm512_setzero_ps()) }
+    }
+
+    #[inline(always)]
+    unsafe fn from_wide(lanes: Self::Wide) -> Self {
+        Self(lanes.0)
+    }
+
+    #[inline(always)]
+    unsafe fn wide(self) -> Self::Wide {
+        Avx512(self.0)
     }
 
     #[inline(always)]

@@ -1,5 +1,7 @@
 //! Integer products against float64 over the same integers, and every instruction set against every other.
 
+use half::bf16;
+
 use super::*;
 use crate::kernels::tests::noise;
 use crate::quantised::{Integers, Packer};
@@ -38,6 +40,7 @@ fn product(
         length,
         columns,
         input: input.as_ptr(),
+        is_rounded: false,
         input_stride: length,
         rows,
         indices: indices.clone(),
@@ -119,6 +122,43 @@ fn products_are_right_for_every_length_and_equal_on_every_instruction_set() {
                     );
                 }
             }
+        }
+    }
+}
+
+/// Activations that bfloat16 products have rounded already are read as they are.
+#[test]
+fn rounded_rows_give_what_the_same_values_give_wide() {
+    for format in FORMATS {
+        let (length, columns) = (100, 20);
+        let weight = pack(format, &noise(3, length * columns), length);
+        let narrow: Vec<bf16> = noise(4, length).into_iter().map(bf16::from_f32).collect();
+        let wide: Vec<f32> = narrow.iter().map(|value| value.to_f32()).collect();
+        // Rows are as far apart as float32 ones.
+        let mut room = vec![f32::NAN; length];
+        // SAFETY: half of the room.
+        unsafe { std::ptr::copy_nonoverlapping(narrow.as_ptr(), room.as_mut_ptr().cast(), length) };
+        for isa in ByteIsa::available() {
+            let expected = product(isa, &weight, &wide, 0..columns, Rows::From(0), 0..1);
+            let mut found = vec![f32::NAN; columns];
+            let needed = IntegerProduct::scratch_length(format, length, 1);
+            let kernel = IntegerProduct {
+                format,
+                blocks: weight.part(0).as_ptr().cast(),
+                length,
+                columns: 0..columns,
+                input: room.as_ptr(),
+                is_rounded: true,
+                input_stride: length,
+                rows: Rows::From(0),
+                indices: 0..1,
+                out: found.as_mut_ptr(),
+                out_stride: columns,
+                scratch: &mut vec![0x5a5a; needed],
+            };
+            // SAFETY: the buffers have exactly these sizes.
+            unsafe { isa.run(kernel) };
+            assert_eq!(found, expected, "{format:?} {isa:?}");
         }
     }
 }
