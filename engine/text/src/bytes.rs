@@ -46,7 +46,7 @@ impl TokenBytes {
                 None => token_bytes(token, &table),
             };
         }
-        Self::of(tokens)
+        Ok(Self::of(tokens))
     }
 
     fn of(tokens: Vec<Vec<u8>>) -> Self {
@@ -57,7 +57,7 @@ impl TokenBytes {
             bytes.extend_from_slice(&token);
             offsets.push(bytes.len() as u32);
         }
-        Ok(Self { offsets, bytes })
+        Self { offsets, bytes }
     }
 
     /// These words as tokens 0, 1, ….
