@@ -59,6 +59,8 @@ pub struct Scheduler {
     waiting: Queue,
     /// By priority, then in order of arrival.
     running: Vec<SequenceId>,
+    /// Entries of earlier batches, kept for their memory.
+    spare: Vec<BatchEntry>,
     next_sequence: u64,
     draining: bool,
     pub(crate) counters: Counters,
@@ -73,7 +75,8 @@ impl Scheduler {
             limits,
             admission: Admission::default(),
             sequences: BTreeMap::new(),
-            running: Vec::new(),
+            running: Vec::with_capacity(limits.max_num_seqs),
+            spare: Vec::with_capacity(limits.max_num_seqs),
             next_sequence: 0,
             draining: false,
             counters: Counters::default(),
@@ -98,8 +101,10 @@ impl Scheduler {
         for choice in 0..request.choices {
             let id = SequenceId(self.next_sequence);
             self.next_sequence += 1;
-            self.sequences
-                .insert(id, Sequence::new(id, request.clone(), choice, root));
+            self.sequences.insert(
+                id,
+                Sequence::new(id, request.clone(), choice, root, &self.limits),
+            );
         }
         Ok(())
     }
@@ -265,7 +270,7 @@ impl Scheduler {
 
     /// Fills `batch` with the next step and reports sequences that start with it.
     pub fn schedule(&mut self, batch: &mut Batch, events: &mut Vec<Event>) {
-        batch.entries.clear();
+        self.recycle(batch);
         let mut budget = self.limits.max_num_batched_tokens;
         let preempted = self.schedule_decodes(batch, &mut budget);
         self.schedule_prefills(batch, &mut budget);
@@ -273,6 +278,11 @@ impl Scheduler {
         if !preempted {
             self.schedule_waiting(batch, &mut budget, events);
         }
+    }
+
+    /// Empties a batch; its entries serve the next one.
+    pub(crate) fn recycle(&mut self, batch: &mut Batch) {
+        self.spare.append(&mut batch.entries);
     }
 
     /// One token for each sequence that has only its last token left to compute.
@@ -375,10 +385,14 @@ impl Scheduler {
         sequence.extend_chain(block_size);
         // The last token is always computed, since its logits are needed.
         let reusable = (sequence.tokens.len() - 1) / block_size;
-        let hits = self.blocks.lookup(&sequence.chain[..reusable]);
+        // A waiting sequence holds no block, but the memory of its table.
+        let mut hits = std::mem::take(&mut sequence.blocks);
+        hits.extend(self.blocks.lookup(&sequence.chain[..reusable]));
         let needed = sequence.tokens.len().div_ceil(block_size);
         let taken = needed - hits.len() + self.blocks.count_free(&hits);
         if taken > self.blocks.free() {
+            hits.clear();
+            sequence.blocks = hits;
             return false;
         }
         for &block in &hits {
@@ -408,13 +422,22 @@ impl Scheduler {
         true
     }
 
-    fn push_entry(&self, batch: &mut Batch, id: SequenceId, count: usize) {
+    fn push_entry(&mut self, batch: &mut Batch, id: SequenceId, count: usize) {
         let sequence = &self.sequences[&id];
+        let BatchEntry {
+            mut tokens,
+            mut blocks,
+            ..
+        } = self.spare.pop().unwrap_or_default();
+        tokens.clear();
+        tokens.extend_from_slice(&sequence.tokens[sequence.computed..][..count]);
+        blocks.clear();
+        blocks.extend_from_slice(&sequence.blocks);
         batch.entries.push(BatchEntry {
             sequence: id,
-            tokens: sequence.tokens[sequence.computed..sequence.computed + count].to_vec(),
+            tokens,
             start: sequence.computed,
-            blocks: sequence.blocks.clone(),
+            blocks,
             wants_logits: count == sequence.remaining(),
         });
     }

@@ -5,10 +5,8 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::RefCell;
-
-use crate::kernels::paired::{PairedProduct, RoundInPlace};
-use crate::kernels::{Isa, Kernel, Product, Rows};
+use crate::kernels::paired::{PairedProduct, RoundInPlace, RoundedSiluProduct};
+use crate::kernels::{Isa, Kernel, Product, Rows, SiluProduct};
 use crate::packed::{PANEL, Packed};
 use crate::pool::{Pool, WorkerPanic};
 use crate::weights::{Matrix, Values};
@@ -22,23 +20,8 @@ const ROUND_ROWS: usize = 16;
 /// Multiply-adds below which a region is not worth a second thread: about ten microseconds.
 const ALONE_WORK_MAX: usize = 128 * 1024;
 
-thread_local! {
-    /// Rounded activations of a task; grows to the most that a task of this thread has asked for.
-    static SCRATCH: RefCell<Vec<u16>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Lends a task the thread's room for `length` rounded activations, with whatever the last task left there.
-pub(crate) fn with_scratch(length: usize, task: impl FnOnce(&mut [u16])) {
-    SCRATCH.with_borrow_mut(|scratch| {
-        if scratch.len() < length {
-            scratch.resize(length, 0);
-        }
-        task(&mut scratch[..length]);
-    });
-}
-
 /// A pointer that tasks on several threads write through, each to its own part.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Shared<T>(pub *mut T);
 
 // SAFETY: whoever dereferences it answers for the parts being disjoint.
@@ -55,7 +38,7 @@ impl<T> Shared<T> {
 }
 
 /// A rectangle of activations: rows `stride` values apart.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Area {
     pub start: Shared<f32>,
     pub stride: usize,
@@ -91,7 +74,7 @@ impl Area {
 }
 
 /// One product of a region: all its rows with all rows of a matrix.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Job<'a> {
     pub matrix: &'a Matrix,
     /// Which one, of several of the same shape.
@@ -120,20 +103,39 @@ impl<'a> Job<'a> {
     }
 }
 
-impl Job<'_> {
-    fn tiles(&self) -> (usize, usize) {
-        (
-            self.matrix.rows.div_ceil(COLUMN_TILE),
-            self.count.div_ceil(ROW_TILE),
-        )
+/// Products that can be cut into tiles: columns, which are rows of a matrix, and indices of activation rows.
+pub(crate) trait Tiled: Copy {
+    /// Columns and indices.
+    fn size(&self) -> (usize, usize);
+    /// Multiply-adds.
+    fn work(&self) -> usize;
+    /// Computes a tile.
+    ///
+    /// # Safety
+    /// The areas hold the rows and columns, and nobody else touches the output rectangle.
+    unsafe fn run(
+        &self,
+        isa: Isa,
+        columns: std::ops::Range<usize>,
+        indices: std::ops::Range<usize>,
+    );
+}
+
+/// How many tiles there are, by columns and by indices.
+fn tiles(job: &impl Tiled) -> (usize, usize) {
+    let (columns, indices) = job.size();
+    (columns.div_ceil(COLUMN_TILE), indices.div_ceil(ROW_TILE))
+}
+
+impl Tiled for Job<'_> {
+    fn size(&self) -> (usize, usize) {
+        (self.matrix.rows, self.count)
     }
 
     fn work(&self) -> usize {
         self.matrix.rows * self.count * self.matrix.columns
     }
 
-    /// # Safety
-    /// The job's areas hold its rows and columns, and nobody else touches the output rectangle.
     unsafe fn run(
         &self,
         isa: Isa,
@@ -148,7 +150,9 @@ impl Job<'_> {
             }
         }
     }
+}
 
+impl Job<'_> {
     fn paired(
         &self,
         packed: &Packed,
@@ -190,6 +194,62 @@ impl Job<'_> {
     }
 }
 
+/// The first half of a gated MLP, `silu(gate · x) * (up · x)`: two products of the same shape and what becomes of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gated<'a> {
+    pub gate: Job<'a>,
+    /// With the gate's input, rows and count.
+    pub up: Job<'a>,
+    /// In the form that the products read.
+    pub out: Area,
+}
+
+impl Tiled for Gated<'_> {
+    fn size(&self) -> (usize, usize) {
+        self.gate.size()
+    }
+
+    fn work(&self) -> usize {
+        2 * self.gate.work()
+    }
+
+    unsafe fn run(
+        &self,
+        isa: Isa,
+        columns: std::ops::Range<usize>,
+        indices: std::ops::Range<usize>,
+    ) {
+        let (first, length) = (columns.start, columns.len());
+        let is_packed = matches!(self.gate.matrix.values, Values::Packed(_));
+        unsafe {
+            self.gate.run(isa, columns.clone(), indices.clone());
+            self.up.run(isa, columns, indices.clone());
+            for index in indices {
+                let gate = self.gate.out.row(index).add(first).cast_const();
+                let up = self.up.out.row(index).add(first).cast_const();
+                let out = self.out.row(index);
+                if is_packed {
+                    let out = out.cast::<u16>().add(first);
+                    isa.run_paired(RoundedSiluProduct {
+                        gate,
+                        up,
+                        out,
+                        length,
+                    });
+                } else {
+                    let out = out.add(first);
+                    isa.run(SiluProduct {
+                        gate,
+                        up,
+                        out,
+                        length,
+                    });
+                }
+            }
+        }
+    }
+}
+
 /// Threads and instruction set.
 #[derive(Debug)]
 pub(crate) struct Compute {
@@ -216,36 +276,40 @@ impl Compute {
     ///
     /// # Safety
     /// Each job's areas are valid and the jobs' output rectangles are disjoint and no input of another.
-    pub unsafe fn products(&mut self, jobs: &[Job<'_>]) -> Result<(), WorkerPanic> {
+    pub unsafe fn products<J: Tiled>(&mut self, jobs: &[J]) -> Result<(), WorkerPanic> {
         let isa = self.isa;
         let jobs = Jobs(jobs);
-        let work: usize = jobs.0.iter().map(Job::work).sum();
+        let work: usize = jobs.0.iter().map(Tiled::work).sum();
         if work <= ALONE_WORK_MAX {
             return self.pool.run(1, &|_| {
                 for job in jobs.get() {
                     // SAFETY: the caller's promise; this is the only task.
-                    unsafe { job.run(isa, 0..job.matrix.rows, 0..job.count) }
+                    unsafe {
+                        let (columns, indices) = job.size();
+                        job.run(isa, 0..columns, 0..indices);
+                    }
                 }
             });
         }
-        let tiles = |job: &Job<'_>| {
-            let (columns, rows) = job.tiles();
+        let count = |job: &J| {
+            let (columns, rows) = tiles(job);
             columns * rows
         };
-        let total: usize = jobs.0.iter().map(tiles).sum();
+        let total: usize = jobs.0.iter().map(count).sum();
         self.pool.run(total, &|task| {
             let mut tile = task;
             for job in jobs.get() {
-                let count = tiles(job);
+                let count = count(job);
                 if tile >= count {
                     tile -= count;
                     continue;
                 }
-                let (columns, _) = job.tiles();
+                let (columns, _) = tiles(job);
+                let size = job.size();
                 let column = tile % columns * COLUMN_TILE;
                 let row = tile / columns * ROW_TILE;
-                let columns = column..job.matrix.rows.min(column + COLUMN_TILE);
-                let rows = row..job.count.min(row + ROW_TILE);
+                let columns = column..size.0.min(column + COLUMN_TILE);
+                let rows = row..size.1.min(row + ROW_TILE);
                 // SAFETY: the caller's promise, and each tile of a job is visited once.
                 unsafe { job.run(isa, columns, rows) }
                 return;
@@ -292,10 +356,24 @@ impl Compute {
 
 /// Jobs hold raw output pointers; the promise of [`Compute::products`] covers their use on several threads.
 #[derive(Clone, Copy)]
-struct Jobs<'a>(&'a [Job<'a>]);
+struct Jobs<'a, J>(&'a [J]);
 
-impl<'a> Jobs<'a> {
-    fn get(self) -> &'a [Job<'a>] {
+// SAFETY: as for [`Shared`].
+unsafe impl<J> Sync for Jobs<'_, J> {}
+
+impl<'a, J> Jobs<'a, J> {
+    fn get(self) -> &'a [J] {
         self.0
     }
+}
+
+/// An empty list in the memory of `list`.
+///
+/// Collecting a vector's own iterator keeps its memory, whatever the lifetimes in its elements; `tests/allocations.rs`
+/// would notice if it did not.
+pub(crate) fn emptied<A, B>(mut list: Vec<A>) -> Vec<B> {
+    list.clear();
+    list.into_iter()
+        .map(|_| unreachable!("it is empty"))
+        .collect()
 }

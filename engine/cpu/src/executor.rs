@@ -8,7 +8,7 @@ use engine_memory::{MemoryPlan, ResidentDtype};
 use engine_model::{Model, forward};
 use engine_spec::ModelConfig;
 
-use crate::backend::CpuBackend;
+use crate::backend::{CpuBackend, Step};
 use crate::cache::Cache;
 use crate::compute::Compute;
 use crate::kernels::Isa;
@@ -116,7 +116,10 @@ impl CpuExecutor {
             pool,
             isa: limits.isa,
         };
-        let backend = CpuBackend::new(compute, &model, weights, cache, limits.batched_tokens_max);
+        let table = limits.model_len_max.div_ceil(limits.block_size);
+        let tokens_max = limits.batched_tokens_max;
+        let step = Step::new(tokens_max, limits.sequences_max * table);
+        let backend = CpuBackend::new(compute, &model, weights, cache, step, tokens_max);
         Ok(Self {
             model,
             backend,

@@ -16,7 +16,10 @@ pub(crate) const PANEL: usize = 64;
 /// A cache line: panels begin at one wherever their sizes allow, since a load across two lines costs two.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C, align(64))]
-struct Line([u32; 16]);
+pub(crate) struct Line([u32; LINE]);
+
+/// Values of four bytes in a line.
+pub(crate) const LINE: usize = 16;
 
 /// Equal matrices, one after the other, in panels.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,7 +36,7 @@ impl Packed {
         let parts = values.len() / (rows * columns).max(1);
         let pairs = parts * rows * columns.div_ceil(2);
         let mut packed = Self {
-            lines: vec![Line::default(); pairs.div_ceil(16)],
+            lines: vec![Line::default(); pairs.div_ceil(LINE)],
             pairs,
             rows,
             columns,
