@@ -21,8 +21,16 @@ const ROUND_ROWS: usize = 16;
 const ALONE_WORK_MAX: usize = 128 * 1024;
 
 /// A pointer that tasks on several threads write through, each to its own part.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct Shared<T>(pub *mut T);
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
 
 // SAFETY: whoever dereferences it answers for the parts being disjoint.
 unsafe impl<T> Send for Shared<T> {}

@@ -226,6 +226,7 @@ impl CpuBackend {
             places,
             starts,
             next,
+            scratch: _,
         } = &mut self.chosen;
         starts.clear();
         starts.resize(experts + 1, 0);
