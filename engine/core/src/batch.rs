@@ -148,7 +148,7 @@ impl BatchBounds {
 }
 
 /// The part of one sequence that one forward pass computes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BatchEntry {
     /// Whose tokens these are.
     pub sequence: SequenceId,

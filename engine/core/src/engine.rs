@@ -66,7 +66,7 @@ impl Engine {
         Ok(Self {
             scheduler: Scheduler::new(limits),
             batch: Batch::default(),
-            logits: Logits::with_capacity(limits.vocabulary, 0),
+            logits: Logits::with_capacity(limits.vocabulary, limits.max_num_seqs),
             sampler: Sampler::default(),
             drafting: Drafting::default(),
         })
@@ -171,11 +171,11 @@ impl Engine {
                 let id = self.batch.entries[index].sequence;
                 self.scheduler.finish(id, FinishReason::Error, events);
             }
-            self.batch.entries.clear();
+            self.scheduler.recycle(&mut self.batch);
             return Err(error);
         }
         self.complete(events);
-        self.batch.entries.clear();
+        self.scheduler.recycle(&mut self.batch);
         self.drafting.run(
             executor,
             &mut self.logits,

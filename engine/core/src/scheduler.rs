@@ -57,6 +57,16 @@ pub struct Admission {
     pub max_queued_tokens: Option<usize>,
 }
 
+/// An entry that never grows.
+fn spare_entry(limits: &Limits) -> BatchEntry {
+    let positions = limits.max_model_len + limits.draft_tokens;
+    BatchEntry {
+        tokens: Vec::with_capacity(limits.max_num_batched_tokens.min(positions)),
+        blocks: Vec::with_capacity(positions.div_ceil(limits.block_size)),
+        ..BatchEntry::default()
+    }
+}
+
 /// The queue, the running batch and the blocks.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -67,6 +77,8 @@ pub struct Scheduler {
     waiting: Queue,
     /// By priority, then in order of arrival.
     running: Vec<SequenceId>,
+    /// Entries for the next batch, with room for any chunk; what was never written to takes no memory.
+    spare: Vec<BatchEntry>,
     next_sequence: u64,
     draining: bool,
     pub(crate) counters: Counters,
@@ -81,7 +93,10 @@ impl Scheduler {
             limits,
             admission: Admission::default(),
             sequences: BTreeMap::new(),
-            running: Vec::new(),
+            running: Vec::with_capacity(limits.max_num_seqs),
+            spare: (0..limits.max_num_seqs)
+                .map(|_| spare_entry(&limits))
+                .collect(),
             next_sequence: 0,
             draining: false,
             counters: Counters::default(),
@@ -106,8 +121,10 @@ impl Scheduler {
         for choice in 0..request.choices {
             let id = SequenceId(self.next_sequence);
             self.next_sequence += 1;
-            self.sequences
-                .insert(id, Sequence::new(id, request.clone(), choice, root));
+            self.sequences.insert(
+                id,
+                Sequence::new(id, request.clone(), choice, root, &self.limits),
+            );
         }
         Ok(())
     }
@@ -273,7 +290,7 @@ impl Scheduler {
 
     /// Fills `batch` with the next step and reports sequences that start with it.
     pub fn schedule(&mut self, batch: &mut Batch, events: &mut Vec<Event>) {
-        batch.entries.clear();
+        self.recycle(batch);
         let mut budget = self.limits.max_num_batched_tokens;
         let preempted = self.schedule_decodes(batch, &mut budget);
         self.schedule_drafts(batch, &mut budget);
@@ -282,6 +299,11 @@ impl Scheduler {
         if !preempted {
             self.schedule_waiting(batch, &mut budget, events);
         }
+    }
+
+    /// Empties a batch; its entries serve the next one.
+    pub(crate) fn recycle(&mut self, batch: &mut Batch) {
+        self.spare.append(&mut batch.entries);
     }
 
     /// One token for each sequence that has only its last token left to compute.
@@ -438,10 +460,14 @@ impl Scheduler {
         sequence.extend_chain(block_size, ahead);
         // The last token is always computed, since its logits are needed.
         let reusable = (sequence.tokens.len() - 1) / block_size;
-        let hits = self.blocks.lookup(&sequence.chain[..reusable]);
+        // A waiting sequence holds no block, but the memory of its table.
+        let mut hits = std::mem::take(&mut sequence.blocks);
+        hits.extend(self.blocks.lookup(&sequence.chain[..reusable]));
         let needed = sequence.tokens.len().div_ceil(block_size);
         let taken = needed - hits.len() + self.blocks.count_free(&hits);
         if taken > self.blocks.free() {
+            hits.clear();
+            sequence.blocks = hits;
             return false;
         }
         for &block in &hits {
@@ -471,13 +497,22 @@ impl Scheduler {
         true
     }
 
-    fn push_entry(&self, batch: &mut Batch, id: SequenceId, count: usize) {
+    fn push_entry(&mut self, batch: &mut Batch, id: SequenceId, count: usize) {
         let sequence = &self.sequences[&id];
+        let BatchEntry {
+            mut tokens,
+            mut blocks,
+            ..
+        } = self.spare.pop().unwrap_or_default();
+        tokens.clear();
+        tokens.extend_from_slice(&sequence.tokens[sequence.computed..][..count]);
+        blocks.clear();
+        blocks.extend_from_slice(&sequence.blocks);
         batch.entries.push(BatchEntry {
             sequence: id,
-            tokens: sequence.tokens[sequence.computed..sequence.computed + count].to_vec(),
+            tokens,
             start: sequence.computed,
-            blocks: sequence.blocks.clone(),
+            blocks,
             wants_logits: count == sequence.remaining(),
             drafts: 0,
         });

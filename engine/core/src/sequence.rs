@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::batch::{BlockId, SequenceId, TokenId};
 use crate::blocks::{BlockManager, PrefixHash};
+use crate::limits::Limits;
 use crate::mask::TokenMask;
 use crate::request::{Event, EventKind, Request};
 
@@ -39,11 +40,26 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// A sequence that holds its prompt and no block.
-    pub fn new(id: SequenceId, request: Arc<Request>, choice: u32, root: PrefixHash) -> Self {
+    /// A sequence that holds its prompt and no block, and room for all that it may become.
+    pub fn new(
+        id: SequenceId,
+        request: Arc<Request>,
+        choice: u32,
+        root: PrefixHash,
+        limits: &Limits,
+    ) -> Self {
+        let known = request.prompt.len() + request.resumed.len();
+        let most = limits
+            .max_model_len
+            .min(request.prompt.len() + request.max_tokens)
+            .max(known);
+        let mut tokens = Vec::with_capacity(most);
+        tokens.extend_from_slice(&request.prompt);
+        tokens.extend_from_slice(&request.resumed);
+        let blocks = most.div_ceil(limits.block_size);
         Self {
             id,
-            tokens: [request.prompt.as_slice(), &request.resumed].concat(),
+            tokens,
             mask: request
                 .constraint
                 .as_ref()
@@ -51,8 +67,8 @@ impl Sequence {
             request,
             choice,
             computed: 0,
-            blocks: Vec::new(),
-            chain: Vec::new(),
+            blocks: Vec::with_capacity(blocks),
+            chain: Vec::with_capacity(blocks),
             drafts: Vec::new(),
             published: 0,
             started: false,

@@ -10,6 +10,7 @@
 
 #![allow(unsafe_code)]
 
+mod attend;
 mod attention;
 mod grouped;
 mod moe;
@@ -17,14 +18,15 @@ mod prediction;
 
 use engine_core::{BlockId, Logits};
 use engine_model::{
-    Backend, Gate, GatedMlp, GroupedAttention, LatentAttention, Model, Moe, Norm, Rope, Slot,
-    WeightId,
+    Attention, Backend, Gate, GatedMlp, GroupedAttention, KvLayout, LatentAttention, Mlp, Model,
+    Moe, Norm, Rope, Slot, WeightId,
 };
 
+use self::attend::Attending;
 use self::moe::Chosen;
 use crate::cache::Cache;
-use crate::compute::{Area, Compute, Job, Shared};
-use crate::kernels::{AddScaled, RmsNorm, Rows, SiluProduct};
+use crate::compute::{Area, Compute, Gated, Job, Shared};
+use crate::kernels::{AddScaled, RmsNorm, Rows};
 use crate::pool::WorkerPanic;
 use crate::weights::Weights;
 
@@ -50,6 +52,19 @@ pub(crate) struct Step {
 }
 
 impl Step {
+    /// Room for steps of `tokens_max` tokens with block tables of `blocks_max` blocks in all.
+    pub fn new(tokens_max: usize, blocks_max: usize) -> Self {
+        Self {
+            tokens: Vec::with_capacity(tokens_max),
+            positions: Vec::with_capacity(tokens_max),
+            tables: Vec::with_capacity(tokens_max),
+            blocks: Vec::with_capacity(blocks_max),
+            wanted: Vec::with_capacity(tokens_max),
+            sources: Vec::with_capacity(tokens_max),
+            logits: Logits::default(),
+        }
+    }
+
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.positions.clear();
@@ -81,6 +96,10 @@ pub(crate) struct CpuBackend {
     mlp: Vec<f32>,
     cos_sin: Vec<f32>,
     chosen: Chosen,
+    attending: Attending,
+    /// Memory of lists of jobs.
+    jobs: Vec<Job<'static>>,
+    gated: Vec<Gated<'static>>,
     pub step: Step,
 }
 
@@ -90,6 +109,7 @@ impl CpuBackend {
         model: &Model,
         weights: Weights,
         cache: Cache,
+        step: Step,
         tokens_max: usize,
     ) -> Self {
         let slots = Slot::ALL.map(|slot| {
@@ -100,6 +120,28 @@ impl CpuBackend {
                 is_rounded: false,
             }
         });
+        let widths =
+            |width: fn(&KvLayout) -> usize| model.layers.iter().map(|layer| width(&layer.kv)).max();
+        // A layer's heads, or its experts and the shared one.
+        let jobs = model.layers.iter().map(|layer| {
+            let heads = match &layer.attention {
+                Attention::Latent(attention) => attention.heads,
+                Attention::Grouped(_) => 0,
+            };
+            let experts = match &layer.mlp {
+                Mlp::Moe(moe) => moe.experts.len() + 1,
+                Mlp::Dense(_) => 0,
+            };
+            heads.max(experts)
+        });
+        let jobs = jobs.max().unwrap_or(0);
+        let chosen = Chosen::new(model, compute.pool.threads(), tokens_max);
+        let attending = Attending::new(
+            widths(|kv| kv.key_width()).unwrap_or(0),
+            widths(|kv| kv.value_width()).unwrap_or(0),
+            compute.pool.threads(),
+            tokens_max,
+        );
         Self {
             compute,
             weights,
@@ -109,8 +151,11 @@ impl CpuBackend {
             slots: slots.into(),
             mlp: vec![0.0; model.mlp_width() * tokens_max],
             cos_sin: vec![0.0; model.rope.width() * tokens_max],
-            chosen: Chosen::default(),
-            step: Step::default(),
+            chosen,
+            attending,
+            jobs: Vec::with_capacity(jobs),
+            gated: Vec::with_capacity(jobs),
+            step,
         }
     }
 
@@ -186,27 +231,6 @@ impl CpuBackend {
         }
         Ok(self.as_they_are(slot))
     }
-
-    /// Silu products of `count` values of three adjoining parts of the MLP scratch, `part` values each.
-    fn activate(&mut self, gate: Area, part: usize, count: usize) -> Result<(), WorkerPanic> {
-        let up = gate.skip(part).start;
-        let out = gate.skip(2 * part).start;
-        let gate = gate.start;
-        let kernel = |task: usize| {
-            let at = task * SPAN;
-            SiluProduct {
-                gate: gate.at(at),
-                up: up.at(at),
-                out: out.at(at),
-                length: SPAN.min(count - at),
-            }
-        };
-        // SAFETY: the three parts and the tasks' spans are disjoint and inside the scratch.
-        unsafe {
-            self.compute
-                .kernels(count.div_ceil(SPAN), count * 16, &kernel)
-        }
-    }
 }
 
 impl Backend for CpuBackend {
@@ -260,22 +284,20 @@ impl Backend for CpuBackend {
         let part = rows * mlp.inner;
         let gate = Area::new(&mut self.mlp, mlp.inner);
         let mut product = gate.skip(2 * part);
-        let job = |weight: WeightId, input: Area, out: Area| {
+        if self.weights.is_packed(mlp.down) {
+            product = product.rounded();
+        }
+        let job = |weight: WeightId, out: Area| {
             let matrix = self.weights.matrix(weight);
             Job::new(matrix, input, Rows::From(0), rows, out)
         };
-        let jobs = [
-            job(mlp.gate, input, gate),
-            job(mlp.up, input, gate.skip(part)),
-        ];
-        // SAFETY: gate and up go to different parts of the scratch, which holds three parts of `rows * inner`.
-        unsafe { self.compute.products(&jobs)? };
-        self.activate(gate, part, part)?;
-        if self.weights.is_packed(mlp.down) {
-            // SAFETY: the third part.
-            unsafe { self.compute.round(product, rows, mlp.inner)? };
-            product = product.rounded();
-        }
+        let gated = Gated {
+            gate: job(mlp.gate, gate),
+            up: job(mlp.up, gate.skip(part)),
+            out: product,
+        };
+        // SAFETY: three different parts of the scratch, which holds three parts of `rows * inner`.
+        unsafe { self.compute.products(&[gated])? };
         let matrix = self.weights.matrix(mlp.down);
         let down = Job::new(matrix, product, Rows::From(0), rows, out);
         // SAFETY: from the scratch to a slot.

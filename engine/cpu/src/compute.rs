@@ -5,15 +5,13 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::RefCell;
-
-use crate::kernels::paired::{PairedProduct, RoundInPlace};
+use crate::kernels::paired::{PairedProduct, RoundInPlace, RoundedSiluProduct};
 use crate::kernels::quantised::IntegerProduct;
-use crate::kernels::{Isa, Kernel, Product, Rows};
+use crate::kernels::{Isa, Kernel, Product, Rows, SiluProduct};
 use crate::packed::{PANEL, Packed};
-use crate::pool::{Pool, WorkerPanic};
+use crate::pool::{Pool, WorkerPanic, current_thread};
 use crate::quantised::Integers;
-use crate::weights::{Matrix, Values};
+use crate::weights::{Matrix, Values, Weight, Weights};
 
 /// Weight rows of a tile: a panel, which is a sequential stream of some hundred kilobytes in large models.
 const COLUMN_TILE: usize = PANEL;
@@ -32,24 +30,17 @@ const ROUND_ROWS: usize = 16;
 /// Multiply-adds below which a region is not worth a second thread: about ten microseconds.
 const ALONE_WORK_MAX: usize = 128 * 1024;
 
-thread_local! {
-    /// Rounded activations of a task; grows to the most that a task of this thread has asked for.
-    static SCRATCH: RefCell<Vec<u16>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Lends a task the thread's room for `length` rounded activations, with whatever the last task left there.
-pub(crate) fn with_scratch(length: usize, task: impl FnOnce(&mut [u16])) {
-    SCRATCH.with_borrow_mut(|scratch| {
-        if scratch.len() < length {
-            scratch.resize(length, 0);
-        }
-        task(&mut scratch[..length]);
-    });
-}
-
 /// A pointer that tasks on several threads write through, each to its own part.
-#[derive(Clone, Copy)]
+#[derive(Debug)]
 pub(crate) struct Shared<T>(pub *mut T);
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
 
 // SAFETY: whoever dereferences it answers for the parts being disjoint.
 unsafe impl<T> Send for Shared<T> {}
@@ -65,7 +56,7 @@ impl<T> Shared<T> {
 }
 
 /// A rectangle of activations: rows `stride` values apart.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Area {
     pub start: Shared<f32>,
     pub stride: usize,
@@ -112,7 +103,7 @@ impl Area {
 }
 
 /// One product of a region: all its rows with all rows of a matrix.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Job<'a> {
     pub matrix: &'a Matrix,
     /// Which one, of several of the same shape.
@@ -141,8 +132,37 @@ impl<'a> Job<'a> {
     }
 }
 
-impl Job<'_> {
-    /// Weight and activation rows of a tile.
+/// Products that can be cut into tiles: columns, which are rows of a matrix, and indices of activation rows.
+pub(crate) trait Tiled: Copy {
+    /// Columns and indices.
+    fn size(&self) -> (usize, usize);
+    /// Columns and indices of a tile.
+    fn tile(&self) -> (usize, usize);
+    /// Multiply-adds.
+    fn work(&self) -> usize;
+    /// Computes a tile.
+    ///
+    /// # Safety
+    /// The areas hold the rows and columns, and nobody else touches the output rectangle.
+    unsafe fn run(
+        &self,
+        place: Place,
+        columns: std::ops::Range<usize>,
+        indices: std::ops::Range<usize>,
+    );
+}
+
+/// How many tiles there are, by columns and by indices.
+fn tiles(job: &impl Tiled) -> (usize, usize) {
+    let ((columns, indices), (width, height)) = (job.size(), job.tile());
+    (columns.div_ceil(width), indices.div_ceil(height))
+}
+
+impl Tiled for Job<'_> {
+    fn size(&self) -> (usize, usize) {
+        (self.matrix.rows, self.count)
+    }
+
     fn tile(&self) -> (usize, usize) {
         match &self.matrix.values {
             Values::Integer(_) if self.count < INTEGER_MANY => (INTEGER_TILE_FEW, INTEGER_ROW_TILE),
@@ -151,14 +171,34 @@ impl Job<'_> {
         }
     }
 
-    fn tiles(&self) -> (usize, usize) {
-        let (width, height) = self.tile();
-        (
-            self.matrix.rows.div_ceil(width),
-            self.count.div_ceil(height),
-        )
+    fn work(&self) -> usize {
+        self.matrix.rows * self.count * self.matrix.columns
     }
 
+    unsafe fn run(
+        &self,
+        place: Place,
+        columns: std::ops::Range<usize>,
+        indices: std::ops::Range<usize>,
+    ) {
+        unsafe {
+            match &self.matrix.values {
+                Values::F32(values) => place.isa.run(self.product(values, columns, indices)),
+                Values::Packed(packed) => {
+                    place.isa.run_paired(self.paired(packed, columns, indices));
+                }
+                Values::Integer(integers) => {
+                    let scratch = place.scratch();
+                    let product = self.integers(integers, columns, indices, scratch);
+                    place.isa.bytes().run(product);
+                }
+                Values::Bf16(_) => unreachable!("a table that is only looked up"),
+            }
+        }
+    }
+}
+
+impl Job<'_> {
     /// First input value of the product's row 0, whatever the form.
     fn input_at(&self) -> *const f32 {
         let start = self.input.start;
@@ -166,36 +206,6 @@ impl Job<'_> {
             return start.0.cast::<u16>().wrapping_add(self.skip).cast();
         }
         start.at(self.skip)
-    }
-
-    fn work(&self) -> usize {
-        self.matrix.rows * self.count * self.matrix.columns
-    }
-
-    /// # Safety
-    /// The job's areas hold its rows and columns, and nobody else touches the output rectangle.
-    unsafe fn run(
-        &self,
-        isa: Isa,
-        columns: std::ops::Range<usize>,
-        indices: std::ops::Range<usize>,
-    ) {
-        unsafe {
-            match &self.matrix.values {
-                Values::F32(values) => isa.run(self.product(values, columns, indices)),
-                Values::Packed(packed) => isa.run_paired(self.paired(packed, columns, indices)),
-                Values::Integer(integers) => {
-                    let length = self.matrix.columns;
-                    let format = integers.format;
-                    let needed = IntegerProduct::scratch_length(format, length, indices.len());
-                    with_scratch(needed, |scratch| {
-                        isa.bytes()
-                            .run(self.integers(integers, columns, indices, scratch));
-                    });
-                }
-                Values::Bf16(_) => unreachable!("a table that is only looked up"),
-            }
-        }
     }
 
     fn paired(
@@ -262,14 +272,124 @@ impl Job<'_> {
     }
 }
 
+/// The first half of a gated MLP, `silu(gate · x) * (up · x)`: two products of the same shape and what becomes of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gated<'a> {
+    pub gate: Job<'a>,
+    /// With the gate's input, rows and count.
+    pub up: Job<'a>,
+    /// In the form that the products read.
+    pub out: Area,
+}
+
+impl Tiled for Gated<'_> {
+    fn size(&self) -> (usize, usize) {
+        self.gate.size()
+    }
+
+    fn tile(&self) -> (usize, usize) {
+        self.gate.tile()
+    }
+
+    fn work(&self) -> usize {
+        2 * self.gate.work()
+    }
+
+    unsafe fn run(
+        &self,
+        place: Place,
+        columns: std::ops::Range<usize>,
+        indices: std::ops::Range<usize>,
+    ) {
+        let (first, length) = (columns.start, columns.len());
+        unsafe {
+            self.gate.run(place, columns.clone(), indices.clone());
+            self.up.run(place, columns, indices.clone());
+            for index in indices {
+                let gate = self.gate.out.row(index).add(first).cast_const();
+                let up = self.up.out.row(index).add(first).cast_const();
+                let out = self.out.row(index);
+                if self.out.is_rounded {
+                    let out = out.cast::<u16>().add(first);
+                    place.isa.run_paired(RoundedSiluProduct {
+                        gate,
+                        up,
+                        out,
+                        length,
+                    });
+                } else {
+                    let out = out.add(first);
+                    place.isa.run(SiluProduct {
+                        gate,
+                        up,
+                        out,
+                        length,
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Where a tile is computed.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    isa: Isa,
+    /// All threads' room for quantised activations.
+    scratch: Shared<u16>,
+    /// Elements of a thread's.
+    scratch_length: usize,
+}
+
+impl Place {
+    /// This thread's room, with whatever the last task left there.
+    ///
+    /// # Safety
+    /// A task of the pool that the scratch was made for, which lets go of it before it ends.
+    unsafe fn scratch<'a>(self) -> &'a mut [u16] {
+        let start = self.scratch.at(current_thread() * self.scratch_length);
+        unsafe { std::slice::from_raw_parts_mut(start, self.scratch_length) }
+    }
+}
+
 /// Threads and instruction set.
 #[derive(Debug)]
 pub(crate) struct Compute {
     pub pool: Pool,
     pub isa: Isa,
+    scratch: Vec<u16>,
+    scratch_length: usize,
 }
 
 impl Compute {
+    /// Threads with room for quantised activations of products with all of `weights`.
+    pub fn new(pool: Pool, isa: Isa, weights: &Weights) -> Self {
+        let parts = weights.all().iter().flat_map(Weight::parts);
+        let needed = parts.filter_map(|matrix| match &matrix.values {
+            Values::Integer(integers) => Some(IntegerProduct::scratch_length(
+                integers.format,
+                matrix.columns,
+                INTEGER_ROW_TILE,
+            )),
+            _ => None,
+        });
+        let scratch_length = needed.max().unwrap_or(0);
+        Self {
+            scratch: vec![0; scratch_length * pool.threads()],
+            scratch_length,
+            pool,
+            isa,
+        }
+    }
+
+    fn place(&mut self) -> Place {
+        Place {
+            isa: self.isa,
+            scratch: Shared(self.scratch.as_mut_ptr()),
+            scratch_length: self.scratch_length,
+        }
+    }
+
     /// Runs `tasks` tasks of about `work` multiply-adds in all.
     pub fn region(
         &mut self,
@@ -288,40 +408,40 @@ impl Compute {
     ///
     /// # Safety
     /// Each job's areas are valid and the jobs' output rectangles are disjoint and no input of another.
-    pub unsafe fn products(&mut self, jobs: &[Job<'_>]) -> Result<(), WorkerPanic> {
-        let isa = self.isa;
+    pub unsafe fn products<J: Tiled>(&mut self, jobs: &[J]) -> Result<(), WorkerPanic> {
+        let place = self.place();
         let jobs = Jobs(jobs);
-        let work: usize = jobs.0.iter().map(Job::work).sum();
+        let work: usize = jobs.0.iter().map(Tiled::work).sum();
+        let count = |job: &J| {
+            let (columns, rows) = tiles(job);
+            columns * rows
+        };
+        let run = |job: &J, tile: usize| {
+            let (columns, _) = tiles(job);
+            let (size, (width, height)) = (job.size(), job.tile());
+            let column = tile % columns * width;
+            let row = tile / columns * height;
+            let columns = column..size.0.min(column + width);
+            let rows = row..size.1.min(row + height);
+            // SAFETY: the caller's promise, and each tile of a job is visited once.
+            unsafe { job.run(place, columns, rows) }
+        };
         if work <= ALONE_WORK_MAX {
             return self.pool.run(1, &|_| {
                 for job in jobs.get() {
-                    // SAFETY: the caller's promise; this is the only task.
-                    unsafe { job.run(isa, 0..job.matrix.rows, 0..job.count) }
+                    (0..count(job)).for_each(|tile| run(job, tile));
                 }
             });
         }
-        let tiles = |job: &Job<'_>| {
-            let (columns, rows) = job.tiles();
-            columns * rows
-        };
-        let total: usize = jobs.0.iter().map(tiles).sum();
+        let total: usize = jobs.0.iter().map(count).sum();
         self.pool.run(total, &|task| {
             let mut tile = task;
             for job in jobs.get() {
-                let count = tiles(job);
-                if tile >= count {
-                    tile -= count;
-                    continue;
+                let count = count(job);
+                if tile < count {
+                    return run(job, tile);
                 }
-                let (columns, _) = job.tiles();
-                let (width, height) = job.tile();
-                let column = tile % columns * width;
-                let row = tile / columns * height;
-                let columns = column..job.matrix.rows.min(column + width);
-                let rows = row..job.count.min(row + height);
-                // SAFETY: the caller's promise, and each tile of a job is visited once.
-                unsafe { job.run(isa, columns, rows) }
-                return;
+                tile -= count;
             }
         })
     }
@@ -365,10 +485,24 @@ impl Compute {
 
 /// Jobs hold raw output pointers; the promise of [`Compute::products`] covers their use on several threads.
 #[derive(Clone, Copy)]
-struct Jobs<'a>(&'a [Job<'a>]);
+struct Jobs<'a, J>(&'a [J]);
 
-impl<'a> Jobs<'a> {
-    fn get(self) -> &'a [Job<'a>] {
+// SAFETY: as for [`Shared`].
+unsafe impl<J> Sync for Jobs<'_, J> {}
+
+impl<'a, J> Jobs<'a, J> {
+    fn get(self) -> &'a [J] {
         self.0
     }
+}
+
+/// An empty list in the memory of `list`.
+///
+/// Collecting a vector's own iterator keeps its memory, whatever the lifetimes in its elements; `tests/allocations.rs`
+/// would notice if it did not.
+pub(crate) fn emptied<A, B>(mut list: Vec<A>) -> Vec<B> {
+    list.clear();
+    list.into_iter()
+        .map(|_| unreachable!("it is empty"))
+        .collect()
 }

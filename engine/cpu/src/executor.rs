@@ -8,7 +8,7 @@ use engine_memory::{MemoryPlan, ResidentDtype};
 use engine_model::{Model, forward, forward_to_draft, predict};
 use engine_spec::ModelConfig;
 
-use crate::backend::CpuBackend;
+use crate::backend::{CpuBackend, Step};
 use crate::cache::Cache;
 use crate::compute::Compute;
 use crate::kernels::Isa;
@@ -117,11 +117,11 @@ impl CpuExecutor {
             Pool::new(limits.threads).map_err(|error| LoadError::Backend(error.to_string()))?;
         let weights = Weights::load(source, &model, limits.resident, &mut pool, progress)?;
         let cache = Cache::new(&model, limits.resident, limits.kv_blocks, limits.block_size);
-        let compute = Compute {
-            pool,
-            isa: limits.isa,
-        };
-        let backend = CpuBackend::new(compute, &model, weights, cache, limits.batched_tokens_max);
+        let compute = Compute::new(pool, limits.isa, &weights);
+        let table = limits.model_len_max.div_ceil(limits.block_size);
+        let tokens_max = limits.batched_tokens_max;
+        let step = Step::new(tokens_max, limits.sequences_max * table);
+        let backend = CpuBackend::new(compute, &model, weights, cache, step, tokens_max);
         Ok(Self {
             model,
             backend,

@@ -12,8 +12,6 @@
 // Index loops over small register arrays read like the arithmetic they unroll to.
 #![allow(clippy::needless_range_loop)]
 
-pub(crate) mod attend;
-pub(crate) mod paired;
 pub(crate) mod panel;
 pub(crate) mod quantised;
 
@@ -299,7 +297,7 @@ pub(crate) unsafe fn exp<L: Lanes>(x: L) -> L {
 }
 
 /// Which activation rows a product reads.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) enum Rows<'a> {
     /// `start`, `start + 1`, …
     From(usize),
@@ -396,14 +394,21 @@ impl Kernel for SiluProduct {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
         unsafe {
-            let (zero, one) = (L::splat(0.0), L::splat(1.0));
             each!(self.length, |at, count| {
                 let gate: L = load(self.gate.add(at), count);
                 let up: L = load(self.up.add(at), count);
-                let silu = gate.div(one.add(exp(zero.sub(gate))));
-                store(silu.mul(up), self.out.add(at), count);
+                store(silu_product(gate, up), self.out.add(at), count);
             });
         }
+    }
+}
+
+/// `gate / (1 + e^-gate) * up`.
+#[inline(always)]
+unsafe fn silu_product<L: Lanes>(gate: L, up: L) -> L {
+    unsafe {
+        let (zero, one) = (L::splat(0.0), L::splat(1.0));
+        gate.div(one.add(exp(zero.sub(gate)))).mul(up)
     }
 }
 
@@ -589,8 +594,10 @@ unsafe fn fold<L: Lanes>(
     }
 }
 
-// After the macro, which it uses.
+// After the macro, which they use.
+pub(crate) mod attend;
 mod grouped;
+pub(crate) mod paired;
 
 pub(crate) use grouped::{AttendGrouped, HEADS_MAX};
 

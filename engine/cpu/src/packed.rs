@@ -15,6 +15,9 @@ use crate::store::{Line, Store};
 /// Rows of a matrix that a panel holds: four registers of sums, which leaves room for six rows of activations.
 pub(crate) const PANEL: usize = 64;
 
+/// Values of four bytes in a line.
+pub(crate) const LINE: usize = 16;
+
 /// Equal matrices, one after the other, in panels.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Packed {
@@ -30,7 +33,7 @@ impl Packed {
     pub fn new(values: &[bf16], rows: usize, columns: usize) -> Self {
         let parts = values.len() / (rows * columns).max(1);
         let pairs = parts * rows * columns.div_ceil(2);
-        let mut lines = vec![Line([0; 64]); pairs.div_ceil(16)];
+        let mut lines = vec![Line::ZERO; pairs.div_ceil(LINE)];
         let part_pairs = rows * columns.div_ceil(2);
         let parts = values.chunks_exact((rows * columns).max(1));
         let to = pairs_of(&mut lines).chunks_exact_mut(part_pairs.max(1));
@@ -84,7 +87,7 @@ impl Packed {
 /// Lines as pairs.
 fn pairs_of(lines: &mut [Line]) -> &mut [u32] {
     // SAFETY: lines are nothing but their sixteen pairs each, and borrowed as a whole.
-    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * 16) }
+    unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * LINE) }
 }
 
 /// Packs the rows of one panel.

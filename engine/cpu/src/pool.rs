@@ -7,6 +7,7 @@
 //! Surprise: workers spin for a few microseconds before they sleep, since a decode step is a hundred regions of a few
 //! microseconds each, and then really sleep, since an idle pod must not burn its CPU quota.
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -27,6 +28,16 @@ pub struct SpawnError {
     count: usize,
     #[source]
     source: std::io::Error,
+}
+
+thread_local! {
+    /// See [`current_thread`].
+    static THREAD: Cell<usize> = const { Cell::new(0) };
+}
+
+/// The thread of a task among those of its pool, from 0 on, which is the caller of [`Pool::run`].
+pub(crate) fn current_thread() -> usize {
+    THREAD.get()
 }
 
 /// How often a waiting thread looks before it sleeps: about 10 µs.
@@ -104,7 +115,10 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let worker = std::thread::Builder::new()
                 .name(format!("cpu-{index}"))
-                .spawn(move || work(&shared))
+                .spawn(move || {
+                    THREAD.set(index);
+                    work(&shared);
+                })
                 .map_err(|source| SpawnError {
                     index,
                     count,

@@ -96,7 +96,7 @@ impl Packer {
             format,
             columns,
             part_rows,
-            lines: vec![Line([0; 64]); blocks * block_lines(format, columns)],
+            lines: vec![Line::ZERO; blocks * block_lines(format, columns)],
             next: 0,
         }
     }

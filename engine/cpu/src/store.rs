@@ -28,6 +28,11 @@ unsafe impl Plain for Line {}
 #[repr(C, align(64))]
 pub(crate) struct Line(pub [u8; 64]);
 
+impl Line {
+    /// Nothing but zero bits.
+    pub const ZERO: Self = Self([0; 64]);
+}
+
 /// See the module's description.
 #[derive(Clone, Debug)]
 pub(crate) enum Store<T> {

@@ -259,6 +259,22 @@ pub enum KvLayout {
 }
 
 impl KvLayout {
+    /// Width of a key: of latent attention, the whole row.
+    pub fn key_width(self) -> usize {
+        match self {
+            Self::Latent { latent, rope } => latent + rope,
+            Self::KeyValue { width, .. } => width,
+        }
+    }
+
+    /// Width of a value: of latent attention, the latent.
+    pub fn value_width(self) -> usize {
+        match self {
+            Self::Latent { latent, .. } => latent,
+            Self::KeyValue { width, .. } => width,
+        }
+    }
+
     /// Values cached per token.
     pub fn width(self) -> usize {
         match self {

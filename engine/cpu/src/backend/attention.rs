@@ -7,10 +7,10 @@
 
 use engine_model::{LatentAttention, Rope, Slot, WeightId};
 
+use super::attend::{Heads, QueryPart};
 use super::{CpuBackend, Step};
 use crate::cache::CacheTarget;
-use crate::compute::{Area, Job, Shared, with_scratch};
-use crate::kernels::attend::PairedAttend;
+use crate::compute::{Area, Job, Shared, emptied};
 use crate::kernels::{Attend, Element, GROUP, RmsNorm, Rows};
 use crate::pool::WorkerPanic;
 
@@ -101,19 +101,20 @@ impl CpuBackend {
             )));
         };
         let matrix = if key { keys } else { values };
-        let jobs: Vec<Job<'_>> = (0..heads)
-            .map(|head| Job {
-                matrix,
-                part: head,
-                input: input.0,
-                skip: head * input.1,
-                rows: Rows::From(0),
-                count: rows,
-                out: out.0.skip(head * out.1),
-            })
-            .collect();
+        let mut jobs = emptied(std::mem::take(&mut self.jobs));
+        jobs.extend((0..heads).map(|head| Job {
+            matrix,
+            part: head,
+            input: input.0,
+            skip: head * input.1,
+            rows: Rows::From(0),
+            count: rows,
+            out: out.0.skip(head * out.1),
+        }));
         // SAFETY: input and output are different slots; heads write different columns.
-        unsafe { self.compute.products(&jobs) }
+        let outcome = unsafe { self.compute.products(&jobs) };
+        self.jobs = emptied(jobs);
+        outcome
     }
 
     fn attend(
@@ -121,13 +122,50 @@ impl CpuBackend {
         cache: CacheTarget,
         attention: &LatentAttention,
     ) -> Result<(), WorkerPanic> {
-        let queries = match cache {
-            CacheTarget::F32(_) => self.wide(Slot::Query),
-            CacheTarget::Bf16(_) => self.rounded(Slot::Query)?,
-        };
-        let heads = Heads {
+        match cache {
+            CacheTarget::F32(cache) => self.attend_wide(cache, attention),
+            CacheTarget::Bf16(cache) => {
+                let LatentAttention {
+                    heads,
+                    nope,
+                    rope,
+                    latent,
+                    scale,
+                    ..
+                } = *attention;
+                let width = latent + rope;
+                let part = |rows, skip, stride| QueryPart { rows, skip, stride };
+                let heads = Heads {
+                    cache,
+                    kv_heads: 1,
+                    kv_head_stride: 0,
+                    block_stride: self.cache.block_size() * width,
+                    key_stride: width,
+                    // The latent is both.
+                    value_skip: 0,
+                    key_width: width,
+                    value_width: latent,
+                    heads,
+                    first: part(self.rounded(Slot::AbsorbedQuery)?, 0, latent),
+                    second: part(self.rounded(Slot::Query)?, nope, attention.query_width()),
+                    first_width: latent,
+                    out: self.fresh(Slot::LatentValue),
+                    scale,
+                };
+                // SAFETY: blocks were checked to exist and cover the context; the slots have the model's widths.
+                unsafe { self.attend_heads(&heads) }
+            }
+        }
+    }
+
+    fn attend_wide(
+        &mut self,
+        cache: Shared<f32>,
+        attention: &LatentAttention,
+    ) -> Result<(), WorkerPanic> {
+        let heads = WideHeads {
             latent_queries: self.wide(Slot::AbsorbedQuery),
-            queries,
+            queries: self.wide(Slot::Query),
             out: self.fresh(Slot::LatentValue),
             block_size: self.cache.block_size(),
             step: &self.step,
@@ -137,37 +175,14 @@ impl CpuBackend {
         let tasks = self.step.tokens.len() * attention.heads.div_ceil(GROUP);
         let context: usize = self.step.positions.iter().map(|at| at + 1).sum();
         let work = context * attention.heads * (2 * latent + rope);
-        let isa = self.compute.isa;
-        match cache {
-            CacheTarget::F32(cache) => {
-                let kernel = |task| heads.task(task, cache);
-                // SAFETY: blocks were checked to exist and cover the context; each task writes its own heads' output.
-                unsafe { self.compute.kernels(tasks, work, &kernel) }
-            }
-            CacheTarget::Bf16(cache) => {
-                let length = PairedAttend::scratch_length(latent, rope);
-                self.compute.region(tasks, work, &|task| {
-                    with_scratch(length, |scratch| {
-                        let mut of = heads.task(task, cache);
-                        let groups = attention.heads.div_ceil(GROUP);
-                        let skip = task % groups * GROUP * attention.query_width() + attention.nope;
-                        of.rotated_queries = heads
-                            .queries
-                            .row(task / groups)
-                            .cast::<u16>()
-                            .wrapping_add(skip)
-                            .cast();
-                        // SAFETY: as above.
-                        unsafe { isa.run_paired(PairedAttend { of, scratch }) };
-                    });
-                })
-            }
-        }
+        let kernel = |task| heads.task(task, cache);
+        // SAFETY: blocks were checked to exist and cover the context; each task writes its own heads' output.
+        unsafe { self.compute.kernels(tasks, work, &kernel) }
     }
 }
 
-/// What the tasks of a layer's attention share; a task is [`GROUP`] heads of a row.
-struct Heads<'a> {
+/// What the tasks of a layer's float32 attention share; a task is [`GROUP`] heads of a row.
+struct WideHeads<'a> {
     latent_queries: Area,
     queries: Area,
     out: Area,
@@ -176,7 +191,7 @@ struct Heads<'a> {
     attention: &'a LatentAttention,
 }
 
-impl Heads<'_> {
+impl WideHeads<'_> {
     fn task<C>(&self, task: usize, cache: Shared<C>) -> Attend<'_, C> {
         let attention = self.attention;
         let groups = attention.heads.div_ceil(GROUP);

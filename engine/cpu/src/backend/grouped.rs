@@ -5,6 +5,7 @@
 use engine_model::{GroupedAttention, HeadNorms, Norm, Projection, Rope, Slot};
 
 use super::CpuBackend;
+use super::attend::{Heads, QueryPart};
 use super::attention::narrow_into;
 use crate::cache::CacheTarget;
 use crate::compute::Shared;
@@ -79,11 +80,41 @@ impl CpuBackend {
         match self.cache.layer_mut(layer) {
             CacheTarget::F32(cache) => {
                 self.cache_heads(cache, attention)?;
-                self.attend_heads(cache, attention)
+                self.attend_wide_heads(cache, attention)
             }
             CacheTarget::Bf16(cache) => {
                 self.cache_heads(cache, attention)?;
-                self.attend_heads(cache, attention)
+                let GroupedAttention {
+                    kv_heads,
+                    width,
+                    scale,
+                    ..
+                } = *attention;
+                let block = self.cache.block_size() * width;
+                let queries = QueryPart {
+                    rows: self.rounded(Slot::Query)?,
+                    skip: 0,
+                    stride: width,
+                };
+                let heads = Heads {
+                    cache,
+                    kv_heads,
+                    kv_head_stride: 2 * block,
+                    block_stride: kv_heads * 2 * block,
+                    key_stride: width,
+                    value_skip: block,
+                    key_width: width,
+                    value_width: width,
+                    heads: attention.group(),
+                    first: queries,
+                    // The first part is all of it.
+                    second: queries,
+                    first_width: width,
+                    out: self.fresh(Slot::Value),
+                    scale,
+                };
+                // SAFETY: blocks were checked to exist and cover the context; the slots have the model's widths.
+                unsafe { self.attend_heads(&heads) }
             }
         }
     }
@@ -139,7 +170,7 @@ impl CpuBackend {
         })
     }
 
-    fn attend_heads<C: Element>(
+    fn attend_wide_heads<C: Element>(
         &mut self,
         cache: Shared<C>,
         attention: &GroupedAttention,

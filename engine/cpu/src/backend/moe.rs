@@ -6,21 +6,16 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::RefCell;
-
-use engine_model::{Choice, Gate, GateScratch, GatedMlp, Moe, Slot, WeightId};
+use engine_model::{Choice, Gate, GateScratch, GatedMlp, Mlp, Model, Moe, Slot};
 
 use super::CpuBackend;
-use crate::compute::{Area, Job, Shared};
+use crate::compute::{Area, Gated, Job, Shared, emptied};
 use crate::kernels::{AddScaled, Rows};
-use crate::pool::WorkerPanic;
+use crate::pool::{WorkerPanic, current_thread};
+use crate::weights::Weights;
 
 /// Rows whose experts one task chooses.
 const GATE_ROWS: usize = 16;
-
-thread_local! {
-    static GATE_SCRATCH: RefCell<GateScratch> = RefCell::default();
-}
 
 /// Chosen experts of a step, grouped by expert.
 #[derive(Debug, Default)]
@@ -33,6 +28,42 @@ pub(super) struct Chosen {
     places: Vec<u32>,
     /// First index in `rows` of each expert, and the end.
     starts: Vec<u32>,
+    /// While grouping: the next free index of each expert.
+    next: Vec<u32>,
+    /// Each thread's.
+    scratch: Vec<GateScratch>,
+}
+
+impl Chosen {
+    /// Room for steps of `tokens_max` tokens on so many threads.
+    pub fn new(model: &Model, threads: usize, tokens_max: usize) -> Self {
+        let gates = || {
+            model.layers.iter().filter_map(|layer| match &layer.mlp {
+                Mlp::Moe(moe) => Some(&moe.gate),
+                Mlp::Dense(_) => None,
+            })
+        };
+        let experts = gates().map(|gate| gate.experts).max().unwrap_or(0);
+        let choices = gates().map(|gate| gate.top_k).max().unwrap_or(0) * tokens_max;
+        let scratch = || {
+            let mut scratch = GateScratch::default();
+            for gate in gates() {
+                // Choosing once makes room for choosing again.
+                let mut scores = vec![0.0; gate.experts];
+                let mut chosen = vec![Choice::default(); gate.top_k];
+                gate.choose(&mut scores, None, &mut scratch, &mut chosen);
+            }
+            scratch
+        };
+        Self {
+            choices: Vec::with_capacity(choices),
+            rows: Vec::with_capacity(choices),
+            places: Vec::with_capacity(choices),
+            starts: Vec::with_capacity(experts + 1),
+            next: Vec::with_capacity(experts + 1),
+            scratch: std::iter::repeat_with(scratch).take(threads).collect(),
+        }
+    }
 }
 
 /// Where the experts of a layer work: after the scores, three parts (gate, up, product) of all inner values, then the
@@ -105,6 +136,16 @@ impl ExpertScratch {
     }
 }
 
+/// Where an expert's gated values go, in the form that the last product reads.
+fn inner_products(weights: &Weights, run: &ExpertRun<'_>, part: usize) -> Area {
+    let products = run.inner.skip(2 * part);
+    if weights.is_packed(run.mlp.down) {
+        products.rounded()
+    } else {
+        products
+    }
+}
+
 impl CpuBackend {
     /// Chooses the experts of every row.
     pub(super) fn choose_experts(&mut self, gate: &Gate, from: Slot) -> Result<(), WorkerPanic> {
@@ -120,24 +161,25 @@ impl CpuBackend {
         choices.resize(rows * gate.top_k, Choice::default());
         let choices = Shared(choices.as_mut_ptr());
         let bias = gate.bias.map(|bias| self.weights.precise(bias));
+        let scratch = Shared(self.chosen.scratch.as_mut_ptr());
         let tasks = rows.div_ceil(GATE_ROWS);
         self.compute
             .region(tasks, rows * gate.experts * 32, &|task| {
-                GATE_SCRATCH.with_borrow_mut(|scratch| {
-                    for row in task * GATE_ROWS..rows.min((task + 1) * GATE_ROWS) {
-                        // SAFETY: each row has its own scores and choices.
-                        let (scores, chosen) = unsafe {
-                            (
-                                std::slice::from_raw_parts_mut(scores.row(row), gate.experts),
-                                std::slice::from_raw_parts_mut(
-                                    choices.at(row * gate.top_k),
-                                    gate.top_k,
-                                ),
-                            )
-                        };
-                        gate.choose(scores, bias, scratch, chosen);
-                    }
-                });
+                // SAFETY: each thread has its own scratch.
+                let scratch = unsafe { &mut *scratch.at(current_thread()) };
+                for row in task * GATE_ROWS..rows.min((task + 1) * GATE_ROWS) {
+                    // SAFETY: each row has its own scores and choices.
+                    let (scores, chosen) = unsafe {
+                        (
+                            std::slice::from_raw_parts_mut(scores.row(row), gate.experts),
+                            std::slice::from_raw_parts_mut(
+                                choices.at(row * gate.top_k),
+                                gate.top_k,
+                            ),
+                        )
+                    };
+                    gate.choose(scores, bias, scratch, chosen);
+                }
             })?;
         self.group(gate.experts, gate.top_k);
         Ok(())
@@ -151,61 +193,42 @@ impl CpuBackend {
         to: Slot,
     ) -> Result<(), WorkerPanic> {
         // All routed experts are stored alike; the shared one may differ.
-        let mlps = || moe.experts.first().into_iter().chain(&moe.shared);
-        let entries: Vec<WeightId> = mlps().flat_map(|mlp| [mlp.gate, mlp.up]).collect();
-        let input = self.factors(from, &entries)?;
+        let mut input = self.factors(from, &[])?;
+        for mlp in moe.experts.first().into_iter().chain(&moe.shared) {
+            input = self.factors(from, &[mlp.gate, mlp.up])?;
+        }
         let out = self.fresh(to);
         let scratch = ExpertScratch::new(self, moe);
-        let ExpertScratch { inner, outputs, .. } = scratch;
         let part = scratch.part;
         let weights = &self.weights;
-        let mut jobs = Vec::new();
-        for run in scratch.runs(moe, &self.chosen) {
+        let mut gated = emptied(std::mem::take(&mut self.gated));
+        gated.extend(scratch.runs(moe, &self.chosen).map(|run| {
             let rows = match run.rows {
                 Some(rows) => Rows::Listed(rows),
                 None => Rows::From(0),
             };
-            for (weight, at) in [(run.mlp.gate, 0), (run.mlp.up, part)] {
-                let out = run.inner.skip(at);
-                jobs.push(Job::new(
-                    weights.matrix(weight),
-                    input,
-                    rows,
-                    run.count,
-                    out,
-                ));
+            let job = |weight, out| Job::new(weights.matrix(weight), input, rows, run.count, out);
+            Gated {
+                gate: job(run.mlp.gate, run.inner),
+                up: job(run.mlp.up, run.inner.skip(part)),
+                out: inner_products(weights, &run, part),
             }
-        }
-        // SAFETY: every expert's rows have their own place in both parts of the scratch.
-        unsafe { self.compute.products(&jobs)? };
-        drop(jobs);
-        self.activate(inner, part, part)?;
-        for run in scratch.runs(moe, &self.chosen) {
-            if self.weights.is_packed(run.mlp.down) {
-                let products = run.inner.skip(2 * part);
-                // SAFETY: the third part.
-                unsafe { self.compute.round(products, run.count, run.mlp.inner)? };
-            }
-        }
-        let weights = &self.weights;
-        let mut jobs = Vec::new();
-        for run in scratch.runs(moe, &self.chosen) {
+        }));
+        // SAFETY: every expert's rows have their own place in the three parts of the scratch.
+        let outcome = unsafe { self.compute.products(&gated) };
+        self.gated = emptied(gated);
+        outcome?;
+        let mut jobs = emptied(std::mem::take(&mut self.jobs));
+        jobs.extend(scratch.runs(moe, &self.chosen).map(|run| {
             let matrix = weights.matrix(run.mlp.down);
-            let mut products = run.inner.skip(2 * part);
-            if weights.is_packed(run.mlp.down) {
-                products = products.rounded();
-            }
-            jobs.push(Job::new(
-                matrix,
-                products,
-                Rows::From(0),
-                run.count,
-                run.output,
-            ));
-        }
+            let products = inner_products(weights, &run, part);
+            Job::new(matrix, products, Rows::From(0), run.count, run.output)
+        }));
         // SAFETY: as above, for the outputs.
-        unsafe { self.compute.products(&jobs)? };
-        drop(jobs);
+        let outcome = unsafe { self.compute.products(&jobs) };
+        self.jobs = emptied(jobs);
+        outcome?;
+        let outputs = scratch.outputs;
         self.combine(moe, outputs, out)
     }
 
@@ -216,6 +239,8 @@ impl CpuBackend {
             rows,
             places,
             starts,
+            next,
+            scratch: _,
         } = &mut self.chosen;
         starts.clear();
         starts.resize(experts + 1, 0);
@@ -229,7 +254,7 @@ impl CpuBackend {
         rows.resize(choices.len(), 0);
         places.clear();
         places.resize(choices.len(), 0);
-        let mut next = starts.clone();
+        next.clone_from(starts);
         for (index, choice) in choices.iter().enumerate() {
             let place = &mut next[choice.expert as usize];
             rows[*place as usize] = (index / top_k) as u32;

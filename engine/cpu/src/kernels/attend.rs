@@ -1,266 +1,611 @@
-//! Absorbed latent attention over a bfloat16 cache, in pairs.
+//! Attention over a bfloat16 cache: latent and grouped-query, one row or many.
 //!
-//! The same running softmax as [`super::Attend`], with queries and probabilities rounded to bfloat16 before they meet the
-//! cached rows (DeepSeek-V3's `inference/model.py` casts both, too). Scores of four heads with four positions are a
-//! register tile of [`super::paired`]; values are added two positions at a time.
+//! The queries that share keys and values - heads of one token, and of its neighbours in a prompt - are the lanes of one
+//! panel (see [`super::panel`]). Keys come from the cache as they are, a row of pairs each; their products with the panel
+//! are scores, position by position, each position's in all lanes. Probabilities, rounded to bfloat16 as the queries are
+//! (DeepSeek-V3's `inference/model.py` casts both, too), are then the rows, and values, in pairs of positions, the panels
+//! of a second product. So the cache is read once for all lanes.
 //!
-//! Invariant: a score is one chain over its row; an output adds the pairs of positions of a chunk in order. Neither
-//! depends on which heads or positions share a tile.
+//! The softmax runs over chunks of [`CHUNK`] positions within a split of [`SPLIT`]; the splits of a context may be
+//! computed by different threads and are merged from the first to the last.
+//!
+//! Invariant: a lane's result depends on its query, its context and the cached rows only. Chunks and splits begin at
+//! multiples of their size, and positions beyond a lane's context, which its neighbours may have, have probability zero.
 
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // as in the parent
 
-use half::bf16;
+use engine_core::BlockId;
 
-use super::paired::{PairedKernel, round};
-use super::panel::prefetch;
-use super::{Attend, CHUNK, GROUP, fold};
-use crate::lanes::{LANES, PAIRED, Pairs};
+use super::paired::PairedKernel;
+use super::panel::{Multiply, Operands, Shape};
+use super::{CHUNK, exp};
+use crate::lanes::{LANES, Lanes, PAIRED};
+use crate::packed::PANEL;
 
-const AHEAD: usize = 1024;
+/// Positions whose softmax is computed apart from what comes before: enough to be worth a task, few enough that a long
+/// context occupies many threads.
+pub(crate) const SPLIT: usize = 512;
 
-/// See the module's description.
-pub(crate) struct PairedAttend<'a> {
-    pub of: Attend<'a, bf16>,
-    /// Room for [`GROUP`] rounded queries: [`PairedAttend::scratch_length`] elements.
-    pub scratch: &'a mut [u16],
+/// Where keys and values are cached: position `p` is number `p % block_size` of block `blocks[p / block_size]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Cached<'a> {
+    /// First block's first key.
+    pub start: *const u16,
+    /// Of the sequence.
+    pub blocks: &'a [BlockId],
+    /// Positions of a block.
+    pub block_size: usize,
+    /// From a block to the next one, in elements.
+    pub block_stride: usize,
+    /// From a key to the next one of its block, in elements.
+    pub key_stride: usize,
+    /// From a key to its value, in elements.
+    pub value_skip: usize,
+    /// Elements of a key.
+    pub key_width: usize,
+    /// Elements of a value.
+    pub value_width: usize,
 }
 
-impl PairedAttend<'_> {
-    /// Elements that the rounded queries take.
-    pub fn scratch_length(latent: usize, rope: usize) -> usize {
-        // The parts are rounded one after the other, each in whole steps of lanes.
-        (latent + rope + LANES).next_multiple_of(PAIRED) * GROUP
+/// One query: a head of a token. Its elements come in two parts, of [`Queries::first_width`] and what is left of a key.
+#[derive(Clone, Copy)]
+pub(crate) struct Query {
+    /// First elements, rounded.
+    pub first: *const u16,
+    /// The others, rounded.
+    pub second: *const u16,
+    /// Positions it attends to: at least one.
+    pub context: usize,
+    /// Where its output goes: `value_width` values.
+    pub out: *mut f32,
+}
+
+impl Default for Query {
+    fn default() -> Self {
+        Self {
+            first: std::ptr::null(),
+            second: std::ptr::null(),
+            context: 0,
+            out: std::ptr::null_mut(),
+        }
     }
 }
 
-impl PairedKernel for PairedAttend<'_> {
+/// Queries over the same cached rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Queries<'a> {
+    pub cached: Cached<'a>,
+    /// At most [`PANEL`].
+    pub lanes: &'a [Query],
+    /// Elements of the first part of a query.
+    pub first_width: usize,
+    /// Factor on scores.
+    pub scale: f32,
+}
+
+impl Queries<'_> {
+    /// Positions of the longest context.
+    pub fn context(&self) -> usize {
+        let contexts = self.lanes.iter().map(|query| query.context);
+        contexts.max().unwrap_or(0)
+    }
+
+    /// Lanes of the panel: whole registers.
+    fn width(&self) -> usize {
+        self.lanes.len().next_multiple_of(LANES)
+    }
+}
+
+/// Running softmax of each lane.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Running {
+    maxima: [f32; PANEL],
+    totals: [f32; PANEL],
+}
+
+impl Default for Running {
+    fn default() -> Self {
+        Self {
+            maxima: [f32::NEG_INFINITY; PANEL],
+            totals: [0.0; PANEL],
+        }
+    }
+}
+
+/// Memory of one thread: see [`scratch_lines`].
+struct Scratch {
+    /// `[lane][pair]`, filled up to whole registers.
+    rows: *mut u32,
+    /// `[pair][lane]`.
+    queries: *mut u32,
+    /// `[position][lane]`.
+    scores: *mut f32,
+    /// `[pair of positions][lane]`.
+    weights: *mut u32,
+    /// `[pair of positions][column]` of one panel of values after the other.
+    values: *mut u32,
+    /// `[lane][column]`: what a split that is not a context's first one sums up.
+    sums: *mut f32,
+}
+
+/// Sizes of [`Scratch`]'s parts, in values of four bytes.
+fn parts(key_width: usize, value_width: usize) -> [usize; 6] {
+    let pairs = key_width.next_multiple_of(PAIRED) / 2;
+    [
+        PANEL * pairs,
+        PANEL * pairs,
+        PANEL * CHUNK,
+        PANEL * CHUNK / 2,
+        // The last store of a row may reach beyond it.
+        CHUNK / 2 * value_width + PANEL,
+        PANEL * value_width,
+    ]
+    .map(|size| size.next_multiple_of(LANES))
+}
+
+/// Values of four bytes that a thread needs, from an address that a cache line begins at.
+pub(crate) fn scratch_length(key_width: usize, value_width: usize) -> usize {
+    parts(key_width, value_width).iter().sum()
+}
+
+impl Scratch {
+    fn new(start: *mut u32, cached: &Cached<'_>) -> Self {
+        let mut at = start;
+        let [rows, queries, scores, weights, values, sums] =
+            parts(cached.key_width, cached.value_width).map(|size| {
+                let part = at;
+                at = at.wrapping_add(size);
+                part
+            });
+        Self {
+            rows,
+            queries,
+            scores: scores.cast(),
+            weights,
+            values,
+            sums: sums.cast(),
+        }
+    }
+}
+
+/// All splits of the queries' contexts, one after the other.
+pub(crate) struct AttendAll<'a> {
+    pub queries: Queries<'a>,
+    /// [`scratch_length`] values.
+    pub scratch: *mut u32,
+}
+
+impl PairedKernel for AttendAll<'_> {
     #[inline(always)]
-    unsafe fn run<P: Pairs>(mut self) {
-        let mut head = 0;
+    unsafe fn run<P: Multiply>(self) {
+        let scratch = Scratch::new(self.scratch, &self.queries.cached);
+        let width = self.queries.cached.value_width;
+        let context = self.queries.context();
+        let mut running = Running::default();
         unsafe {
-            while head + GROUP <= self.of.heads {
-                self.group::<P, GROUP>(head);
-                head += GROUP;
+            self.queries.pack::<P>(&scratch);
+            for start in (0..context).step_by(SPLIT) {
+                let is_first = start == 0;
+                let mut split = Running::default();
+                let out = if is_first { None } else { Some(scratch.sums) };
+                self.queries
+                    .split::<P>(start, context, &scratch, out, &mut split);
+                if is_first {
+                    running = split;
+                } else {
+                    merge::<P::Wide>(&self.queries, &mut running, &split, scratch.sums);
+                }
             }
-            while head < self.of.heads {
-                self.group::<P, 1>(head);
-                head += 1;
-            }
+            finish::<P::Wide>(self.queries.lanes, &running, width);
         }
     }
 }
 
-impl PairedAttend<'_> {
+/// One split of the queries' contexts.
+pub(crate) struct AttendSplit<'a> {
+    pub queries: Queries<'a>,
+    /// First position: a multiple of [`SPLIT`].
+    pub start: usize,
+    /// [`scratch_length`] values.
+    pub scratch: *mut u32,
+    /// Room for a value of each lane.
+    pub sums: *mut f32,
+    pub running: *mut Running,
+}
+
+impl PairedKernel for AttendSplit<'_> {
     #[inline(always)]
-    unsafe fn group<P: Pairs, const H: usize>(&mut self, first: usize) {
+    unsafe fn run<P: Multiply>(self) {
+        let scratch = Scratch::new(self.scratch, &self.queries.cached);
+        let mut running = Running::default();
         unsafe {
-            let queries = self.round_queries::<P, H>(first);
-            let outs: [*mut f32; H] =
-                std::array::from_fn(|head| self.of.out.add((first + head) * self.of.latent));
-            let mut maxima = [f32::NEG_INFINITY; H];
-            let mut totals = [0.0f32; H];
-            for start in (0..self.of.context).step_by(CHUNK) {
-                let count = CHUNK.min(self.of.context - start);
-                let rows = self.cached_rows(start, count);
-                let mut scores = self.scores::<P, H>(queries, &rows, count);
-                let mut rescale = [0.0f32; H];
-                for head in 0..H {
-                    let (maximum, total) = (&mut maxima[head], &mut totals[head]);
-                    rescale[head] = fold::<P::Wide>(&mut scores[head], count, maximum, total);
-                }
-                let mut weights = [[0u16; CHUNK]; H];
-                for head in 0..H {
-                    round::<P>(scores[head].as_ptr(), CHUNK, weights[head].as_mut_ptr());
-                }
-                for at in (0..self.of.latent).step_by(PAIRED) {
-                    let wide = PAIRED.min(self.of.latent - at);
-                    let outs = outs.map(|out| out.add(at));
-                    let before = (start > 0).then_some(rescale);
-                    add_values::<P, H>(outs, wide, before, &weights, &rows, at, count);
-                }
-            }
-            for head in 0..H {
-                let inverse = 1.0 / totals[head];
-                for value in std::slice::from_raw_parts_mut(outs[head], self.of.latent) {
-                    *value *= inverse;
-                }
-            }
+            self.queries.pack::<P>(&scratch);
+            let context = self.queries.context();
+            self.queries
+                .split::<P>(self.start, context, &scratch, Some(self.sums), &mut running);
+            self.running.write(running);
         }
     }
+}
 
-    /// Rounds the queries of `H` heads, each `[latent | rotated]` filled up to whole steps with zeros.
-    #[inline(always)]
-    unsafe fn round_queries<P: Pairs, const H: usize>(&mut self, first: usize) -> [*const u16; H] {
-        let (latent, rope) = (self.of.latent, self.of.rope);
-        let stride = self.scratch.len() / GROUP;
-        for head in 0..H {
-            let query = &mut self.scratch[head * stride..(head + 1) * stride];
-            query.fill(0);
-            unsafe {
-                let from = self.of.latent_queries.add((first + head) * latent);
-                round::<P>(from, latent, query.as_mut_ptr());
-                let from = self
-                    .of
-                    .rotated_queries
-                    .cast::<u16>()
-                    .add((first + head) * self.of.rotated_stride);
-                std::ptr::copy_nonoverlapping(from, query[latent..].as_mut_ptr(), rope);
-            }
-        }
-        let start = self.scratch.as_ptr();
-        std::array::from_fn(|head| start.wrapping_add(head * stride))
-    }
+/// Merges splits, in order, into the queries' outputs.
+pub(crate) struct MergeSplits<'a> {
+    pub queries: Queries<'a>,
+    /// Number of splits.
+    pub count: usize,
+    /// Of the first split; each next one's follow after `PANEL * value_width` values.
+    pub sums: *mut f32,
+    /// Of the first split; the next ones' follow.
+    pub splits: *const Running,
+    /// Of what was merged before.
+    pub running: *mut Running,
+    pub is_first: bool,
+    pub is_last: bool,
+}
 
-    /// Where `count` positions from `start` on are cached; the rest points at the last of them.
+impl PairedKernel for MergeSplits<'_> {
     #[inline(always)]
-    fn cached_rows(&self, start: usize, count: usize) -> [*const u16; CHUNK] {
-        let width = self.of.latent + self.of.rope;
-        std::array::from_fn(|offset| {
-            let position = start + offset.min(count - 1);
-            let block = self.of.blocks[position / self.of.block_size].index();
-            let slot = block * self.of.block_size + position % self.of.block_size;
-            self.of.cache.wrapping_add(slot * width).cast()
-        })
-    }
-
-    #[inline(always)]
-    unsafe fn scores<P: Pairs, const H: usize>(
-        &self,
-        queries: [*const u16; H],
-        rows: &[*const u16; CHUNK],
-        count: usize,
-    ) -> [[f32; CHUNK]; H] {
-        const WIDE: usize = 4;
-        let width = self.of.latent + self.of.rope;
-        let mut scores = [[f32::NEG_INFINITY; CHUNK]; H];
-        for at in (0..count).step_by(WIDE) {
-            unsafe {
-                // Rows beyond the count repeat the last one; their scores are dropped.
-                let four = std::array::from_fn(|offset| rows[at + offset]);
-                let sums = block::<P, H, WIDE, true>(queries, four, width, AHEAD);
-                let products = totals::<P, H, WIDE>(sums);
-                for offset in 0..WIDE.min(count - at) {
-                    for head in 0..H {
-                        scores[head][at + offset] = products[head][offset] * self.of.scale;
+    unsafe fn run<P: Multiply>(self) {
+        let width = self.queries.cached.value_width;
+        unsafe {
+            for index in 0..self.count {
+                let sums = self.sums.add(index * PANEL * width);
+                let split = &*self.splits.add(index);
+                if self.is_first && index == 0 {
+                    for (lane, query) in self.queries.lanes.iter().enumerate() {
+                        std::ptr::copy_nonoverlapping(sums.add(lane * width), query.out, width);
                     }
+                    self.running.write(*split);
+                } else {
+                    merge::<P::Wide>(&self.queries, &mut *self.running, split, sums);
                 }
             }
+            if self.is_last {
+                finish::<P::Wide>(self.queries.lanes, &*self.running, width);
+            }
         }
-        scores
     }
 }
 
-/// The totals of a tile, sixteen at once where there are so many.
+/// Adds a split to what was merged before: both relative to the larger maximum.
 #[inline(always)]
-unsafe fn totals<P: Pairs, const R: usize, const C: usize>(sums: [[P; C]; R]) -> [[f32; C]; R] {
+unsafe fn merge<L: Lanes>(
+    queries: &Queries<'_>,
+    running: &mut Running,
+    split: &Running,
+    sums: *const f32,
+) {
+    let width = queries.cached.value_width;
     unsafe {
-        if R * C == LANES {
-            let all = P::totals(std::array::from_fn(|at| sums[at / C][at % C]));
-            return std::array::from_fn(|r| std::array::from_fn(|c| all[r * C + c]));
+        let (mut before, mut after) = ([0.0f32; PANEL], [0.0f32; PANEL]);
+        for at in (0..queries.width()).step_by(LANES) {
+            let old = L::load(running.maxima.as_ptr().add(at));
+            let new = L::load(split.maxima.as_ptr().add(at));
+            let highest = old.max(new);
+            let (before_lanes, after_lanes) = (exp(old.sub(highest)), exp(new.sub(highest)));
+            before_lanes.store(before.as_mut_ptr().add(at));
+            after_lanes.store(after.as_mut_ptr().add(at));
+            highest.store(running.maxima.as_mut_ptr().add(at));
+            let totals = running.totals.as_mut_ptr().add(at);
+            let added = L::load(split.totals.as_ptr().add(at)).mul(after_lanes);
+            L::load(totals).mul_add(before_lanes, added).store(totals);
         }
-        sums.map(|row| row.map(|sum| sum.total()))
+        for (lane, query) in queries.lanes.iter().enumerate() {
+            // A neighbour's context reaches further.
+            if split.maxima[lane] == f32::NEG_INFINITY {
+                continue;
+            }
+            let (before, after) = (L::splat(before[lane]), L::splat(after[lane]));
+            let from = sums.add(lane * width);
+            each!(width, |at, count| {
+                let added: L = super::load::<L, f32>(from.add(at), count).mul(after);
+                let old: L = super::load(query.out.add(at).cast_const(), count);
+                super::store(old.mul_add(before, added), query.out.add(at), count);
+            });
+        }
     }
 }
 
-/// `outs[head][..wide] = outs[head][..wide] * before + Σ_p weights[head][p] * rows[p][at..at + wide]`; nothing was there
-/// before when `before` is absent.
+/// Divides every output by its total.
 #[inline(always)]
-unsafe fn add_values<P: Pairs, const H: usize>(
-    outs: [*mut f32; H],
-    wide: usize,
-    before: Option<[f32; H]>,
-    weights: &[[u16; CHUNK]; H],
-    rows: &[*const u16; CHUNK],
-    at: usize,
+unsafe fn finish<L: Lanes>(lanes: &[Query], running: &Running, width: usize) {
+    unsafe {
+        for (query, total) in lanes.iter().zip(running.totals) {
+            let inverse = L::splat(1.0 / total);
+            each!(width, |at, count| {
+                let sum: L = super::load(query.out.add(at).cast_const(), count);
+                super::store(sum.mul(inverse), query.out.add(at), count);
+            });
+        }
+    }
+}
+
+/// A chunk's positions: where their keys are, the last of them repeated.
+struct Keys {
+    at: [*const u16; CHUNK],
     count: usize,
-) {
-    unsafe {
-        let mut sums = [[P::zero(); 2]; H];
-        if let Some(factors) = before {
-            for head in 0..H {
-                let mut values = [0.0f32; PAIRED];
-                std::ptr::copy_nonoverlapping(outs[head], values.as_mut_ptr(), wide);
-                for half in 0..2 {
-                    let old = P::load_sums(values.as_ptr().add(half * LANES));
-                    sums[head][half] = old.scale(factors[head]);
-                }
-            }
-        }
-        let load = |row: *const u16| {
-            if wide == PAIRED {
-                P::load(row.add(at))
-            } else {
-                P::load_part(row.add(at), wide)
-            }
-        };
-        // The weight of a position beyond the count is zero.
-        for position in (0..count).step_by(2) {
-            let values = P::interleave(load(rows[position]), load(rows[position + 1]));
-            for head in 0..H {
-                let [a, b] = [weights[head][position], weights[head][position + 1]];
-                let weight = P::splat(u32::from(a) | u32::from(b) << 16);
-                for half in 0..2 {
-                    sums[head][half] = sums[head][half].add_products(values[half], weight);
-                }
-            }
-        }
-        for head in 0..H {
-            let mut values = [0.0f32; PAIRED];
-            for half in 0..2 {
-                let lanes = sums[head][half].lanes();
-                values[half * LANES..(half + 1) * LANES].copy_from_slice(&lanes);
-            }
-            std::ptr::copy_nonoverlapping(values.as_ptr(), outs[head], wide);
-        }
-    }
 }
 
-/// The sums of the products of `R` rows, filled up to whole steps with zeros, with `C` rows of `length` elements.
-/// `STREAM` asks the memory for what lies `ahead` elements after the latter.
-#[inline(always)]
-unsafe fn block<P: Pairs, const R: usize, const C: usize, const STREAM: bool>(
-    rows: [*const u16; R],
-    weights: [*const u16; C],
-    length: usize,
-    ahead: usize,
-) -> [[P; C]; R] {
-    unsafe {
-        let mut sums = [[P::zero(); C]; R];
-        let whole = length / PAIRED * PAIRED;
-        let mut at = 0;
-        while at < whole {
-            if STREAM {
-                for weight in weights {
-                    prefetch(weight.wrapping_add(at + ahead).cast());
-                }
-            }
-            let factors = std::array::from_fn(|c| P::load(weights[c].add(at)));
-            step(&mut sums, factors, rows, at);
-            at += PAIRED;
-        }
-        if at < length {
-            let factors = std::array::from_fn(|c| P::load_part(weights[c].add(at), length - at));
-            step(&mut sums, factors, rows, at);
-        }
-        sums
-    }
-}
-
-/// Adds the products of one step of `R` rows and `C` columns.
-#[inline(always)]
-unsafe fn step<P: Pairs, const R: usize, const C: usize>(
-    sums: &mut [[P; C]; R],
-    factors: [P::Elements; C],
-    rows: [*const u16; R],
-    at: usize,
-) {
-    for r in 0..R {
+impl Queries<'_> {
+    /// Lays the queries out as a panel.
+    #[inline(always)]
+    unsafe fn pack<P: Multiply>(&self, scratch: &Scratch) {
+        let width = self.width();
+        let key_width = self.cached.key_width;
+        let stride = key_width.next_multiple_of(PAIRED) / 2;
         unsafe {
-            let values = P::load(rows[r].add(at));
-            for c in 0..C {
-                sums[r][c] = sums[r][c].add_products(values, factors[c]);
+            std::ptr::write_bytes(scratch.rows, 0, width * stride);
+            for (lane, query) in self.lanes.iter().enumerate() {
+                let row = scratch.rows.add(lane * stride).cast::<u16>();
+                let second = key_width - self.first_width;
+                std::ptr::copy_nonoverlapping(query.first, row, self.first_width);
+                std::ptr::copy_nonoverlapping(query.second, row.add(self.first_width), second);
+            }
+            for lane in (0..width).step_by(LANES) {
+                for pair in (0..stride).step_by(LANES) {
+                    let from = scratch.rows.add(lane * stride + pair);
+                    let to = scratch.queries.add(pair * width + lane);
+                    P::transpose(from, stride, to, width);
+                }
             }
         }
+    }
+
+    /// Attends to positions from `start` to the end of its split; sums go to the lanes' outputs or to `sums`.
+    #[inline(always)]
+    unsafe fn split<P: Multiply>(
+        &self,
+        start: usize,
+        context: usize,
+        scratch: &Scratch,
+        sums: Option<*mut f32>,
+        running: &mut Running,
+    ) {
+        let end = context.min(start + SPLIT);
+        for first in (start..end).step_by(CHUNK) {
+            let keys = self.keys(first, end);
+            unsafe {
+                self.scores::<P>(&keys, scratch);
+                let mut rescale = [0.0f32; PANEL];
+                self.softmax::<P>(first, keys.count, scratch, running, &mut rescale);
+                self.add_values::<P>(&keys, scratch, sums, (first > start).then_some(&rescale));
+            }
+        }
+    }
+
+    /// The keys from `first` on, up to a chunk's end or `end`.
+    #[inline(always)]
+    fn keys(&self, first: usize, end: usize) -> Keys {
+        let cached = &self.cached;
+        let count = CHUNK.min(end - first);
+        let mut keys = [std::ptr::null(); CHUNK];
+        let (mut block, mut place) = (first / cached.block_size, first % cached.block_size);
+        let start = |block: usize| cached.blocks[block].index() * cached.block_stride;
+        let mut offset = start(block);
+        let mut last = std::ptr::null();
+        for (at, key) in keys.iter_mut().enumerate() {
+            if at < count {
+                if place == cached.block_size {
+                    (block, place) = (block + 1, 0);
+                    offset = start(block);
+                }
+                last = cached
+                    .start
+                    .wrapping_add(offset + place * cached.key_stride);
+                place += 1;
+            }
+            *key = last;
+        }
+        Keys { at: keys, count }
+    }
+
+    #[inline(always)]
+    unsafe fn scores<P: Multiply>(&self, keys: &Keys, scratch: &Scratch) {
+        let width = self.width();
+        let operands = Scores {
+            keys,
+            scores: scratch.scores,
+            width,
+        };
+        let shape = Shape {
+            count: keys.count,
+            step: 1,
+            length: self.cached.key_width,
+            width,
+        };
+        unsafe { P::multiply(&operands, scratch.queries, shape) };
+    }
+
+    /// Turns a chunk's scores into weights relative to the running maxima, rounded in pairs of positions; `rescale` is
+    /// the factor for what was summed before.
+    #[inline(always)]
+    unsafe fn softmax<P: Multiply>(
+        &self,
+        first: usize,
+        count: usize,
+        scratch: &Scratch,
+        running: &mut Running,
+        rescale: &mut [f32; PANEL],
+    ) {
+        let width = self.width();
+        unsafe {
+            self.beyond(first, count, scratch, f32::NEG_INFINITY);
+            let scale = P::Wide::splat(self.scale);
+            for at in (0..width).step_by(LANES) {
+                let scores = scratch.scores.add(at);
+                let maxima = running.maxima.as_mut_ptr().add(at);
+                let old = P::Wide::load(maxima);
+                let mut highest = old;
+                for position in 0..count {
+                    let score = scores.add(position * width);
+                    let scaled = P::Wide::load(score).mul(scale);
+                    // A NaN is never the larger one; its own exponential stays NaN and reaches the logits all the same.
+                    highest = highest.max(scaled);
+                    scaled.store(score);
+                }
+                highest.store(maxima);
+                // A lane without any position yet has no maximum: any finite one will do.
+                let base = highest.max(P::Wide::splat(f32::MIN));
+                exp(old.sub(base)).store(rescale.as_mut_ptr().add(at));
+                for position in 0..count {
+                    let score = scores.add(position * width);
+                    exp(P::Wide::load(score).sub(base)).store(score);
+                }
+            }
+            // The clamped exponential of an unused position is tiny, not zero.
+            self.beyond(first, count, scratch, 0.0);
+            let zero = P::Wide::splat(0.0);
+            for at in (0..width).step_by(LANES) {
+                let scores = scratch.scores.add(at);
+                let mut sum = zero;
+                for position in (0..count).step_by(2) {
+                    let one = P::Wide::load(scores.add(position * width));
+                    let two = if position + 1 < count {
+                        P::Wide::load(scores.add((position + 1) * width))
+                    } else {
+                        zero
+                    };
+                    sum = sum.add(one).add(two);
+                    let to = scratch.weights.add(position / 2 * width + at);
+                    P::store(P::round_pairs(one, two), to);
+                }
+                let totals = running.totals.as_mut_ptr().add(at);
+                let factors = P::Wide::load(rescale.as_ptr().add(at));
+                P::Wide::load(totals).mul_add(factors, sum).store(totals);
+            }
+        }
+    }
+
+    /// Overwrites the scores of positions that are in the chunk but not in a lane's context.
+    #[inline(always)]
+    unsafe fn beyond(&self, first: usize, count: usize, scratch: &Scratch, value: f32) {
+        let width = self.width();
+        for (lane, query) in self.lanes.iter().enumerate() {
+            for position in query.context.saturating_sub(first)..count {
+                unsafe { scratch.scores.add(position * width + lane).write(value) };
+            }
+        }
+    }
+
+    /// Adds the chunk's values, each times its weight.
+    #[inline(always)]
+    unsafe fn add_values<P: Multiply>(
+        &self,
+        keys: &Keys,
+        scratch: &Scratch,
+        sums: Option<*mut f32>,
+        before: Option<&[f32; PANEL]>,
+    ) {
+        let value_width = self.cached.value_width;
+        let pairs = keys.count.div_ceil(2);
+        for first in (0..value_width).step_by(PANEL) {
+            let columns = PANEL.min(value_width - first);
+            let panel = scratch.values.wrapping_add(first * CHUNK / 2);
+            let operands = Values {
+                queries: self,
+                weights: scratch.weights,
+                sums,
+                first,
+                before,
+            };
+            let shape = Shape {
+                count: self.lanes.len(),
+                step: self.width(),
+                length: 2 * pairs,
+                width: columns,
+            };
+            unsafe {
+                self.pack_values::<P>(keys, first, columns, panel);
+                P::multiply(&operands, panel, shape);
+            }
+        }
+    }
+
+    /// Lays some columns of the chunk's values out as a panel.
+    #[inline(always)]
+    unsafe fn pack_values<P: Multiply>(
+        &self,
+        keys: &Keys,
+        first: usize,
+        columns: usize,
+        panel: *mut u32,
+    ) {
+        let skip = self.cached.value_skip + first;
+        for position in (0..keys.count).step_by(2) {
+            // Beyond the count the last position is repeated; its weight is zero.
+            let [one, two] = [position, position + 1].map(|at| keys.at[at].wrapping_add(skip));
+            let to = panel.wrapping_add(position / 2 * columns);
+            for at in (0..columns).step_by(PAIRED) {
+                unsafe {
+                    let pair = if at + PAIRED <= columns {
+                        P::interleave(P::load(one.add(at)), P::load(two.add(at)))
+                    } else {
+                        let count = columns - at;
+                        P::interleave(
+                            P::load_part(one.add(at), count),
+                            P::load_part(two.add(at), count),
+                        )
+                    };
+                    // What reaches beyond the columns is overwritten by the next pair of positions.
+                    P::store(pair[0], to.add(at));
+                    P::store(pair[1], to.add(at + LANES));
+                }
+            }
+        }
+    }
+}
+
+/// Keys by queries.
+struct Scores<'a> {
+    keys: &'a Keys,
+    scores: *mut f32,
+    width: usize,
+}
+
+impl Operands for Scores<'_> {
+    #[inline(always)]
+    fn row(&self, index: usize) -> *const u32 {
+        self.keys.at[index].cast()
+    }
+
+    #[inline(always)]
+    fn out(&self, index: usize) -> *mut f32 {
+        self.scores.wrapping_add(index * self.width)
+    }
+
+    #[inline(always)]
+    fn before(&self, _: usize) -> Option<f32> {
+        None
+    }
+}
+
+/// Weights by values.
+struct Values<'a> {
+    queries: &'a Queries<'a>,
+    weights: *const u32,
+    sums: Option<*mut f32>,
+    first: usize,
+    before: Option<&'a [f32; PANEL]>,
+}
+
+impl Operands for Values<'_> {
+    #[inline(always)]
+    fn row(&self, index: usize) -> *const u32 {
+        self.weights.wrapping_add(index)
+    }
+
+    #[inline(always)]
+    fn out(&self, index: usize) -> *mut f32 {
+        let start = match self.sums {
+            Some(sums) => sums.wrapping_add(index * self.queries.cached.value_width),
+            None => self.queries.lanes[index].out,
+        };
+        start.wrapping_add(self.first)
+    }
+
+    #[inline(always)]
+    fn before(&self, index: usize) -> Option<f32> {
+        self.before.map(|factors| factors[index])
     }
 }

@@ -4,18 +4,18 @@
 
 #![allow(unsafe_code)]
 
-use super::panel::{Operands, Shape, multiply};
-use super::{Isa, Rows};
+use super::panel::{Multiply, Operands, Shape};
+use super::{Isa, Rows, load, silu_product};
 #[cfg(target_arch = "x86_64")]
 use crate::lanes::{Avx2Pairs, Avx512Bf16Pairs, Avx512Pairs};
-use crate::lanes::{LANES, Pairs, PortablePairs};
+use crate::lanes::{LANES, Lanes, Pairs, PortablePairs};
 use crate::packed::PANEL;
 
 /// A loop nest written once over pairs.
 pub(crate) trait PairedKernel {
     /// # Safety
     /// The CPU has the pairs' features and the kernel's pointers are valid for what it names.
-    unsafe fn run<P: Pairs>(self);
+    unsafe fn run<P: Multiply>(self);
 }
 
 /// `out[index][column] = input[rows[index]] · weight[column]` for `index` in `indices` and `column` in `columns`, which
@@ -38,7 +38,7 @@ pub(crate) struct PairedProduct<'a> {
 
 impl PairedKernel for PairedProduct<'_> {
     #[inline(always)]
-    unsafe fn run<P: Pairs>(self) {
+    unsafe fn run<P: Multiply>(self) {
         let pairs = self.length.div_ceil(2);
         for column in self.columns.clone().step_by(PANEL) {
             let columns = Columns {
@@ -51,7 +51,7 @@ impl PairedKernel for PairedProduct<'_> {
                 length: self.length,
                 width: PANEL.min(self.height - column),
             };
-            unsafe { multiply::<P, _>(&columns, self.weight.add(column * pairs), shape) };
+            unsafe { P::multiply(&columns, self.weight.add(column * pairs), shape) };
         }
     }
 }
@@ -94,15 +94,38 @@ pub(crate) struct RoundInPlace {
 
 impl PairedKernel for RoundInPlace {
     #[inline(always)]
-    unsafe fn run<P: Pairs>(self) {
+    unsafe fn run<P: Multiply>(self) {
         // A step writes where this or an earlier one has read.
         unsafe { round::<P>(self.values, self.length, self.values.cast()) };
     }
 }
 
+/// `out = silu(gate) * up`, rounded.
+pub(crate) struct RoundedSiluProduct {
+    pub gate: *const f32,
+    pub up: *const f32,
+    pub out: *mut u16,
+    pub length: usize,
+}
+
+impl PairedKernel for RoundedSiluProduct {
+    #[inline(always)]
+    unsafe fn run<P: Multiply>(self) {
+        let mut products = [0.0f32; LANES];
+        unsafe {
+            each!(self.length, |at, count| {
+                let gate: P::Wide = load(self.gate.add(at), count);
+                let up: P::Wide = load(self.up.add(at), count);
+                silu_product(gate, up).store(products.as_mut_ptr());
+                round::<P>(products.as_ptr(), count, self.out.add(at));
+            });
+        }
+    }
+}
+
 /// Rounds `length` values from `from` to `to`, which may begin where `from` does.
 #[inline(always)]
-pub(super) unsafe fn round<P: Pairs>(from: *const f32, length: usize, to: *mut u16) {
+unsafe fn round<P: Pairs>(from: *const f32, length: usize, to: *mut u16) {
     let whole = length / LANES * LANES;
     unsafe {
         for at in (0..whole).step_by(LANES) {

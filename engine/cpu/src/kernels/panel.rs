@@ -10,18 +10,19 @@
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // as in the parent
 
-use crate::lanes::{LANES, Lanes, Pairs};
+use crate::lanes::{LANES, Lanes, Pairs, PortablePairs};
 use crate::packed::PANEL;
 
-/// Pairs that all rows go through before the next ones: a panel's are then 32 KiB and stay in the first-level cache.
-const DEPTH: usize = 128;
+/// Pairs that all rows go through before the next ones: a panel's are then at most 40 KiB, which stay in the first-level
+/// cache.
+const DEPTH: usize = 160;
 /// Pairs that a stream asks the memory for ahead of use: 2 KiB.
 const AHEAD: usize = 512;
 /// Rows of a tile of four registers of columns.
 const ROWS: usize = 6;
 
 /// What a product reads and writes, besides the panel.
-pub(super) trait Operands {
+pub(crate) trait Operands {
     /// First pair of a row.
     fn row(&self, index: usize) -> *const u32;
     /// Where a row's results go.
@@ -32,7 +33,7 @@ pub(super) trait Operands {
 
 /// Shape of a product.
 #[derive(Clone, Copy)]
-pub(super) struct Shape {
+pub(crate) struct Shape {
     /// Rows.
     pub count: usize,
     /// From a row's pair to its next one.
@@ -56,35 +57,75 @@ struct Part {
     ahead: usize,
 }
 
-/// `out[row][column] = out[row][column] * before[row] + row · column` for all rows and the panel's columns.
-///
-/// # Safety
-/// The operands' pointers hold what the shape says, `panel` has `width` columns of `length` elements.
+/// Pairs with the micro-kernel, compiled once for each instruction set.
+pub(crate) trait Multiply: Pairs {
+    /// `out[row][column] = out[row][column] * before[row] + row · column` for all rows and the panel's columns.
+    ///
+    /// # Safety
+    /// The operands' pointers hold what the shape says, `panel` has `width` columns of `length` elements.
+    unsafe fn multiply(operands: &dyn Operands, panel: *const u32, shape: Shape);
+}
+
+impl Multiply for PortablePairs {
+    unsafe fn multiply(operands: &dyn Operands, panel: *const u32, shape: Shape) {
+        unsafe { multiply::<Self>(operands, panel, shape) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Multiply, Operands, Shape, multiply};
+    use crate::lanes::{Avx2Pairs, Avx512Bf16Pairs, Avx512Pairs};
+
+    /// The features of the pairs, whose methods become single instructions only under them.
+    macro_rules! compile {
+        ($pairs:ty, $features:literal, $name:ident) => {
+            impl Multiply for $pairs {
+                #[inline(always)]
+                unsafe fn multiply(operands: &dyn Operands, panel: *const u32, shape: Shape) {
+                    unsafe { $name(operands, panel, shape) }
+                }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn $name(operands: &dyn Operands, panel: *const u32, shape: Shape) {
+                unsafe { multiply::<$pairs>(operands, panel, shape) }
+            }
+        };
+    }
+
+    compile!(Avx2Pairs, "avx2,fma", avx2);
+    compile!(
+        Avx512Pairs,
+        "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma",
+        avx512
+    );
+    compile!(
+        Avx512Bf16Pairs,
+        "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma",
+        avx512_bf16
+    );
+}
+
+/// See [`Multiply::multiply`].
 #[inline(always)]
-pub(super) unsafe fn multiply<P: Pairs, O: Operands>(
-    operands: &O,
-    panel: *const u32,
-    shape: Shape,
-) {
+unsafe fn multiply<P: Pairs>(operands: &dyn Operands, panel: *const u32, shape: Shape) {
     debug_assert!(shape.width <= PANEL);
+    const { assert!(PANEL == 4 * LANES) };
     unsafe {
-        if shape.width % LANES != 0 {
-            rows::<P, O, 4, true>(operands, panel, shape);
-            return;
-        }
-        match shape.width / LANES {
-            1 => rows::<P, O, 1, false>(operands, panel, shape),
-            2 => rows::<P, O, 2, false>(operands, panel, shape),
-            3 => rows::<P, O, 3, false>(operands, panel, shape),
-            _ => rows::<P, O, 4, false>(operands, panel, shape),
+        match shape.width {
+            PANEL => rows::<P, 4, false>(operands, panel, shape),
+            32 => rows::<P, 2, false>(operands, panel, shape),
+            LANES => rows::<P, 1, false>(operands, panel, shape),
+            _ => rows::<P, 4, true>(operands, panel, shape),
         }
     }
 }
 
 /// All rows, in tiles, by all columns, in `C` registers; `RAGGED` masks what is beyond the width.
 #[inline(always)]
-unsafe fn rows<P: Pairs, O: Operands, const C: usize, const RAGGED: bool>(
-    operands: &O,
+unsafe fn rows<P: Pairs, const C: usize, const RAGGED: bool>(
+    operands: &dyn Operands,
     panel: *const u32,
     shape: Shape,
 ) {
@@ -95,8 +136,9 @@ unsafe fn rows<P: Pairs, O: Operands, const C: usize, const RAGGED: bool>(
         ..
     } = shape;
     let pairs = length.div_ceil(2);
-    for first in (0..pairs).step_by(DEPTH) {
-        let end = pairs.min(first + DEPTH);
+    let depth = pairs.div_ceil(pairs.div_ceil(DEPTH));
+    for first in (0..pairs).step_by(depth) {
+        let end = pairs.min(first + depth);
         let mut part = Part {
             panel,
             width,
@@ -107,34 +149,34 @@ unsafe fn rows<P: Pairs, O: Operands, const C: usize, const RAGGED: bool>(
         };
         if count > ROWS {
             // The first rows bring in what all rows will need next.
-            part.ahead = DEPTH * width;
+            part.ahead = depth * width;
         }
         let mut row = 0;
         unsafe {
-            if !RAGGED {
-                // Few columns: more rows fill the registers.
-                while C == 1 && row + 16 <= count {
-                    tile::<P, O, 16, C, RAGGED>(operands, row, part, shape.step);
-                    row += 16;
-                }
-                while C == 2 && row + 12 <= count {
-                    tile::<P, O, 12, C, RAGGED>(operands, row, part, shape.step);
-                    row += 12;
-                }
+            // Few columns: more rows fill the registers.
+            while C == 1 && row + 16 <= count {
+                tile::<P, 16, C, RAGGED>(operands, row, part, shape.step);
+                row += 16;
             }
+            while C == 2 && row + 12 <= count {
+                tile::<P, 12, C, RAGGED>(operands, row, part, shape.step);
+                row += 12;
+            }
+            // A ragged panel is the last one of a matrix, if that: not worth the code of all heights.
+            let highest = if RAGGED { 1 } else { ROWS };
             // Tiles of equal height, since a low one is bound by the latency of its chains.
-            let tiles = (count - row).div_ceil(ROWS);
+            let tiles = (count - row).div_ceil(highest);
             let (start, rest) = (row, count - row);
             for index in 0..tiles {
                 let (row, next) = (index * rest / tiles, (index + 1) * rest / tiles);
                 let at = start + row;
                 match next - row {
-                    1 => tile::<P, O, 1, C, RAGGED>(operands, at, part, shape.step),
-                    2 => tile::<P, O, 2, C, RAGGED>(operands, at, part, shape.step),
-                    3 => tile::<P, O, 3, C, RAGGED>(operands, at, part, shape.step),
-                    4 => tile::<P, O, 4, C, RAGGED>(operands, at, part, shape.step),
-                    5 => tile::<P, O, 5, C, RAGGED>(operands, at, part, shape.step),
-                    _ => tile::<P, O, ROWS, C, RAGGED>(operands, at, part, shape.step),
+                    2 if !RAGGED => tile::<P, 2, C, RAGGED>(operands, at, part, shape.step),
+                    3 if !RAGGED => tile::<P, 3, C, RAGGED>(operands, at, part, shape.step),
+                    4 if !RAGGED => tile::<P, 4, C, RAGGED>(operands, at, part, shape.step),
+                    5 if !RAGGED => tile::<P, 5, C, RAGGED>(operands, at, part, shape.step),
+                    ROWS if !RAGGED => tile::<P, ROWS, C, RAGGED>(operands, at, part, shape.step),
+                    _ => tile::<P, 1, C, RAGGED>(operands, at, part, shape.step),
                 }
             }
         }
@@ -143,8 +185,8 @@ unsafe fn rows<P: Pairs, O: Operands, const C: usize, const RAGGED: bool>(
 
 /// `R` rows from `row` on by `C` registers of columns.
 #[inline(always)]
-unsafe fn tile<P: Pairs, O: Operands, const R: usize, const C: usize, const RAGGED: bool>(
-    operands: &O,
+unsafe fn tile<P: Pairs, const R: usize, const C: usize, const RAGGED: bool>(
+    operands: &dyn Operands,
     row: usize,
     part: Part,
     step: usize,

@@ -93,6 +93,7 @@ impl IntegerKernel for IntegerProduct<'_> {
     #[inline(always)]
     unsafe fn run<B: Bytes>(self) {
         let record = Record::new(self.format, self.length);
+        assert!(self.scratch.len() * 2 >= record.stride() * self.indices.len());
         let scratch = self.scratch.as_mut_ptr().cast::<u8>();
         for (place, index) in self.indices.clone().enumerate() {
             unsafe {

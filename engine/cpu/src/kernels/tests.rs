@@ -3,10 +3,12 @@
 use engine_core::BlockId;
 use proptest::prelude::*;
 
-use super::attend::PairedAttend;
+use super::attend::{
+    AttendAll, AttendSplit, Cached, MergeSplits, Queries, Query, Running, SPLIT, scratch_length,
+};
 use super::paired::{PairedProduct, RoundInPlace};
 use super::*;
-use crate::packed::Packed;
+use crate::packed::{PANEL, Packed};
 
 /// Reproducible values in [-1, 1).
 pub(crate) fn noise(seed: u64, count: usize) -> Vec<f32> {
@@ -335,37 +337,87 @@ fn attend(
     out
 }
 
+/// Which threads compute which splits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Cut {
+    /// One thread all of them.
+    None,
+    /// Each on its own, so many merged at a time.
+    Splits(usize),
+}
+
+/// Latent attention in pairs; each token has the heads' queries and a context one longer than the one before.
 fn attend_paired(
     isa: Isa,
     shape: &Attention,
     cache: &[bf16],
     blocks: &[BlockId],
-    latent: &[f32],
-    rotated: &[f32],
+    (latent, rotated): (&[f32], &[f32]),
+    (tokens, cut): (usize, Cut),
 ) -> Vec<f32> {
-    let mut out = vec![f32::NAN; shape.heads * shape.latent];
-    let rotated = narrowed(rotated);
+    let mut out = vec![f32::NAN; tokens * shape.heads * shape.latent];
+    let (latent, rotated) = (narrowed(latent), narrowed(rotated));
+    let key_width = shape.latent + shape.rope;
     // Whatever the last task left there must not matter.
-    let mut scratch = vec![0x7fc0; PairedAttend::scratch_length(shape.latent, shape.rope)];
-    let kernel = PairedAttend {
-        of: Attend {
-            cache: cache.as_ptr(),
+    let mut scratch = vec![0x7fc0_7fc0; scratch_length(key_width, shape.latent)];
+    let lanes: Vec<Query> = (0..tokens * shape.heads)
+        .map(|lane| Query {
+            first: latent[lane * shape.latent..].as_ptr(),
+            second: rotated[lane * shape.rope..].as_ptr(),
+            context: shape.context - (tokens - 1) + lane / shape.heads,
+            out: out[lane * shape.latent..].as_mut_ptr(),
+        })
+        .collect();
+    let queries = Queries {
+        cached: Cached {
+            start: cache.as_ptr().cast(),
             blocks,
             block_size: shape.block_size,
-            context: shape.context,
-            latent: shape.latent,
-            rope: shape.rope,
-            scale: shape.scale,
-            latent_queries: latent.as_ptr(),
-            rotated_queries: rotated.as_ptr().cast(),
-            rotated_stride: shape.rope,
-            out: out.as_mut_ptr(),
-            heads: shape.heads,
+            block_stride: shape.block_size * key_width,
+            key_stride: key_width,
+            value_skip: 0,
+            key_width,
+            value_width: shape.latent,
         },
-        scratch: &mut scratch,
+        lanes: &lanes,
+        first_width: shape.latent,
+        scale: shape.scale,
     };
-    // SAFETY: the cache holds all blocks; queries and output hold all heads.
-    unsafe { isa.run_paired(kernel) };
+    let scratch = scratch.as_mut_ptr();
+    let Cut::Splits(together) = cut else {
+        // SAFETY: the cache holds all blocks; queries and output hold all heads.
+        unsafe { isa.run_paired(AttendAll { queries, scratch }) };
+        return out;
+    };
+    let count = shape.context.div_ceil(SPLIT);
+    let stride = PANEL * shape.latent;
+    let mut sums = vec![f32::NAN; count * stride];
+    let mut splits = vec![Running::default(); count];
+    let mut running = Running::default();
+    for split in (0..count).rev() {
+        let kernel = AttendSplit {
+            queries,
+            start: split * SPLIT,
+            scratch,
+            sums: sums[split * stride..].as_mut_ptr(),
+            running: &raw mut splits[split],
+        };
+        // SAFETY: as above.
+        unsafe { isa.run_paired(kernel) };
+    }
+    for first in (0..count).step_by(together) {
+        let kernel = MergeSplits {
+            queries,
+            count: together.min(count - first),
+            sums: sums[first * stride..].as_mut_ptr(),
+            splits: &raw const splits[first],
+            running: &raw mut running,
+            is_first: first == 0,
+            is_last: first + together >= count,
+        };
+        // SAFETY: as above.
+        unsafe { isa.run_paired(kernel) };
+    }
     out
 }
 
@@ -434,30 +486,101 @@ proptest! {
     }
 
     #[test]
-    fn paired_attention_is_the_same_softmax_of_rounded_values(shape in attention(), seed in 1u64..1000) {
-        let width = shape.latent + shape.rope;
-        let count = shape.context.div_ceil(shape.block_size);
-        let blocks: Vec<BlockId> = (0..count).map(|n| BlockId((count - n) as u32)).collect();
-        let round = |values: Vec<f32>| -> Vec<bf16> { values.into_iter().map(bf16::from_f32).collect() };
-        let widen = |values: &[bf16]| -> Vec<f32> { values.iter().map(|value| value.to_f32()).collect() };
-        let cache = round(noise(seed, (count + 1) * shape.block_size * width));
-        // Queries that are bfloat16 already, so that only the probabilities are rounded on the way.
-        let latent = widen(&round(noise(seed + 1, shape.heads * shape.latent)));
-        let rotated = widen(&round(noise(seed + 2, shape.heads * shape.rope)));
-        let found = attend_paired(Isa::Portable, &shape, &cache, &blocks, &latent, &rotated);
-        for isa in Isa::available() {
-            prop_assert_eq!(&attend_paired(isa, &shape, &cache, &blocks, &latent, &rotated), &found, "{:?}", isa);
-        }
-        let exact = exact_attention(&shape, &widen(&cache), &blocks, &latent, &rotated);
-        for (value, exact) in found.iter().zip(exact) {
-            // Probabilities have 2^-9 of relative error each, values are below one.
-            prop_assert!((f64::from(*value) - exact).abs() < 4e-3, "{} {}", value, exact);
-        }
-        // A head is the same alone and among others.
-        let last = shape.heads - 1;
-        let alone = Attention { heads: 1, ..shape.clone() };
-        let (latent, rotated) = (&latent[last * shape.latent..], &rotated[last * shape.rope..]);
-        let single = attend_paired(Isa::best(), &alone, &cache, &blocks, latent, rotated);
-        prop_assert_eq!(&single[..], &found[last * shape.latent..]);
+    fn paired_attention_is_the_same_softmax_of_rounded_values(shape in attention(), tokens in 1usize..7, seed in 1u64..1000) {
+        paired_attention(shape, tokens, seed)?;
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn a_long_context_is_the_same_however_its_splits_are_spread(
+        shape in attention(),
+        context in SPLIT - 3..4 * SPLIT,
+        tokens in 1usize..7,
+        seed in 1u64..1000,
+    ) {
+        paired_attention(Attention { context, ..shape }, tokens, seed)?;
+    }
+}
+
+fn paired_attention(shape: Attention, tokens: usize, seed: u64) -> Result<(), TestCaseError> {
+    let tokens = tokens.min(shape.context).min(PANEL / shape.heads);
+    let width = shape.latent + shape.rope;
+    let count = shape.context.div_ceil(shape.block_size);
+    let blocks: Vec<BlockId> = (0..count).map(|n| BlockId((count - n) as u32)).collect();
+    let round =
+        |values: Vec<f32>| -> Vec<bf16> { values.into_iter().map(bf16::from_f32).collect() };
+    let widen =
+        |values: &[bf16]| -> Vec<f32> { values.iter().map(|value| value.to_f32()).collect() };
+    let cache = round(noise(seed, (count + 1) * shape.block_size * width));
+    // Queries that are bfloat16 already, so that only the probabilities are rounded on the way.
+    let latent = widen(&round(noise(seed + 1, tokens * shape.heads * shape.latent)));
+    let rotated = widen(&round(noise(seed + 2, tokens * shape.heads * shape.rope)));
+    let run = |isa, cut| {
+        attend_paired(
+            isa,
+            &shape,
+            &cache,
+            &blocks,
+            (&latent, &rotated),
+            (tokens, cut),
+        )
+    };
+    let found = run(Isa::Portable, Cut::None);
+    for isa in Isa::available() {
+        for cut in [Cut::None, Cut::Splits(1), Cut::Splits(3)] {
+            prop_assert_eq!(&run(isa, cut), &found, "{:?} {:?}", isa, cut);
+        }
+    }
+    for token in 0..tokens {
+        let context = shape.context - (tokens - 1) + token;
+        let of_token =
+            |width: usize| token * shape.heads * width..(token + 1) * shape.heads * width;
+        let alone = Attention {
+            context,
+            ..shape.clone()
+        };
+        let (latent, rotated) = (
+            &latent[of_token(shape.latent)],
+            &rotated[of_token(shape.rope)],
+        );
+        let exact = exact_attention(&alone, &widen(&cache), &blocks, latent, rotated);
+        for (value, exact) in found[of_token(shape.latent)].iter().zip(exact) {
+            // Probabilities have 2^-9 of relative error each, values are below one.
+            prop_assert!(
+                (f64::from(*value) - exact).abs() < 4e-3,
+                "{} {}",
+                value,
+                exact
+            );
+        }
+        // A token is the same alone and among others, and so is a head.
+        let single = attend_paired(
+            Isa::best(),
+            &alone,
+            &cache,
+            &blocks,
+            (latent, rotated),
+            (1, Cut::None),
+        );
+        prop_assert_eq!(&single[..], &found[of_token(shape.latent)]);
+        let last = shape.heads - 1;
+        let alone = Attention { heads: 1, ..alone };
+        let (latent, rotated) = (
+            &latent[last * shape.latent..],
+            &rotated[last * shape.rope..],
+        );
+        let head = attend_paired(
+            Isa::best(),
+            &alone,
+            &cache,
+            &blocks,
+            (latent, rotated),
+            (1, Cut::None),
+        );
+        prop_assert_eq!(&head[..], &single[last * shape.latent..]);
+    }
+    Ok(())
 }

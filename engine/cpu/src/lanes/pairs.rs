@@ -2,7 +2,7 @@
 //!
 //! Invariant: a step adds to each lane first the product of the pair's second element, then that of its first, each with
 //! one rounding of the sum. That is how `VDPBF16PS` is defined (Intel SDM, volume 2) and what AMD's Zen 5 does: a test
-//! holds the emulation against the instruction bit for bit. [`Pairs::totals`] adds the lanes in one fixed tree.
+//! holds the emulation against the instruction bit for bit.
 //!
 //! Surprise: the instructions take subnormal values, elements and sums as zero and the emulation does not. They are below
 //! 1e-38, far outside of what a model computes with.
@@ -43,12 +43,6 @@ pub(crate) trait Pairs: Copy {
     unsafe fn load_part(from: *const u16, count: usize) -> Self::Elements;
     /// Adds each lane's two products.
     unsafe fn add_products(self, a: Self::Elements, b: Self::Elements) -> Self;
-    /// The lanes.
-    unsafe fn lanes(self) -> [f32; LANES];
-    /// `self * factor`.
-    unsafe fn scale(self, factor: f32) -> Self;
-    /// Reads [`LANES`] sums.
-    unsafe fn load_sums(from: *const f32) -> Self;
     /// The same pair for every lane: the first element in the low half.
     unsafe fn splat(pair: u32) -> Self::Elements;
     /// The pairs `(a[i], b[i])` for the lower and the upper sixteen `i`.
@@ -56,19 +50,38 @@ pub(crate) trait Pairs: Copy {
     /// Rounds [`LANES`] values to the nearest bfloat16, ties to even; a NaN stays one.
     unsafe fn round(from: *const f32, to: *mut u16);
 
-    /// The sum of all lanes: in fours (`(0 + 1) + (2 + 3)`), then the fours likewise.
+    /// Writes [`PAIRED`] elements.
+    unsafe fn store(elements: Self::Elements, to: *mut u32);
+
+    /// The pairs `(a[i], b[i])`, rounded as [`Pairs::round`] does.
     #[inline(always)]
-    unsafe fn total(self) -> f32 {
-        let lanes = unsafe { self.lanes() };
-        let four = |v: &[f32]| (v[0] + v[1]) + (v[2] + v[3]);
-        let fours: [f32; 4] = std::array::from_fn(|at| four(&lanes[4 * at..4 * at + 4]));
-        four(&fours)
+    unsafe fn round_pairs(a: Self::Wide, b: Self::Wide) -> Self::Elements {
+        let mut values = [0.0; LANES];
+        let mut rounded = [[0u16; LANES]; 2];
+        let mut pairs = [0u16; PAIRED];
+        unsafe {
+            for (lanes, rounded) in [a, b].into_iter().zip(&mut rounded) {
+                lanes.store(values.as_mut_ptr());
+                Self::round(values.as_ptr(), rounded.as_mut_ptr());
+            }
+            for (lane, pair) in pairs.chunks_exact_mut(2).enumerate() {
+                pair.copy_from_slice(&[rounded[0][lane], rounded[1][lane]]);
+            }
+            Self::load(pairs.as_ptr())
+        }
     }
 
-    /// [`Pairs::total`] of each of sixteen.
+    /// Transposes a square of [`LANES`] rows of [`LANES`] pairs; rows are `stride` and `to_stride` pairs apart.
     #[inline(always)]
-    unsafe fn totals(sums: [Self; LANES]) -> [f32; LANES] {
-        sums.map(|sum| unsafe { sum.total() })
+    unsafe fn transpose(from: *const u32, stride: usize, to: *mut u32, to_stride: usize) {
+        for row in 0..LANES {
+            for column in 0..LANES {
+                unsafe {
+                    let pair = from.add(row * stride + column).read();
+                    to.add(column * to_stride + row).write(pair);
+                }
+            }
+        }
     }
 }
 
@@ -131,21 +144,6 @@ impl Pairs for PortablePairs {
     }
 
     #[inline(always)]
-    unsafe fn lanes(self) -> [f32; LANES] {
-        self.0
-    }
-
-    #[inline(always)]
-    unsafe fn scale(self, factor: f32) -> Self {
-        Self(self.0.map(|sum| sum * factor))
-    }
-
-    #[inline(always)]
-    unsafe fn load_sums(from: *const f32) -> Self {
-        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
-    }
-
-    #[inline(always)]
     unsafe fn splat(pair: u32) -> Self::Elements {
         [pair; LANES]
     }
@@ -166,6 +164,11 @@ impl Pairs for PortablePairs {
                 to.add(lane).write_unaligned(value.to_bits());
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn store(elements: Self::Elements, to: *mut u32) {
+        unsafe { to.cast::<[u32; LANES]>().write_unaligned(elements) };
     }
 }
 
@@ -229,31 +232,6 @@ impl Pairs for Avx2Pairs {
     }
 
     #[inline(always)]
-    unsafe fn lanes(self) -> [f32; LANES] {
-        let mut lanes = [0.0; LANES];
-        unsafe {
-            _mm256_storeu_ps(lanes.as_mut_ptr(), self.0[0]);
-            _mm256_storeu_ps(lanes.as_mut_ptr().add(LANES / 2), self.0[1]);
-        }
-        lanes
-    }
-
-    #[inline(always)]
-    unsafe fn scale(self, factor: f32) -> Self {
-        unsafe {
-            Self(
-                self.0
-                    .map(|sums| _mm256_mul_ps(sums, _mm256_set1_ps(factor))),
-            )
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn load_sums(from: *const f32) -> Self {
-        unsafe { Self([_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(LANES / 2))]) }
-    }
-
-    #[inline(always)]
     unsafe fn splat(pair: u32) -> Self::Elements {
         unsafe { [_mm256_set1_epi32(pair.cast_signed()); 2] }
     }
@@ -294,6 +272,14 @@ impl Pairs for Avx2Pairs {
             _mm256_storeu_si256(to.cast(), ordered);
         }
     }
+
+    #[inline(always)]
+    unsafe fn store(elements: Self::Elements, to: *mut u32) {
+        unsafe {
+            _mm256_storeu_si256(to.cast(), elements[0]);
+            _mm256_storeu_si256(to.add(LANES / 2).cast(), elements[1]);
+        }
+    }
 }
 
 /// Needs `avx512f`, `avx512bw` and `avx512dq`.
@@ -305,53 +291,6 @@ pub(crate) struct Avx512Pairs(__m512);
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512Bf16Pairs(__m512);
-
-/// The totals of sixteen registers, as [`Pairs::totals`] adds them, by transposing while adding.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn totals16(sums: [__m512; LANES]) -> [f32; LANES] {
-    unsafe {
-        // Lanes 2n and 2n + 1 of two registers, added, side by side.
-        let halve = |a, b| {
-            _mm512_add_ps(
-                _mm512_shuffle_ps::<0b10_00_10_00>(a, b),
-                _mm512_shuffle_ps::<0b11_01_11_01>(a, b),
-            )
-        };
-        // After two rounds a 128-bit part holds, of four registers, the sum of its own four lanes.
-        let fours: [__m512; 4] = std::array::from_fn(|at| {
-            let s = &sums[4 * at..4 * at + 4];
-            halve(halve(s[0], s[1]), halve(s[2], s[3]))
-        });
-        // The same with 128-bit parts in place of lanes.
-        let halve = |a, b| {
-            _mm512_add_ps(
-                _mm512_shuffle_f32x4::<0b10_00_10_00>(a, b),
-                _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b),
-            )
-        };
-        let all = halve(halve(fours[0], fours[1]), halve(fours[2], fours[3]));
-        let mut totals = [0.0; LANES];
-        _mm512_storeu_ps(totals.as_mut_ptr(), all);
-        totals
-    }
-}
-
-/// [`Pairs::total`] of one register.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn total512(sums: __m512) -> f32 {
-    unsafe {
-        let swap = _mm512_permute_ps::<0b10_11_00_01>(sums);
-        let pairs = _mm512_add_ps(sums, swap);
-        let swap = _mm512_permute_ps::<0b01_00_11_10>(pairs);
-        let fours = _mm512_add_ps(pairs, swap);
-        let swap = _mm512_shuffle_f32x4::<0b10_11_00_01>(fours, fours);
-        let eights = _mm512_add_ps(fours, swap);
-        let swap = _mm512_shuffle_f32x4::<0b01_00_11_10>(eights, eights);
-        _mm512_cvtss_f32(_mm512_add_ps(eights, swap))
-    }
-}
 
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
@@ -394,12 +333,48 @@ unsafe fn interleave512(a: __m512i, b: __m512i) -> [__m512i; 2] {
     }
 }
 
+/// See [`Pairs::transpose`].
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn lanes512(sums: __m512) -> [f32; LANES] {
-    let mut lanes = [0.0; LANES];
-    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), sums) };
-    lanes
+unsafe fn transpose512(from: *const u32, stride: usize, to: *mut u32, to_stride: usize) {
+    unsafe {
+        let zero = _mm512_setzero_si512();
+        let mut rows = [zero; LANES];
+        for (at, row) in rows.iter_mut().enumerate() {
+            *row = _mm512_loadu_si512(from.add(at * stride).cast());
+        }
+        // Within each 128-bit part: columns of two rows, then of four.
+        let mut twos = [zero; LANES];
+        for at in 0..LANES / 2 {
+            twos[2 * at] = _mm512_unpacklo_epi32(rows[2 * at], rows[2 * at + 1]);
+            twos[2 * at + 1] = _mm512_unpackhi_epi32(rows[2 * at], rows[2 * at + 1]);
+        }
+        let mut fours = [[zero; 4]; 4];
+        for (at, four) in fours.iter_mut().enumerate() {
+            let two = &twos[4 * at..4 * at + 4];
+            four[0] = _mm512_unpacklo_epi64(two[0], two[2]);
+            four[1] = _mm512_unpackhi_epi64(two[0], two[2]);
+            four[2] = _mm512_unpacklo_epi64(two[1], two[3]);
+            four[3] = _mm512_unpackhi_epi64(two[1], two[3]);
+        }
+        // Part `q` of `fours[n][c]` is column `4q + c` of rows `4n` to `4n + 3`.
+        for column in 0..4 {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|at| fours[at][column]);
+            let even = _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b);
+            let even_upper = _mm512_shuffle_i32x4::<0b10_00_10_00>(c, d);
+            let odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b);
+            let odd_upper = _mm512_shuffle_i32x4::<0b11_01_11_01>(c, d);
+            let columns = [
+                _mm512_shuffle_i32x4::<0b10_00_10_00>(even, even_upper),
+                _mm512_shuffle_i32x4::<0b10_00_10_00>(odd, odd_upper),
+                _mm512_shuffle_i32x4::<0b11_01_11_01>(even, even_upper),
+                _mm512_shuffle_i32x4::<0b11_01_11_01>(odd, odd_upper),
+            ];
+            for (part, values) in columns.into_iter().enumerate() {
+                _mm512_storeu_si512(to.add((4 * part + column) * to_stride).cast(), values);
+            }
+        }
+    }
 }
 
 // SAFETY (of every body): the caller guarantees the features and the pointers; masked elements touch no memory.
@@ -445,21 +420,6 @@ impl Pairs for Avx512Pairs {
     }
 
     #[inline(always)]
-    unsafe fn lanes(self) -> [f32; LANES] {
-        unsafe { lanes512(self.0) }
-    }
-
-    #[inline(always)]
-    unsafe fn scale(self, factor: f32) -> Self {
-        unsafe { Self(_mm512_mul_ps(self.0, _mm512_set1_ps(factor))) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_sums(from: *const f32) -> Self {
-        unsafe { Self(_mm512_loadu_ps(from)) }
-    }
-
-    #[inline(always)]
     unsafe fn splat(pair: u32) -> Self::Elements {
         unsafe { _mm512_set1_epi32(pair.cast_signed()) }
     }
@@ -486,13 +446,13 @@ impl Pairs for Avx512Pairs {
     }
 
     #[inline(always)]
-    unsafe fn total(self) -> f32 {
-        unsafe { total512(self.0) }
+    unsafe fn store(elements: Self::Elements, to: *mut u32) {
+        unsafe { _mm512_storeu_si512(to.cast(), elements) };
     }
 
     #[inline(always)]
-    unsafe fn totals(sums: [Self; LANES]) -> [f32; LANES] {
-        unsafe { totals16(sums.map(|sum| sum.0)) }
+    unsafe fn transpose(from: *const u32, stride: usize, to: *mut u32, to_stride: usize) {
+        unsafe { transpose512(from, stride, to, to_stride) };
     }
 }
 
@@ -533,21 +493,6 @@ impl Pairs for Avx512Bf16Pairs {
     }
 
     #[inline(always)]
-    unsafe fn lanes(self) -> [f32; LANES] {
-        unsafe { lanes512(self.0) }
-    }
-
-    #[inline(always)]
-    unsafe fn scale(self, factor: f32) -> Self {
-        unsafe { Self(_mm512_mul_ps(self.0, _mm512_set1_ps(factor))) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_sums(from: *const f32) -> Self {
-        unsafe { Self(_mm512_loadu_ps(from)) }
-    }
-
-    #[inline(always)]
     unsafe fn splat(pair: u32) -> Self::Elements {
         unsafe { as_bf16(_mm512_set1_epi32(pair.cast_signed())) }
     }
@@ -573,12 +518,29 @@ impl Pairs for Avx512Bf16Pairs {
     }
 
     #[inline(always)]
-    unsafe fn total(self) -> f32 {
-        unsafe { total512(self.0) }
+    unsafe fn store(elements: Self::Elements, to: *mut u32) {
+        unsafe {
+            // SAFETY: both are sixteen pairs of bfloat16 values.
+            let pairs = std::mem::transmute::<__m512bh, __m512i>(elements);
+            _mm512_storeu_si512(to.cast(), pairs);
+        }
     }
 
     #[inline(always)]
-    unsafe fn totals(sums: [Self; LANES]) -> [f32; LANES] {
-        unsafe { totals16(sums.map(|sum| sum.0)) }
+    unsafe fn round_pairs(a: Self::Wide, b: Self::Wide) -> Self::Elements {
+        unsafe {
+            // The second operand's values come first.
+            let both = _mm512_cvtne2ps_pbh(b.0, a.0);
+            // SAFETY: both are 32 bfloat16 values.
+            let both = std::mem::transmute::<__m512bh, __m512i>(both);
+            let upper = _mm512_castsi256_si512(_mm512_extracti64x4_epi64::<1>(both));
+            let [pairs, _] = interleave512(both, upper);
+            as_bf16(pairs)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(from: *const u32, stride: usize, to: *mut u32, to_stride: usize) {
+        unsafe { transpose512(from, stride, to, to_stride) };
     }
 }
