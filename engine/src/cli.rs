@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use engine_spec::{Device, Dtype};
+use engine_spec::{Device, Dtype, Quantization};
 use engine_text::ToolCallParser;
 
 /// Serves models of the DeepSeek, Qwen and Llama families over the OpenAI API.
@@ -48,6 +48,9 @@ pub struct ConfigArguments {
     /// Arithmetic: auto, float32 or bfloat16 [default: auto]
     #[arg(long)]
     pub dtype: Option<Dtype>,
+    /// Integers that the large matrices are made into at load, on the processors: none, int8 or int4 [default: none]
+    #[arg(long)]
+    pub quantization: Option<Quantization>,
     /// Longest prompt plus answer, tokens [default: the model's own, at most 8192]
     #[arg(long, value_name = "TOKENS")]
     pub max_model_len: Option<u32>,

@@ -12,12 +12,18 @@ use support::{MODELS, entry, folder, limits, load, prefill};
 #[test]
 fn allocations_are_those_of_the_memory_plan() {
     for model in MODELS {
-        for dtype in [Dtype::Float32, Dtype::Bfloat16, Dtype::Auto] {
+        for (dtype, quantization) in [
+            (Dtype::Float32, Quantization::None),
+            (Dtype::Bfloat16, Quantization::None),
+            (Dtype::Auto, Quantization::None),
+            (Dtype::Auto, Quantization::Int8),
+            (Dtype::Auto, Quantization::Int4),
+        ] {
             let dir = folder(model);
             let config = read_config(&dir).unwrap();
             let request = MemoryRequest {
                 dtype,
-                quantization: Quantization::None,
+                quantization,
                 parallelism: Parallelism::default(),
                 device: Device::Cpu,
                 max_model_len: Some(100),

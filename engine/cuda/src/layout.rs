@@ -5,7 +5,7 @@
 
 use engine_memory::{MemoryPlan, ResidentDtype, StepBounds, device_workspace};
 use engine_model::{GatedMlp, LatentAttention, Mlp, Model, Moe, Slot, TensorRole, WeightId};
-use engine_spec::{ModelConfig, Parallelism, Quantization};
+use engine_spec::{ModelConfig, Parallelism};
 use kernels::plan::{self, QUANT_GROUP};
 
 use crate::shapes::latent;
@@ -422,7 +422,7 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
 mod tests {
     use super::*;
     use engine_memory::{MemoryRequest, memory_plan};
-    use engine_spec::{Device, Dtype};
+    use engine_spec::{Device, Dtype, Quantization};
 
     /// Published configurations: V3 in FP8, V2-Lite in bf16, and a V3 whose FP8 blocks no product takes.
     const MODELS: [&str; 3] = [
