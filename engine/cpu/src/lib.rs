@@ -11,11 +11,12 @@ mod compute;
 mod executor;
 pub mod kernels;
 mod lanes;
+mod packfile;
 mod pool;
 mod quantised;
 mod store;
 mod weights;
 
-pub use executor::{AllocatedBytes, CpuExecutor, CpuLimits};
+pub use executor::{AllocatedBytes, CpuExecutor, CpuLimits, pack};
 pub use kernels::Isa;
 pub use pool::{Pool, SpawnError, WorkerPanic, available_threads};

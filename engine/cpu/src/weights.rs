@@ -6,7 +6,8 @@
 
 use std::sync::OnceLock;
 
-use engine_load::{LoadError, Progress, StoredTensor, TensorSource, convert};
+use engine_load::convert::{for_each, to_bf16, to_f32};
+use engine_load::{LoadError, Progress, StoredTensor, TensorSource};
 use engine_memory::ResidentDtype;
 use engine_model::{Attention, LatentAttention, Model, TensorRole, WeightId};
 use half::bf16;
@@ -50,11 +51,11 @@ impl Matrix {
             _ => (0, 0),
         };
         let values = match form {
-            ResidentDtype::Float32 => Values::F32(convert::to_f32(tensor).into()),
+            ResidentDtype::Float32 => Values::F32(to_f32(tensor).into()),
             ResidentDtype::Integer(format, _) => {
                 let mut packer = Packer::new(format, rows, columns, rows);
                 let mut row = Vec::with_capacity(columns);
-                convert::for_each(tensor, |value| {
+                for_each(tensor, |value| {
                     row.push(value);
                     if row.len() == columns {
                         packer.push(&row);
@@ -64,7 +65,7 @@ impl Matrix {
                 Values::Integer(packer.finish())
             }
             ResidentDtype::Bfloat16 | ResidentDtype::Float8E4m3(_) => {
-                Values::Bf16(convert::to_bf16(tensor).into())
+                Values::Bf16(to_bf16(tensor).into())
             }
         };
         Self {
@@ -118,14 +119,9 @@ impl Weights {
         pool.run(slots.len(), &|index| {
             source.read(model, WeightId(index as u32), &mut |tensor| {
                 let id = WeightId(index as u32);
-                let weight = match absorbed[index] {
-                    Some(attention) => absorb(tensor, attention, dtype.head()),
-                    None => Weight::Matrix(Matrix::new(tensor, form(dtype, model, id))),
-                };
                 // Each index is visited once, so the slot is empty.
-                let _ = slots[index].set(weight);
-                let scales = tensor.scales.map_or(0, |scales| scales.bytes.len());
-                progress.add((tensor.bytes.len() + scales) as u64);
+                let _ = slots[index].set(convert(tensor, model, id, dtype, absorbed[index]));
+                progress.add(tensor.stored_bytes());
             });
         })
         .map_err(|panic| LoadError::Backend(panic.to_string()))?;
@@ -145,9 +141,9 @@ impl Weights {
         }
     }
 
-    /// All tensors, by [`WeightId`].
-    pub fn all(&self) -> &[Weight] {
-        &self.0
+    /// Weights that are there already, by [`WeightId`].
+    pub fn new(weights: Vec<Weight>) -> Self {
+        Self(weights)
     }
 
     /// Bytes held.
@@ -216,6 +212,20 @@ pub(crate) fn absorbed(model: &Model) -> Vec<Option<&LatentAttention>> {
     absorbed
 }
 
+/// A stored tensor in the form that the kernels read.
+pub(crate) fn convert(
+    tensor: &StoredTensor<'_>,
+    model: &Model,
+    id: WeightId,
+    dtype: ResidentDtype,
+    absorbed: Option<&LatentAttention>,
+) -> Weight {
+    match absorbed {
+        Some(attention) => absorb(tensor, attention, dtype.head()),
+        None => Weight::Matrix(Matrix::new(tensor, form(dtype, model, id))),
+    }
+}
+
 /// How a tensor that is not absorbed is kept.
 pub(crate) fn form(dtype: ResidentDtype, model: &Model, id: WeightId) -> ResidentDtype {
     match model.tensors[id.index()].role {
@@ -236,11 +246,11 @@ fn absorb(tensor: &StoredTensor<'_>, attention: &LatentAttention, form: Resident
     } = *attention;
     let (keys, values) = match form {
         ResidentDtype::Float32 => {
-            let (keys, values) = split_heads(&convert::to_f32(tensor), attention);
+            let (keys, values) = split_heads(&to_f32(tensor), attention);
             (Values::F32(keys.into()), Values::F32(values.into()))
         }
         ResidentDtype::Integer(format, _) => {
-            let (keys, values) = split_heads(&convert::to_f32(tensor), attention);
+            let (keys, values) = split_heads(&to_f32(tensor), attention);
             // Each head's rows are multiplied by themselves.
             let pack = |rows: &[f32], columns: usize, part_rows: usize| {
                 let mut packer = Packer::new(format, heads * part_rows, columns, part_rows);
@@ -250,7 +260,7 @@ fn absorb(tensor: &StoredTensor<'_>, attention: &LatentAttention, form: Resident
             (pack(&keys, nope, latent), pack(&values, latent, value))
         }
         ResidentDtype::Bfloat16 | ResidentDtype::Float8E4m3(_) => {
-            let (keys, values) = split_heads(&convert::to_bf16(tensor), attention);
+            let (keys, values) = split_heads(&to_bf16(tensor), attention);
             (Values::Bf16(keys.into()), Values::Bf16(values.into()))
         }
     };

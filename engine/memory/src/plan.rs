@@ -152,6 +152,9 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
     if (request.dtype, request.device) == (Dtype::Float32, Device::Nvidia) {
         return Err(Misfit::NoArithmetic);
     }
+    if config.packed.is_some() && request.device == Device::Nvidia {
+        return Err(Misfit::Packed);
+    }
     if request.quantization != Quantization::None && request.device == Device::Nvidia {
         return Err(Misfit::NoIntegers(request.quantization));
     }
