@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use engine_spec::{Device, Dtype};
+use engine_spec::{Device, Dtype, Quantization};
 use engine_text::ToolCallParser;
 use serde::Deserialize;
 
@@ -26,6 +26,8 @@ pub enum Command {
     Inspect(InspectArguments),
     /// Print the memory that serving a model takes, before anything is allocated
     Plan(PlanArguments),
+    /// Write a model's weights as the processors compute with them, so that serving maps instead of converting them
+    Pack(PackArguments),
 }
 
 /// The fields of the engine's configuration; a flag wins over the file.
@@ -50,6 +52,9 @@ pub struct ConfigArguments {
     /// Arithmetic: auto, float32 or bfloat16 [default: auto]
     #[arg(long)]
     pub dtype: Option<Dtype>,
+    /// Integers that the large matrices are made into at load, on the processors: none, int8 or int4 [default: none]
+    #[arg(long)]
+    pub quantization: Option<Quantization>,
     /// Longest prompt plus answer, tokens [default: the model's own, at most 8192]
     #[arg(long, value_name = "TOKENS")]
     pub max_model_len: Option<u32>,
@@ -194,6 +199,9 @@ pub struct ServeArguments {
     /// Where the weights come from
     #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
     pub load_format: LoadFormat,
+    /// Check the digests of packed weights before they are served, which reads all of them once
+    #[arg(long)]
+    pub verify_weights: bool,
     /// Seed of random weights
     #[arg(long, value_name = "NUMBER", default_value_t = 0)]
     pub seed: u64,
@@ -240,6 +248,37 @@ pub struct InspectArguments {
     /// File for the report, such as /dev/termination-log; without it the report is printed
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
+    /// Where models from a hub or object store are kept
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "ENGINE_CACHE_DIR",
+        default_value = "/cache"
+    )]
+    pub cache_dir: PathBuf,
+}
+
+/// Arguments of `engine pack`.
+#[derive(Args, Clone, Debug)]
+pub struct PackArguments {
+    /// Directory or URI of the model
+    #[arg(long, value_name = "DIR|URI", required_unless_present = "verify")]
+    pub model: Option<String>,
+    /// Commit, tag or branch of a hub
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// Directory for the packed model
+    #[arg(long, value_name = "DIR", required_unless_present = "verify")]
+    pub output: Option<PathBuf>,
+    /// Arithmetic: auto, float32 or bfloat16
+    #[arg(long, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
+    /// Integers that the large matrices are made into: none, int8 or int4
+    #[arg(long, default_value_t = Quantization::None)]
+    pub quantization: Quantization,
+    /// Check the digests of a packed model instead of making one
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "output"])]
+    pub verify: Option<PathBuf>,
     /// Where models from a hub or object store are kept
     #[arg(
         long,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use engine_core::{Executor, Limits};
 use engine_cpu::{CpuExecutor, CpuLimits};
 use engine_cuda::{CudaExecutor, CudaLimits};
-use engine_load::{FetchSettings, LoadError, Progress, read_config};
+use engine_load::{FetchSettings, LoadError, PACKED_FILE, PackedModel, Progress, read_config};
 use engine_memory::{MemoryPlan, MemoryRequest, memory_plan};
 use engine_server::{LoadFailure, Loaded, StartupHandle};
 use engine_spec::{Device, EngineConfig, ModelConfig, StartupPhase};
@@ -49,6 +49,8 @@ pub struct Machine {
     pub cuda_driver: Option<PathBuf>,
     /// Where fetched models are kept.
     pub cache_dir: PathBuf,
+    /// Whether to check the digests of packed weights.
+    pub verify_weights: bool,
 }
 
 /// Loads what `config` names; runs on the engine's thread.
@@ -96,6 +98,9 @@ pub fn load(
     })?;
     let loaded = Arc::new(Progress::default());
     startup.enter(StartupPhase::Loading, bytes_of(&loaded));
+    if machine.verify_weights {
+        verify(&directory, &loaded).map_err(|error| from_load_error(&error))?;
+    }
     let executor = executor(&config, &model, &plan, &found, weights, &directory, &loaded)
         .map_err(|error| from_load_error(&error))?;
     let limits = Limits {
@@ -124,6 +129,15 @@ fn fetch(
     let revision = config.model.revision.as_deref();
     engine_load::resolve(&config.model.source, revision, &settings, fetched)
         .map_err(|error| from_load_error(&error))
+}
+
+/// Compares packed weights with their digests; files of other formats have none.
+fn verify(directory: &Path, progress: &Progress) -> Result<(), LoadError> {
+    let path = directory.join(PACKED_FILE);
+    if !path.is_file() {
+        return Ok(());
+    }
+    PackedModel::open(&path)?.verify(progress)
 }
 
 /// The backend of the device that was found, with the weights in its memory.

@@ -1,4 +1,4 @@
-//! The `engine` binary: serve a model, inspect one, plan its memory.
+//! The `engine` binary: serve a model, inspect one, plan its memory, pack its weights.
 //!
 //! Wiring only: what is decided is decided in the crates below; here the environment, files, clocks and signals enter.
 
@@ -8,6 +8,7 @@ mod device;
 mod dummy;
 mod inspect;
 mod load;
+mod pack;
 mod plan;
 mod serve;
 mod telemetry;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
         cli::Command::Serve(arguments) => serve::run(*arguments),
         cli::Command::Inspect(arguments) => return inspect::run(&arguments),
         cli::Command::Plan(arguments) => plan::run(&arguments),
+        cli::Command::Pack(arguments) => pack::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

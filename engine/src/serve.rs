@@ -61,6 +61,7 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
             choice: configure::device(&arguments.engine, &config),
             cuda_driver: arguments.engine.cuda_driver.clone(),
             cache_dir: arguments.engine.cache_dir.clone(),
+            verify_weights: arguments.verify_weights,
         };
         let weights = match arguments.load_format {
             LoadFormat::Auto => Weights::Files,

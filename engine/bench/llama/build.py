@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Builds llama.cpp's llama-bench and a random model of the bench's shape, to be measured beside our engine.
+"""Builds llama.cpp's llama-bench and random models of the bench's shape, to be measured beside our engine: bfloat16, and
+what llama-quantize makes of it.
 
     python3 engine/bench/llama/build.py --config engine/bench/model/config.json --out .lab/llama
 
@@ -17,6 +18,7 @@ import tarfile
 
 VERSION = "0.3.36"
 SOURCE = f"llama_cpp_python-{VERSION}"
+QUANTISED = ["Q8_0", "Q4_K_M"]
 REQUIREMENTS = ["numpy==2.4.6", "gguf==0.19.0"]
 
 
@@ -26,10 +28,10 @@ def run(*command, **options):
 
 
 def build(out):
-    """llama-bench under `out`, unless it is there."""
-    program = out / "build" / "bin" / "llama-bench"
-    if program.exists():
-        return program
+    """llama-bench and llama-quantize under `out`, unless they are there."""
+    programs = [out / "build" / "bin" / name for name in ("llama-bench", "llama-quantize")]
+    if all(program.exists() for program in programs):
+        return programs
     python = out / "venv" / "bin" / "python"
     if not python.exists():
         run(sys.executable, "-m", "venv", out / "venv")
@@ -43,8 +45,8 @@ def build(out):
     source = out / SOURCE / "vendor" / "llama.cpp"
     run("cmake", "-S", source, "-B", out / "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON",
         "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_SERVER=OFF")
-    run("ninja", "-C", out / "build", "llama-bench")
-    return program
+    run("ninja", "-C", out / "build", "llama-bench", "llama-quantize")
+    return programs
 
 
 def model(config, path):
@@ -150,9 +152,13 @@ def main():
         model(json.loads(arguments.config.read_text()), path)
         return
     out.mkdir(parents=True, exist_ok=True)
-    program = build(out)
+    program, quantise = build(out)
     if not path.exists():
         run(out / "venv" / "bin" / "python", __file__, "--config", arguments.config.resolve(), "--out", out, "--model-only")
+    for kind in QUANTISED:
+        quantised = out / f"model-{kind.lower()}.gguf"
+        if not quantised.exists():
+            run(quantise, path, quantised, kind)
     print(program)
 
 

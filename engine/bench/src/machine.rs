@@ -22,6 +22,8 @@ pub(crate) struct Bounds {
     pub f32_flops: f64,
     /// The same of bfloat16 dot products, where the CPU has them.
     pub bf16_flops: Option<f64>,
+    /// The same of byte dot products summed in 32 bits (VNNI).
+    pub int8_ops: Option<f64>,
 }
 
 /// Measures with `threads` threads.
@@ -30,6 +32,7 @@ pub(crate) fn measure(threads: usize) -> Bounds {
         read_bytes: read(threads),
         f32_flops: rate(threads, f32_steps),
         bf16_flops: has_bf16().then(|| rate(threads, bf16_steps)),
+        int8_ops: has_vnni().then(|| rate(threads, int8_steps)),
     }
 }
 
@@ -116,6 +119,26 @@ fn bf16_steps() -> f64 {
 }
 
 #[cfg(target_arch = "x86_64")]
+fn has_vnni() -> bool {
+    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_vnni() -> bool {
+    false
+}
+
+/// Operations done.
+fn int8_steps() -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    if has_vnni() {
+        // SAFETY: the feature was detected.
+        return unsafe { x86::int8_512() };
+    }
+    0.0
+}
+
+#[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
     use std::hint::black_box;
@@ -161,5 +184,18 @@ mod x86 {
         }
         black_box(sums);
         (STEPS * ACCUMULATORS * 64) as f64
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(super) unsafe fn int8_512() -> f64 {
+        let factor = _mm512_set1_epi8(black_box(1));
+        let mut sums = [_mm512_setzero_si512(); ACCUMULATORS];
+        for _ in 0..STEPS {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, factor, factor);
+            }
+        }
+        black_box(sums);
+        (STEPS * ACCUMULATORS * 128) as f64
     }
 }

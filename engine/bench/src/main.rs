@@ -29,11 +29,11 @@ struct Arguments {
     #[arg(long)]
     threads: Option<usize>,
     /// llama.cpp's llama-bench, to be measured beside.
-    #[arg(long, requires = "llama_model")]
+    #[arg(long, requires = "llama_models")]
     llama_bench: Option<PathBuf>,
-    /// A GGUF file of the same shape and element size.
+    /// Folder with GGUF files of the same shape: model-bf16.gguf, model-q8_0.gguf, model-q4_k_m.gguf.
     #[arg(long)]
-    llama_model: Option<PathBuf>,
+    llama_models: Option<PathBuf>,
     /// Where the rows go.
     #[arg(long, default_value = "docs/performance/engine.json")]
     out: PathBuf,
@@ -70,25 +70,27 @@ fn main() -> anyhow::Result<()> {
             "GFLOP/s",
         ));
     }
+    if let Some(operations) = bounds.int8_ops {
+        report.push(Row::plain(
+            "int8 dot product (VNNI) peak",
+            operations / 1e9,
+            "GOP/s",
+        ));
+    }
     let ours = engine::measure(&config, dir.path(), threads, &bounds, &mut report)?;
-    if let (Some(program), Some(model)) = (&arguments.llama_bench, &arguments.llama_model) {
-        let theirs = llama::measure(program, model, threads)?;
-        let prefill = "prefill of 512 tokens, against llama.cpp";
-        report.push(Row::against(
-            prefill,
-            ours.prefill,
-            "tokens/s",
-            theirs.prefill,
-            Some(2.0),
-        ));
-        let decode = "decode of 1 sequence, against llama.cpp";
-        report.push(Row::against(
-            decode,
-            ours.decode,
-            "tokens/s",
-            theirs.decode,
-            Some(1.5),
-        ));
+    if let (Some(program), Some(models)) = (&arguments.llama_bench, &arguments.llama_models) {
+        for (ours, kind) in ours.iter().zip(["bf16", "q8_0", "q4_k_m"]) {
+            let model = models.join(format!("model-{kind}.gguf"));
+            let theirs = llama::measure(program, &model, threads)?;
+            let against = format!("{} against llama.cpp's {kind}", ours.form);
+            for (what, ours, theirs, goal) in [
+                ("prefill of 512 tokens", ours.prefill, theirs.prefill, 2.0),
+                ("decode of 1 sequence", ours.decode, theirs.decode, 1.5),
+            ] {
+                let name = format!("{what}, {against}");
+                report.push(Row::against(&name, ours, "tokens/s", theirs, Some(goal)));
+            }
+        }
     }
     report.finish(&arguments.out)
 }

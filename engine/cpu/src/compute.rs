@@ -11,7 +11,7 @@ use crate::kernels::{Isa, Kernel, Product, Rows, SiluProduct};
 use crate::packed::{PANEL, Packed};
 use crate::pool::{Pool, WorkerPanic, current_thread};
 use crate::quantised::Integers;
-use crate::weights::{Matrix, Values, Weight, Weights};
+use crate::weights::{Matrix, Values, Weights};
 
 /// Weight rows of a tile: a panel, which is a sequential stream of some hundred kilobytes in large models.
 const COLUMN_TILE: usize = PANEL;
@@ -364,8 +364,7 @@ pub(crate) struct Compute {
 impl Compute {
     /// Threads with room for quantised activations of products with all of `weights`.
     pub fn new(pool: Pool, isa: Isa, weights: &Weights) -> Self {
-        let parts = weights.all().iter().flat_map(Weight::parts);
-        let needed = parts.filter_map(|matrix| match &matrix.values {
+        let needed = weights.parts().filter_map(|matrix| match &matrix.values {
             Values::Integer(integers) => Some(IntegerProduct::scratch_length(
                 integers.format,
                 matrix.columns,

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use engine_core::{Batch, BatchBounds, DraftBatch, ExecuteError, Executor, Logits};
-use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
+use engine_load::{Checkpoint, Dummy, LoadError, PACKED_FILE, PackedModel, Progress, TensorSource};
 use engine_memory::{MemoryPlan, ResidentDtype};
 use engine_model::{Model, forward, forward_to_draft, predict};
 use engine_spec::ModelConfig;
@@ -12,6 +12,7 @@ use crate::backend::{CpuBackend, Step};
 use crate::cache::Cache;
 use crate::compute::Compute;
 use crate::kernels::Isa;
+use crate::packfile;
 use crate::pool::{Pool, WorkerPanic, available_threads};
 use crate::weights::Weights;
 
@@ -78,7 +79,8 @@ pub struct CpuExecutor {
 }
 
 impl CpuExecutor {
-    /// Opens the weights in `dir`, checks and converts them, and allocates everything a step needs.
+    /// Opens the weights in `dir` and allocates everything a step needs. Packed weights are mapped as they are; those of
+    /// a checkpoint are checked and converted.
     ///
     /// # Errors
     /// See [`LoadError`].
@@ -89,6 +91,14 @@ impl CpuExecutor {
         progress: &Progress,
     ) -> Result<Self, LoadError> {
         let model = build(config, &limits);
+        let packed = dir.join(PACKED_FILE);
+        if packed.is_file() {
+            let packed = PackedModel::open(&packed)?;
+            let weights = packfile::open(&packed, config, &model, limits.resident)?;
+            progress.begin(packed.bytes());
+            progress.add(packed.bytes());
+            return Self::new(model, limits, |_, _| Ok(weights));
+        }
         let checkpoint = Checkpoint::open(dir, config, &model)?;
         Self::with_weights(model, &checkpoint, limits, progress)
     }
@@ -113,9 +123,18 @@ impl CpuExecutor {
         limits: CpuLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let mut pool =
-            Pool::new(limits.threads).map_err(|error| LoadError::Backend(error.to_string()))?;
-        let weights = Weights::load(source, &model, limits.resident, &mut pool, progress)?;
+        Self::new(model, limits, |model, pool| {
+            Weights::load(source, model, limits.resident, pool, progress)
+        })
+    }
+
+    fn new(
+        model: Model,
+        limits: CpuLimits,
+        weights: impl FnOnce(&Model, &mut Pool) -> Result<Weights, LoadError>,
+    ) -> Result<Self, LoadError> {
+        let mut pool = pool(limits.threads)?;
+        let weights = weights(&model, &mut pool)?;
         let cache = Cache::new(&model, limits.resident, limits.kv_blocks, limits.block_size);
         let compute = Compute::new(pool, limits.isa, &weights);
         let table = limits.model_len_max.div_ceil(limits.block_size);
@@ -182,6 +201,28 @@ impl CpuExecutor {
             step.wanted.extend(wanted.map(|row| row as u32));
         }
     }
+}
+
+fn pool(threads: usize) -> Result<Pool, LoadError> {
+    Pool::new(threads).map_err(|error| LoadError::Backend(error.to_string()))
+}
+
+/// Writes the weights of the checkpoint in `dir` to `path`, a packed file that [`CpuExecutor::load`] maps. `config` is
+/// that of the directory in which the packed file will be.
+///
+/// # Errors
+/// See [`LoadError`].
+pub fn pack(
+    dir: &Path,
+    path: &Path,
+    config: &ModelConfig,
+    resident: ResidentDtype,
+    progress: &Progress,
+) -> Result<(), LoadError> {
+    let model = engine_model::build(config);
+    let checkpoint = Checkpoint::open(dir, config, &model)?;
+    let mut pool = pool(available_threads())?;
+    packfile::write(path, config, &checkpoint, resident, &mut pool, progress)
 }
 
 impl Executor for CpuExecutor {

@@ -12,11 +12,12 @@ mod executor;
 pub mod kernels;
 mod lanes;
 mod packed;
+mod packfile;
 mod pool;
 mod quantised;
 mod store;
 mod weights;
 
-pub use executor::{AllocatedBytes, CpuExecutor, CpuLimits};
+pub use executor::{AllocatedBytes, CpuExecutor, CpuLimits, pack};
 pub use kernels::Isa;
 pub use pool::{Pool, SpawnError, WorkerPanic, available_threads};

@@ -52,6 +52,22 @@ impl Packed {
         }
     }
 
+    /// Matrices whose lines are there already: `pairs` pairs in all.
+    pub fn of(lines: Store<Line>, pairs: usize, rows: usize, columns: usize) -> Self {
+        assert!(lines.len() * LINE >= pairs, "{pairs} pairs");
+        Self {
+            lines,
+            pairs,
+            rows,
+            columns,
+        }
+    }
+
+    /// Whole lines.
+    pub fn lines(&self) -> &Store<Line> {
+        &self.lines
+    }
+
     /// First pair of the `part`-th matrix.
     pub fn part(&self, part: usize) -> *const u32 {
         let at = part * self.rows * self.columns.div_ceil(2);

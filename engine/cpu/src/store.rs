@@ -65,11 +65,6 @@ impl<T: Plain> Store<T> {
         // SAFETY: plain values have no padding.
         unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
     }
-
-    /// Whether the elements belong to a mapped file.
-    pub fn is_mapped(&self) -> bool {
-        matches!(self, Self::Mapped(_))
-    }
 }
 
 impl<T: Plain> Deref for Store<T> {

@@ -7,7 +7,8 @@
 
 use std::sync::OnceLock;
 
-use engine_load::{LoadError, Progress, StoredTensor, TensorSource, convert};
+use engine_load::convert::{for_each, to_bf16, to_f32};
+use engine_load::{LoadError, Progress, StoredTensor, TensorSource};
 use engine_memory::ResidentDtype;
 use engine_model::{Attention, LatentAttention, Model, TensorRole, WeightId};
 use half::bf16;
@@ -39,6 +40,14 @@ pub(crate) enum Values {
 }
 
 impl Values {
+    /// The bytes as a packed file has them.
+    pub fn as_stored(&self) -> &[u8] {
+        match self {
+            Self::Packed(packed) => packed.lines().as_bytes(),
+            other => other.as_bytes(),
+        }
+    }
+
     /// The bytes as they lie in memory.
     pub fn as_bytes(&self) -> &[u8] {
         match self {
@@ -59,11 +68,11 @@ impl Matrix {
             _ => (0, 0),
         };
         let values = match form {
-            ResidentDtype::Float32 => Values::F32(convert::to_f32(tensor).into()),
+            ResidentDtype::Float32 => Values::F32(to_f32(tensor).into()),
             ResidentDtype::Integer(format, _) => {
                 let mut packer = Packer::new(format, rows, columns, rows);
                 let mut row = Vec::with_capacity(columns);
-                convert::for_each(tensor, |value| {
+                for_each(tensor, |value| {
                     row.push(value);
                     if row.len() == columns {
                         packer.push(&row);
@@ -73,7 +82,7 @@ impl Matrix {
                 Values::Integer(packer.finish())
             }
             ResidentDtype::Bfloat16 | ResidentDtype::Float8E4m3(_) => {
-                Values::Bf16(convert::to_bf16(tensor).into())
+                Values::Bf16(to_bf16(tensor).into())
             }
         };
         Self {
@@ -151,16 +160,9 @@ impl Weights {
         pool.run(slots.len(), &|index| {
             source.read(model, WeightId(index as u32), &mut |tensor| {
                 let id = WeightId(index as u32);
-                let matrix = || Matrix::new(tensor, form(dtype, model, id));
-                let weight = match absorbed[index] {
-                    Some(attention) => absorb(tensor, attention, dtype.head()),
-                    None if id == model.embedding && id != model.head => Weight::Matrix(matrix()),
-                    None => Weight::Matrix(matrix().packed()),
-                };
                 // Each index is visited once, so the slot is empty.
-                let _ = slots[index].set(weight);
-                let scales = tensor.scales.map_or(0, |scales| scales.bytes.len());
-                progress.add((tensor.bytes.len() + scales) as u64);
+                let _ = slots[index].set(convert(tensor, model, id, dtype, absorbed[index]));
+                progress.add(tensor.stored_bytes());
             });
         })
         .map_err(|panic| LoadError::Backend(panic.to_string()))?;
@@ -180,14 +182,19 @@ impl Weights {
         }
     }
 
-    /// All tensors, by [`WeightId`].
-    pub fn all(&self) -> &[Weight] {
-        &self.0
+    /// Weights that are there already, by [`WeightId`].
+    pub fn new(weights: Vec<Weight>) -> Self {
+        Self(weights)
+    }
+
+    /// Every matrix.
+    pub fn parts(&self) -> impl Iterator<Item = &Matrix> {
+        self.0.iter().flat_map(Weight::parts)
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> u64 {
-        let parts = self.0.iter().flat_map(Weight::parts);
+        let parts = self.parts();
         parts.map(|part| part.values.as_bytes().len() as u64).sum()
     }
 
@@ -256,6 +263,27 @@ pub(crate) fn absorbed(model: &Model) -> Vec<Option<&LatentAttention>> {
     absorbed
 }
 
+/// A stored tensor in the form that the kernels read.
+pub(crate) fn convert(
+    tensor: &StoredTensor<'_>,
+    model: &Model,
+    id: WeightId,
+    dtype: ResidentDtype,
+    absorbed: Option<&LatentAttention>,
+) -> Weight {
+    let matrix = || Matrix::new(tensor, form(dtype, model, id));
+    match absorbed {
+        Some(attention) => absorb(tensor, attention, dtype.head()),
+        None if is_looked_up(model, id) => Weight::Matrix(matrix()),
+        None => Weight::Matrix(matrix().packed()),
+    }
+}
+
+/// Whether a tensor's rows are only looked up, and not multiplied with.
+pub(crate) fn is_looked_up(model: &Model, id: WeightId) -> bool {
+    id == model.embedding && id != model.head
+}
+
 /// How a tensor that is not absorbed is kept.
 pub(crate) fn form(dtype: ResidentDtype, model: &Model, id: WeightId) -> ResidentDtype {
     match model.tensors[id.index()].role {
@@ -276,11 +304,11 @@ fn absorb(tensor: &StoredTensor<'_>, attention: &LatentAttention, form: Resident
     } = *attention;
     let (keys, values) = match form {
         ResidentDtype::Float32 => {
-            let (keys, values) = split_heads(&convert::to_f32(tensor), attention);
+            let (keys, values) = split_heads(&to_f32(tensor), attention);
             (Values::F32(keys.into()), Values::F32(values.into()))
         }
         ResidentDtype::Integer(format, _) => {
-            let (keys, values) = split_heads(&convert::to_f32(tensor), attention);
+            let (keys, values) = split_heads(&to_f32(tensor), attention);
             // Each head's rows are multiplied by themselves.
             let pack = |rows: &[f32], columns: usize, part_rows: usize| {
                 let mut packer = Packer::new(format, heads * part_rows, columns, part_rows);
@@ -290,7 +318,7 @@ fn absorb(tensor: &StoredTensor<'_>, attention: &LatentAttention, form: Resident
             (pack(&keys, nope, latent), pack(&values, latent, value))
         }
         ResidentDtype::Bfloat16 | ResidentDtype::Float8E4m3(_) => {
-            let (keys, values) = split_heads(&convert::to_bf16(tensor), attention);
+            let (keys, values) = split_heads(&to_bf16(tensor), attention);
             (Values::Bf16(keys.into()), Values::Bf16(values.into()))
         }
     };

@@ -13,12 +13,18 @@ use support::{MODELS, entry, folder, limits, load, prefill};
 fn allocations_are_those_of_the_memory_plan() {
     let plain = MODELS.map(|model| (model, 0));
     for (model, draft_tokens) in plain.into_iter().chain([("v3-mtp", 1), ("v3-mtp", 3)]) {
-        for dtype in [Dtype::Float32, Dtype::Bfloat16, Dtype::Auto] {
+        for (dtype, quantization) in [
+            (Dtype::Float32, Quantization::None),
+            (Dtype::Bfloat16, Quantization::None),
+            (Dtype::Auto, Quantization::None),
+            (Dtype::Auto, Quantization::Int8),
+            (Dtype::Auto, Quantization::Int4),
+        ] {
             let dir = folder(model);
             let config = read_config(&dir).unwrap();
             let request = MemoryRequest {
                 dtype,
-                quantization: Quantization::None,
+                quantization,
                 parallelism: Parallelism::default(),
                 device: Device::Cpu,
                 max_model_len: Some(100),

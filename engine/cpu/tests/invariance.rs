@@ -5,7 +5,7 @@ mod support;
 use engine_cpu::{CpuExecutor, CpuLimits, Isa};
 use engine_memory::ResidentDtype;
 use proptest::prelude::*;
-use support::{entry, folder, golden, limits, load, prefill, step};
+use support::{INT4, INT8, entry, folder, golden, limits, load, prefill, step};
 
 /// A prompt long enough to span several attention chunks and to run on several threads.
 fn prompt(model: &str) -> Vec<u32> {
@@ -19,22 +19,30 @@ fn bits(row: &[f32]) -> Vec<u32> {
     row.iter().map(|value| value.to_bits()).collect()
 }
 
-fn with(model: &str, change: impl FnOnce(&mut CpuLimits)) -> CpuExecutor {
-    let mut limits = limits(ResidentDtype::Bfloat16);
+const FORMS: [ResidentDtype; 3] = [ResidentDtype::Bfloat16, INT8, INT4];
+
+fn with(model: &str, form: ResidentDtype, change: impl FnOnce(&mut CpuLimits)) -> CpuExecutor {
+    let mut limits = limits(form);
     change(&mut limits);
     load(&folder(model), limits)
 }
 
 #[test]
 fn threads_and_instruction_sets_give_the_same_bytes() {
-    for model in ["v2-lite", "v3-groups", "qwen2", "qwen3-moe"] {
+    for (model, form) in ["v2-lite", "v3-groups", "qwen2", "qwen3-moe"]
+        .into_iter()
+        .flat_map(|model| FORMS.map(|form| (model, form)))
+    {
         let tokens = prompt(model);
-        let expected = bits(&prefill(&mut with(model, |l| l.threads = 1), &tokens));
+        let expected = bits(&prefill(&mut with(model, form, |l| l.threads = 1), &tokens));
         for isa in Isa::available() {
             for threads in [1, 2, 4] {
-                let mut executor = with(model, |l| (l.threads, l.isa) = (threads, isa));
+                let mut executor = with(model, form, |l| (l.threads, l.isa) = (threads, isa));
                 let found = bits(&prefill(&mut executor, &tokens));
-                assert_eq!(found, expected, "{model}, {isa:?}, {threads} threads");
+                assert_eq!(
+                    found, expected,
+                    "{model}, {form:?}, {isa:?}, {threads} threads"
+                );
             }
         }
     }
@@ -42,10 +50,20 @@ fn threads_and_instruction_sets_give_the_same_bytes() {
 
 #[test]
 fn decoding_gives_the_bytes_of_prefill() {
-    for model in ["v2-groups", "v3-mtp", "v3-fp8", "llama", "qwen3"] {
+    for (model, form) in [
+        "v2-groups",
+        "v3-mtp",
+        "v3-fp8",
+        "llama",
+        "llama-tied",
+        "qwen3",
+    ]
+    .into_iter()
+    .flat_map(|model| FORMS.map(|form| (model, form)))
+    {
         let tokens = prompt(model);
         let blocks: Vec<u32> = (0..64).collect();
-        let mut executor = with(model, |_| ());
+        let mut executor = with(model, form, |_| ());
         let mut rows = Vec::new();
         for (position, token) in tokens.iter().enumerate() {
             rows.push(step(&mut executor, vec![entry(1, &[*token], position, &blocks)]).remove(0));
@@ -55,7 +73,7 @@ fn decoding_gives_the_bytes_of_prefill() {
             assert_eq!(
                 bits(&whole),
                 bits(&rows[length - 1]),
-                "{model}, {length} tokens"
+                "{model}, {form:?}, {length} tokens"
             );
         }
     }
@@ -161,7 +179,16 @@ proptest! {
 
     #[test]
     fn any_schedule_gives_the_bytes_of_each_sequence_alone(schedule in schedule()) {
-        for model in ["v3-groups", "v2-lite", "qwen2", "qwen3-moe"] {
+        for (model, form) in [
+            ("v3-groups", ResidentDtype::Bfloat16),
+            ("v2-lite", ResidentDtype::Bfloat16),
+            ("qwen2", ResidentDtype::Bfloat16),
+            ("qwen3-moe", ResidentDtype::Bfloat16),
+            ("v3-groups", INT8),
+            ("qwen3-moe", INT8),
+            ("v2-lite", INT4),
+            ("qwen2", INT4),
+        ] {
             let tokens = prompt(model);
             let prompts: Vec<Vec<u32>> = schedule
                 .lengths
@@ -169,15 +196,15 @@ proptest! {
                 .enumerate()
                 .map(|(index, length)| tokens.iter().cycle().skip(index * 7).take(*length).copied().collect())
                 .collect();
-            let mut executor = with(model, |l| {
+            let mut executor = with(model, form, |l| {
                 l.block_size = schedule.block_size;
                 l.kv_blocks = 300;
                 l.threads = schedule.threads;
             });
             let found = run(&mut executor, &schedule, &prompts);
-            let mut alone = with(model, |l| l.threads = 1);
+            let mut alone = with(model, form, |l| l.threads = 1);
             for (prompt, row) in prompts.iter().zip(&found) {
-                prop_assert_eq!(bits(row), bits(&prefill(&mut alone, prompt)), "{}", model);
+                prop_assert_eq!(bits(row), bits(&prefill(&mut alone, prompt)), "{} {:?}", model, form);
             }
         }
     }

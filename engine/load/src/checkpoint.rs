@@ -66,6 +66,14 @@ pub struct StoredTensor<'a> {
     pub scales: Option<Scales<'a>>,
 }
 
+impl StoredTensor<'_> {
+    /// Bytes of the elements and their scales.
+    pub fn stored_bytes(&self) -> u64 {
+        let scales = self.scales.map_or(0, |scales| scales.bytes.len());
+        (self.bytes.len() + scales) as u64
+    }
+}
+
 /// Multipliers of an FP8 matrix, one for each block of [`WeightBlocks`].
 #[derive(Clone, Copy, Debug)]
 pub struct Scales<'a> {

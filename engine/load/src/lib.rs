@@ -15,6 +15,7 @@ mod error;
 mod header;
 mod inspect;
 mod mapped;
+mod packed;
 mod progress;
 mod source;
 
@@ -25,5 +26,6 @@ pub use error::LoadError;
 pub use header::{FloatType, TensorHeader, safetensors_header};
 pub use inspect::{inspect, inspect_source};
 pub use mapped::Mapped;
+pub use packed::{PACKED_FILE, PackedHeader, PackedModel, PackedWriter, Section};
 pub use progress::Progress;
 pub use source::{FetchSettings, resolve};

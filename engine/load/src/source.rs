@@ -139,6 +139,7 @@ fn local(path: &Path) -> Result<PathBuf, LoadError> {
 fn is_wanted(name: &str) -> bool {
     let plain = !name.is_empty() && !name.starts_with('.') && !name.contains(['/', '\\']);
     let known = name.ends_with(".safetensors")
+        || name == crate::PACKED_FILE
         || name.ends_with(".safetensors.index.json")
         || matches!(
             name,

@@ -67,6 +67,11 @@ pub enum Misfit {
          for that device"
     )]
     DraftsNotServed,
+    /// The weights are in the CPU's layout.
+    #[error(
+        "the model is packed for the CPU; serve it on the device cpu, or give the GPU the files that it was packed from"
+    )]
+    Packed,
     /// The device does not multiply integers.
     #[error(
         "quantization = {0}: the GPU backend does not multiply integer weights; ask for none, or for the device cpu"

@@ -163,6 +163,9 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
         return Err(Misfit::NoArithmetic);
     }
     check_drafts(config, request)?;
+    if config.packed.is_some() && request.device == Device::Nvidia {
+        return Err(Misfit::Packed);
+    }
     if request.quantization != Quantization::None && request.device == Device::Nvidia {
         return Err(Misfit::NoIntegers(request.quantization));
     }

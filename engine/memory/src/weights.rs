@@ -80,6 +80,11 @@ pub fn resident_dtype(
     config: &ModelConfig,
     device: Device,
 ) -> ResidentDtype {
+    // What was packed decides where nothing is asked for.
+    let (dtype, quantization) = match (dtype, quantization, config.packed) {
+        (Dtype::Auto, Quantization::None, Some(packed)) => (packed.dtype, packed.quantization),
+        asked => (asked.0, asked.1),
+    };
     let format = match quantization {
         Quantization::None => None,
         Quantization::Int8 => Some(IntegerFormat::Int8),

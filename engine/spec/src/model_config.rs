@@ -8,6 +8,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::engine_config::{Dtype, Quantization};
+
 /// Families whose layer graph the engine knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -90,6 +92,16 @@ pub struct WeightBlocks {
     pub columns: u32,
     /// Scales are powers of two (`scale_fmt: ue8m0`, DeepSeek-V3.1).
     pub power_of_two: bool,
+}
+
+/// What `engine pack` was asked for; `cachalot_packed` in the config.json that it writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Packing {
+    /// Arithmetic.
+    pub dtype: Dtype,
+    /// Integers.
+    pub quantization: Quantization,
 }
 
 /// How gate logits become scores.
@@ -407,6 +419,9 @@ pub struct ModelConfig {
     pub stored_dtype: StoredDtype,
     /// Block scales when the matrices are FP8.
     pub weight_blocks: Option<WeightBlocks>,
+    /// How `engine pack` made the weights; they are then in `model.packed`, as the CPU computes with them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packed: Option<Packing>,
 }
 
 impl ModelConfig {

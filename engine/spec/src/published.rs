@@ -14,7 +14,9 @@ mod rope;
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::model_config::{Architecture, ConfigError, ModelConfig, StoredDtype, WeightBlocks};
+use crate::model_config::{
+    Architecture, ConfigError, ModelConfig, Packing, StoredDtype, WeightBlocks,
+};
 use check::{SIZE_MAX, check};
 use fields::Fields;
 
@@ -110,6 +112,14 @@ fn stored(f: &Fields<'_>) -> Result<(StoredDtype, Option<WeightBlocks>), ConfigE
         power_of_two: quantization.scale_fmt.as_deref() == Some("ue8m0"),
     };
     Ok((StoredDtype::Float8E4m3, Some(blocks)))
+}
+
+/// What `engine pack` left in the config of what it wrote.
+fn packing(f: &Fields<'_>) -> Result<Option<Packing>, ConfigError> {
+    f.present("cachalot_packed")
+        .map(|value| serde_json::from_value(value.clone()))
+        .transpose()
+        .map_err(|e| ConfigError::Malformed(format!("cachalot_packed: {e}")))
 }
 
 #[derive(Deserialize)]

@@ -382,6 +382,7 @@ pub(crate) enum ByteIsa {
 
 impl ByteIsa {
     /// All that this CPU can run, best first.
+    #[cfg(test)]
     pub fn available() -> Vec<Self> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
@@ -403,7 +404,7 @@ impl ByteIsa {
     /// Runs `kernel` with these instructions.
     ///
     /// # Safety
-    /// `self` must come from [`ByteIsa::available`] or [`Isa::bytes`]; the kernel's own conditions must hold.
+    /// `self` must be one that this CPU can run, as [`Isa::bytes`] gives; the kernel's own conditions must hold.
     #[inline]
     pub unsafe fn run<K: IntegerKernel>(self, kernel: K) {
         unsafe {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, TokenId};
 use engine_cpu::{CpuExecutor, CpuLimits, Isa};
 use engine_load::{Progress, read_config};
-use engine_memory::ResidentDtype;
+use engine_memory::{INT4_GROUP, IntegerFormat, IntegerSource, ResidentDtype};
 use serde::Deserialize;
 
 /// The random models.
@@ -29,6 +29,14 @@ pub const MODELS: [&str; 15] = [
     "qwen3-fp32",
     "qwen3-moe",
 ];
+
+/// Eight-bit weights made at load.
+pub const INT8: ResidentDtype = ResidentDtype::Integer(IntegerFormat::Int8, IntegerSource::Load);
+/// Four-bit weights made at load.
+pub const INT4: ResidentDtype = ResidentDtype::Integer(
+    IntegerFormat::Int4 { group: INT4_GROUP },
+    IntegerSource::Load,
+);
 
 /// Vectors made by `make_golden.py`.
 #[derive(Deserialize)]

@@ -1,6 +1,6 @@
 //! DeepSeek's families: latent attention, and experts from some layer on.
 
-use super::{Fields, refuse_biases, rope::rope, stored};
+use super::{Fields, packing, refuse_biases, rope::rope, stored};
 use crate::model_config::{
     Architecture, AttentionConfig, ConfigError, GateScoring, GateSelection, MlaConfig, ModelConfig,
     MoeConfig,
@@ -68,6 +68,7 @@ impl Family {
             eos_tokens: f.integers("eos_token_id", Some(self.default(2, 1)))?,
             stored_dtype,
             weight_blocks,
+            packed: packing(f)?,
         })
     }
 

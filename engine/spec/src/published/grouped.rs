@@ -1,6 +1,6 @@
 //! Qwen2, Llama, Qwen3 and Qwen3-MoE: grouped-query attention, dense or with experts in some layers.
 
-use super::{Fields, refuse_biases, rope::rope, stored};
+use super::{Fields, packing, refuse_biases, rope::rope, stored};
 use crate::model_config::{
     Architecture, AttentionConfig, ConfigError, GateScoring, GateSelection, GqaConfig, ModelConfig,
     MoeConfig,
@@ -90,6 +90,7 @@ pub(super) fn read(architecture: Architecture, f: &Fields<'_>) -> Result<ModelCo
         eos_tokens: f.integers("eos_token_id", defaults.eos_token)?,
         stored_dtype,
         weight_blocks,
+        packed: packing(f)?,
     })
 }
 
