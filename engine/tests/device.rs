@@ -272,6 +272,38 @@ fn a_model_without_kernels_is_served_by_the_cpu_only_when_any_device_will_do() {
 }
 
 #[test]
+fn drafts_are_refused_on_a_gpu_and_leave_it_where_any_device_will_do() {
+    let Some(driver) = driver() else { return };
+    let drafting = |device| {
+        let mut command = engine(&tiny(), device, &driver);
+        command.args([
+            "--speculative-config",
+            r#"{"method": "mtp", "num_speculative_tokens": 1}"#,
+        ]);
+        run(command)
+    };
+    let why =
+        "numSpeculativeTokens is above 0, but drafts are served on the device cpu in one rank only";
+    let (code, text) = drafting("cuda");
+    assert_eq!(code, 1, "{text}");
+    assert!(
+        text.contains("error: DeviceUnavailable:") && text.contains(why),
+        "{text}"
+    );
+    // On the processors it is the checkpoint that has no layer.
+    let (code, text) = drafting("auto");
+    assert_eq!(code, 1, "{text}");
+    assert!(
+        text.contains("device chosen device=\"cpu\" reason=") && text.contains(why),
+        "{text}"
+    );
+    assert!(
+        text.contains("WeightsMissing: numSpeculativeTokens is above 0, but tensor model.layers.4.eh_proj.weight"),
+        "{text}"
+    );
+}
+
+#[test]
 fn auto_without_a_driver_serves_on_the_cpu_and_says_why() {
     let command = engine(&tiny(), "auto", Path::new("/nowhere/libcuda.so.1"));
     let mut engine = Engine::start(command);

@@ -196,6 +196,85 @@ fn served_tokens_are_those_of_transformers() {
 }
 
 #[test]
+fn drafts_leave_the_served_tokens_alone_and_are_counted() {
+    let dir = directory("v3-mtp");
+    let path = dir.path().to_str().unwrap();
+    let drafting = [
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--num-speculative-tokens",
+        "3",
+    ];
+    let common = ["--model", path, "--served-model-name", "m"];
+    let engine = Engine::start(&[&common[..], &drafting[..]].concat());
+    let text = std::fs::read_to_string(golden("v3-mtp").join("golden.json")).unwrap();
+    let vectors: Value = serde_json::from_str(&text).unwrap();
+    for prompt in vectors["prompts"].as_array().unwrap() {
+        let expected = &prompt["greedy"];
+        let count = expected.as_array().unwrap().len();
+        assert_eq!(
+            engine.complete(&prompt["tokens"], count),
+            characters(expected)
+        );
+    }
+    let (_, metrics) = engine.ask("GET", "/metrics", None).unwrap();
+    let count = |name: &str| -> f64 {
+        let line = metrics.lines().find(|line| line.starts_with(name)).unwrap();
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    let drafted = count("vllm:spec_decode_num_draft_tokens_total");
+    assert!(drafted > 20.0 && count("vllm:spec_decode_num_accepted_tokens_total") < drafted);
+}
+
+#[test]
+fn drafts_are_in_the_plan_and_refused_where_there_is_no_layer() {
+    let weights = |more: &[&str]| {
+        let path = golden("v3-mtp");
+        let arguments = [
+            "plan",
+            "--device",
+            "cpu",
+            "--output",
+            "json",
+            "--model",
+            path.to_str().unwrap(),
+        ];
+        let (is_planned, text) = run(&[&arguments[..], more].concat());
+        assert!(is_planned, "{text}");
+        let plan: Value = serde_json::from_str(&text).unwrap();
+        (
+            plan["perRank"]["weightsBytes"].as_u64().unwrap(),
+            plan["draftTokens"].clone(),
+        )
+    };
+    let (off, none) = weights(&[]);
+    let (on, two) = weights(&["--num-speculative-tokens", "2"]);
+    assert!(on > off);
+    assert_eq!((none, two), (Value::Null, 2.into()));
+
+    let refusal = |model: &str, count: &str| {
+        let path = golden(model);
+        let arguments = ["plan", "--device", "cpu", "--model", path.to_str().unwrap()];
+        let (is_planned, text) =
+            run(&[&arguments[..], &["--num-speculative-tokens", count]].concat());
+        assert!(!is_planned, "{text}");
+        text
+    };
+    let text = refusal("v2-lite", "1");
+    assert!(
+        text.contains("deepseek_v2 models have no prediction layer (num_nextn_predict_layers"),
+        "{text}"
+    );
+    let text = refusal("v3-mtp", "9");
+    assert!(
+        text.contains("numSpeculativeTokens = 9: must be between 0 (no drafts) and 8"),
+        "{text}"
+    );
+}
+
+#[test]
 fn inspect_reports_facts_and_plan_prints_bytes() {
     for (model, family) in MODELS {
         let dir = golden(model);

@@ -5,6 +5,7 @@
 //! median of five runs; rows go to a JSON file and, as a table, to the terminal.
 
 mod checkpoint;
+mod drafts;
 mod engine;
 mod llama;
 mod machine;
@@ -34,6 +35,9 @@ struct Arguments {
     /// Folder with GGUF files of the same shape: model-bf16.gguf, model-q8_0.gguf, model-q4_k_m.gguf.
     #[arg(long)]
     llama_models: Option<PathBuf>,
+    /// Measure drafts and nothing else.
+    #[arg(long)]
+    drafts_only: bool,
     /// Where the rows go.
     #[arg(long, default_value = "docs/performance/engine.json")]
     out: PathBuf,
@@ -47,6 +51,11 @@ fn main() -> anyhow::Result<()> {
     let text = std::fs::read_to_string(&arguments.config)
         .with_context(|| format!("--config {}", arguments.config.display()))?;
     let config = engine_spec::ModelConfig::from_hf_json(&text)?;
+    if arguments.drafts_only {
+        let mut report = Report::new(threads);
+        drafts::measure(&config, threads, &mut report)?;
+        return report.finish(&arguments.out);
+    }
     let dir = tempfile::tempdir()?;
     std::fs::write(dir.path().join("config.json"), &text)?;
     checkpoint::write(&config, dir.path())?;
@@ -92,6 +101,7 @@ fn main() -> anyhow::Result<()> {
             }
         }
     }
+    drafts::measure(&config, threads, &mut report)?;
     report.finish(&arguments.out)
 }
 

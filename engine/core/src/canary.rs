@@ -2,12 +2,13 @@
 //!
 //! A fixed prompt is decoded greedily twice: alone and in one piece; then in other blocks, its prompt cut in two,
 //! beside another sequence. Every logit must be finite and both answers must be the same, which a wrong weight, a
-//! wrong block address or a kernel that reads its neighbour's row does not survive.
+//! wrong block address or a kernel that reads its neighbour's row does not survive. Where drafts are asked for, the
+//! prediction layer goes on from the prompt once.
 
 use thiserror::Error;
 
 use crate::batch::{
-    Batch, BatchEntry, BlockId, ExecuteError, Executor, Logits, SequenceId, TokenId,
+    Batch, BatchEntry, BlockId, DraftBatch, ExecuteError, Executor, Logits, SequenceId, TokenId,
 };
 use crate::limits::Limits;
 use crate::sampling::argmax;
@@ -52,6 +53,9 @@ pub enum CanaryError {
         /// In which step.
         step: usize,
     },
+    /// The prediction layer gives no logits that drafts could come from.
+    #[error("the prediction layer: {0}")]
+    Draft(Box<CanaryError>),
     /// The answer depends on what else is in the batch.
     #[error("the answer is {alone:?} alone but {beside:?} beside another sequence")]
     Differs {
@@ -77,6 +81,28 @@ impl Run<'_> {
         if rows == 0 {
             return Ok(Vec::new());
         }
+        self.checked_row(rows, step)
+    }
+
+    /// Lets the prediction layer go on from an entry that was just executed; `tokens` are its own and the next one.
+    fn draft(&mut self, tokens: &[TokenId], blocks: &[BlockId]) -> Result<(), CanaryError> {
+        let pass = DraftBatch {
+            batch: Batch {
+                entries: vec![BatchEntry {
+                    start: 0,
+                    ..entry(0, tokens, 1..tokens.len(), blocks)
+                }],
+            },
+            rows: vec![0],
+        };
+        self.executor.draft(&pass, &mut self.logits)?;
+        self.checked_row(1, 0)
+            .map(|_| ())
+            .map_err(|error| CanaryError::Draft(Box::new(error)))
+    }
+
+    /// The last of `rows` rows.
+    fn checked_row(&self, rows: usize, step: usize) -> Result<Vec<f32>, CanaryError> {
         if (self.logits.rows(), self.logits.vocabulary()) != (rows, self.vocabulary) {
             return Err(CanaryError::Shape {
                 rows: self.logits.rows(),
@@ -150,6 +176,9 @@ pub fn run_canary(
         let row = run.row(batch, step)?;
         alone.push(argmax(&row));
         rows.push(row);
+        if step == 0 && limits.draft_tokens > 0 {
+            run.draft(&alone, &blocks[..per_sequence])?;
+        }
     }
 
     // The second pass needs room for two; a cache for exactly one sequence repeats the first alone.

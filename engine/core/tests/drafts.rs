@@ -10,7 +10,7 @@ use std::sync::Arc;
 use engine_core::{
     Batch, Constraint, DraftBatch, Engine, Event, EventKind, ExecuteError, Executor, FinishReason,
     Limits, Logits, MaskError, MaskSource, Request, RequestId, Restriction, Sampled,
-    SamplingParameters, TokenId, TokenMask,
+    SamplingParameters, TokenId, TokenMask, run_canary,
 };
 use proptest::prelude::*;
 use toy::Toy;
@@ -454,5 +454,33 @@ fn more_drafts_than_are_counted_are_refused() {
     assert_eq!(
         text,
         "draft_tokens is 9, but must be at most 8: each further draft is accepted less often"
+    );
+}
+
+#[test]
+fn the_canary_looks_at_the_prediction_layer_where_drafts_are_asked_for() {
+    struct Flat(Toy);
+    impl Executor for Flat {
+        fn vocabulary(&self) -> usize {
+            self.0.vocabulary()
+        }
+        fn execute(&mut self, batch: &Batch, logits: &mut Logits) -> Result<(), ExecuteError> {
+            self.0.execute(batch, logits)
+        }
+        fn draft(&mut self, pass: &DraftBatch, logits: &mut Logits) -> Result<(), ExecuteError> {
+            self.0.draft(pass, logits)?;
+            logits.as_mut_slice().fill(0.0);
+            Ok(())
+        }
+    }
+    let (on, off) = (limits(2, |_| ()), limits(0, |_| ()));
+    run_canary(&mut toy(&on), &on).unwrap();
+    run_canary(&mut Flat(toy(&off)), &off).unwrap();
+    let error = run_canary(&mut Flat(toy(&on)), &on)
+        .unwrap_err()
+        .to_string();
+    assert_eq!(
+        error,
+        "the prediction layer: all logits of step 0 are equal"
     );
 }

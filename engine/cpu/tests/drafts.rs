@@ -1,5 +1,7 @@
 //! The prediction layer against transformers' MtpModel, and what drafts do to answers: nothing.
 
+#![allow(clippy::unwrap_used)] // helpers of tests
+
 mod support;
 
 use std::path::Path;
