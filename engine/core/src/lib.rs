@@ -19,7 +19,8 @@ mod scheduler;
 mod sequence;
 
 pub use batch::{
-    Batch, BatchBounds, BatchEntry, BlockId, ExecuteError, Executor, Logits, SequenceId, TokenId,
+    Batch, BatchBounds, BatchEntry, BlockId, ExecuteError, Executor, Logits, SequenceId,
+    StagedWeights, TokenId,
 };
 pub use blocks::{BlockManager, PrefixHash};
 pub use canary::{CanaryError, CanaryReport, run_canary};

@@ -144,6 +144,7 @@ impl Answers {
                 EventKind::Token(sampled) => {
                     self.tokens.entry(key).or_default().push(sampled.token)
                 }
+                EventKind::Restarted => panic!("{key:?} restarted, but no weights were replaced"),
                 EventKind::Finished(reason) => {
                     self.finished.insert(key, reason);
                 }

@@ -5,13 +5,16 @@
 
 #![allow(dead_code, missing_docs)]
 
-use engine_core::{Batch, BatchEntry, ExecuteError, Executor, Logits, TokenId};
+use engine_core::{Batch, BatchEntry, ExecuteError, Executor, Logits, StagedWeights, TokenId};
 
 #[derive(Debug)]
 pub struct Toy {
     vocabulary: usize,
     block_size: usize,
-    cache: Vec<Option<TokenId>>,
+    /// What was written, and with which weights.
+    cache: Vec<Option<(TokenId, u64)>>,
+    /// Of which the logits are a function too.
+    weights: u64,
     max_tokens: usize,
     max_entries: usize,
 }
@@ -22,6 +25,7 @@ impl Toy {
             vocabulary,
             block_size,
             cache: vec![None; block_size * block_count],
+            weights: 0,
             max_tokens: usize::MAX,
             max_entries: usize::MAX,
         }
@@ -33,12 +37,21 @@ impl Toy {
         self
     }
 
+    /// With other weights than the usual ones.
+    pub fn weighing(mut self, weights: u64) -> Self {
+        self.weights = weights;
+        self
+    }
+
     /// What the cache holds for an entry that was executed.
     pub fn history(&self, entry: &BatchEntry) -> Option<Vec<TokenId>> {
         (0..entry.end())
             .map(|position| {
                 let block = entry.blocks[position / self.block_size].index();
-                self.cache[block * self.block_size + position % self.block_size]
+                let (token, weights) =
+                    self.cache[block * self.block_size + position % self.block_size]?;
+                assert_eq!(weights, self.weights, "keys and values of other weights");
+                Some(token)
             })
             .collect()
     }
@@ -46,7 +59,12 @@ impl Toy {
 
 /// The toy's logits after `history`.
 pub fn logits_after(history: &[TokenId], row: &mut [f32]) {
-    let mut state = 0xcbf2_9ce4_8422_2325u64;
+    logits_of(0, history, row);
+}
+
+/// The same with other weights.
+pub fn logits_of(weights: u64, history: &[TokenId], row: &mut [f32]) {
+    let mut state = 0xcbf2_9ce4_8422_2325u64 ^ weights;
     for token in history {
         state = mix(state ^ u64::from(token.0));
     }
@@ -87,7 +105,7 @@ impl Executor for Toy {
                     return refuse("two tokens in one place");
                 }
                 written.push(slot);
-                self.cache[slot] = Some(*token);
+                self.cache[slot] = Some((*token, self.weights));
             }
         }
         let wanted = batch.entries.iter().filter(|entry| entry.wants_logits);
@@ -95,8 +113,14 @@ impl Executor for Toy {
             let Some(history) = self.history(entry) else {
                 return refuse("a position was never written");
             };
-            logits_after(&history, logits.row_mut(row));
+            logits_of(self.weights, &history, logits.row_mut(row));
         }
         Ok(())
+    }
+
+    fn exchange_weights(&mut self, staged: StagedWeights) -> Result<StagedWeights, StagedWeights> {
+        let weights = staged.0.downcast::<u64>().map_err(StagedWeights)?;
+        let before = std::mem::replace(&mut self.weights, *weights);
+        Ok(StagedWeights(Box::new(before)))
     }
 }
