@@ -140,9 +140,9 @@ impl Engine {
         self.scheduler.restart(may_restart, events);
     }
 
-    /// The weights have this name from now on; see [`Scheduler::begin_weights`].
-    pub fn begin_weights(&mut self, name: &str) {
-        self.scheduler.begin_weights(name);
+    /// The weights have this name and version from now on; see [`Scheduler::begin_weights`].
+    pub fn begin_weights(&mut self, name: &str, version: u64) {
+        self.scheduler.begin_weights(name, version);
     }
 
     /// The scheduler, to look at.

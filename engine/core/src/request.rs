@@ -92,6 +92,8 @@ pub enum EventKind {
     Started {
         /// Prompt tokens that need not be computed.
         cached_tokens: usize,
+        /// Which weights it is computed with; 1 are the first ones.
+        weights_version: u64,
     },
     /// All output so far is void: the sequence begins again with other weights.
     Restarted,

@@ -63,6 +63,7 @@ pub struct Scheduler {
     draining: bool,
     /// Names the weights in the names of prefixes.
     weights: String,
+    weights_version: u64,
     pub(crate) counters: Counters,
 }
 
@@ -79,6 +80,7 @@ impl Scheduler {
             next_sequence: 0,
             draining: false,
             weights: String::new(),
+            weights_version: 1,
             counters: Counters::default(),
         }
     }
@@ -260,12 +262,18 @@ impl Scheduler {
         }
     }
 
+    /// Name and version of the weights.
+    pub fn weights(&self) -> (&str, u64) {
+        (&self.weights, self.weights_version)
+    }
+
     /// The weights are other ones from now on: nothing that was cached is used again. Nothing may be running.
-    pub fn begin_weights(&mut self, name: &str) {
+    pub fn begin_weights(&mut self, name: &str, version: u64) {
         assert!(
             self.running.is_empty(),
             "a sequence has blocks of the old weights"
         );
+        self.weights_version = version;
         name.clone_into(&mut self.weights);
         self.blocks.forget_prefixes();
         for sequence in self.sequences.values_mut() {
@@ -463,6 +471,7 @@ impl Scheduler {
             self.counters.prompt_tokens += sequence.request.prompt.len() as u64;
             events.push(sequence.event(EventKind::Started {
                 cached_tokens: cached,
+                weights_version: self.weights_version,
             }));
         }
         true

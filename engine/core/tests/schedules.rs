@@ -135,7 +135,7 @@ impl Answers {
                 "{key:?} goes on after its end"
             );
             match event.kind {
-                EventKind::Started { cached_tokens } => {
+                EventKind::Started { cached_tokens, .. } => {
                     assert!(
                         self.started.insert(key, cached_tokens).is_none(),
                         "{key:?} started twice"

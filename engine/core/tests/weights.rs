@@ -141,7 +141,7 @@ proptest! {
         }
         answers.take(&mut events);
         toy.exchange_weights(StagedWeights(Box::new(NEW))).unwrap();
-        engine.begin_weights("new");
+        engine.begin_weights("new", 2);
         engine.hold(false);
         let mut patience = 2000;
         while !engine.is_idle() {

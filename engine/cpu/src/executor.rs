@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use engine_core::{Batch, BatchBounds, ExecuteError, Executor, Logits};
+use engine_core::{Batch, BatchBounds, ExecuteError, Executor, Logits, StagedWeights};
 use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
 use engine_memory::{MemoryPlan, ResidentDtype};
 use engine_model::{Model, forward};
@@ -52,6 +52,16 @@ impl CpuLimits {
     }
 }
 
+/// Threads that convert weights beside an executor that is serving.
+const STAGING_THREADS: usize = 1;
+
+/// Weights beside those in use, and the model that they are for.
+struct Staged {
+    config: ModelConfig,
+    resident: ResidentDtype,
+    weights: Weights,
+}
+
 /// Bytes that an executor has allocated, to be compared with its plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AllocatedBytes {
@@ -66,6 +76,7 @@ pub struct AllocatedBytes {
 /// Runs batches on the CPU.
 #[derive(Debug)]
 pub struct CpuExecutor {
+    config: ModelConfig,
     model: Model,
     backend: CpuBackend,
     limits: CpuLimits,
@@ -85,7 +96,7 @@ impl CpuExecutor {
     ) -> Result<Self, LoadError> {
         let model = engine_model::build(config);
         let checkpoint = Checkpoint::open(dir, config, &model)?;
-        Self::with_weights(model, &checkpoint, limits, progress)
+        Self::with_weights(config, model, &checkpoint, limits, progress)
     }
 
     /// The same with random weights, for benchmarks; see [`Dummy`].
@@ -99,10 +110,34 @@ impl CpuExecutor {
         progress: &Progress,
     ) -> Result<Self, LoadError> {
         let model = engine_model::build(config);
-        Self::with_weights(model, &Dummy::new(config, seed), limits, progress)
+        Self::with_weights(config, model, &Dummy::new(config, seed), limits, progress)
+    }
+
+    /// Loads other weights of the same model beside those that an executor of these limits has in use; see
+    /// [`Executor::exchange_weights`]. Takes as much memory again as the weights in use.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn stage(
+        dir: &Path,
+        config: &ModelConfig,
+        limits: &CpuLimits,
+        progress: &Progress,
+    ) -> Result<StagedWeights, LoadError> {
+        let model = engine_model::build(config);
+        let checkpoint = Checkpoint::open(dir, config, &model)?;
+        let mut pool =
+            Pool::new(STAGING_THREADS).map_err(|error| LoadError::Backend(error.to_string()))?;
+        let weights = Weights::load(&checkpoint, &model, limits.resident, &mut pool, progress)?;
+        Ok(StagedWeights(Box::new(Staged {
+            config: config.clone(),
+            resident: limits.resident,
+            weights,
+        })))
     }
 
     fn with_weights(
+        config: &ModelConfig,
         model: Model,
         source: &dyn TensorSource,
         limits: CpuLimits,
@@ -118,6 +153,7 @@ impl CpuExecutor {
         };
         let backend = CpuBackend::new(compute, &model, weights, cache, limits.batched_tokens_max);
         Ok(Self {
+            config: config.clone(),
             model,
             backend,
             limits,
@@ -207,6 +243,17 @@ impl Executor for CpuExecutor {
         self.broken = Some(problem.clone());
         Err(ExecuteError::Fatal(problem))
     }
+
+    fn exchange_weights(&mut self, staged: StagedWeights) -> Result<StagedWeights, StagedWeights> {
+        let mut staged = staged.0.downcast::<Staged>().map_err(StagedWeights)?;
+        if staged.config != self.config || staged.resident != self.limits.resident {
+            return Err(StagedWeights(staged));
+        }
+        self.backend.exchange_weights(&mut staged.weights);
+        // Weights that made logits infinite are gone, or come back with the fault.
+        self.broken = None;
+        Ok(StagedWeights(staged))
+    }
 }
 
 #[cfg(test)]
@@ -241,6 +288,42 @@ mod tests {
                 wants_logits: true,
             }],
         }
+    }
+
+    #[test]
+    fn exchanged_weights_compute_what_an_executor_of_their_own_does() {
+        let mut executor = executor();
+        let row = |executor: &mut CpuExecutor| {
+            let mut logits = Logits::default();
+            executor.execute(&batch(), &mut logits).unwrap();
+            logits.row(0).to_vec()
+        };
+        let before = row(&mut executor);
+        let stage = |config: &ModelConfig, limits: &CpuLimits| {
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v3-groups");
+            CpuExecutor::stage(&dir, config, limits, &Progress::default()).unwrap()
+        };
+        let (config, limits) = (executor.config.clone(), executor.limits);
+        let mut other = stage(&config, &limits);
+        let weights = &mut other.0.downcast_mut::<Staged>().unwrap().weights;
+        weights.poison(executor.model.final_norm.weight);
+        let good = executor.exchange_weights(other).unwrap();
+        let error = executor.execute(&batch(), &mut Logits::default());
+        assert!(matches!(error, Err(ExecuteError::Fatal(_))));
+        executor.exchange_weights(good).unwrap();
+        assert_eq!(row(&mut executor), before);
+        // Weights of another dtype, and what is no weights of this backend, are given back.
+        let narrow = CpuLimits {
+            resident: ResidentDtype::Bfloat16,
+            ..limits
+        };
+        assert!(executor.exchange_weights(stage(&config, &narrow)).is_err());
+        assert!(
+            executor
+                .exchange_weights(StagedWeights(Box::new(7)))
+                .is_err()
+        );
+        assert_eq!(row(&mut executor), before);
     }
 
     #[test]

@@ -65,6 +65,11 @@ impl ApiKeys {
         }
     }
 
+    /// Whether everybody is let in.
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
     /// The name of the key that a request shows; none when no key is needed.
     ///
     /// # Errors

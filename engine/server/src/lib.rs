@@ -28,6 +28,7 @@ mod startup;
 mod state;
 mod tls;
 mod tools;
+mod weights;
 mod worker;
 
 pub use caller::ApiKeys;
@@ -35,3 +36,4 @@ pub use serve::{ServeError, serve};
 pub use startup::{LoadFailure, Loaded, Loader, StartupHandle};
 pub use state::ServerOptions;
 pub use tls::{Tls, TlsError, TlsFiles};
+pub use weights::{LoadedWeights, UpdateHandle, WeightsLoader, WeightsOrigin, WeightsSource};
