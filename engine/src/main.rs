@@ -11,6 +11,7 @@ mod load;
 mod plan;
 mod serve;
 mod telemetry;
+mod weights;
 
 use std::process::ExitCode;
 

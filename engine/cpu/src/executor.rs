@@ -146,7 +146,8 @@ impl CpuExecutor {
         let mut pool =
             Pool::new(limits.threads).map_err(|error| LoadError::Backend(error.to_string()))?;
         let weights = Weights::load(source, &model, limits.resident, &mut pool, progress)?;
-        let cache = Cache::new(&model, limits.resident, limits.kv_blocks, limits.block_size);
+        let mut cache = Cache::new(&model, limits.resident, limits.kv_blocks, limits.block_size);
+        cache.commit(limits.threads);
         let compute = Compute {
             pool,
             isa: limits.isa,

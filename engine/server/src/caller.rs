@@ -60,7 +60,7 @@ impl ApiKeys {
             keys.push((name, digest(key)));
         }
         match keys.is_empty() {
-            true => Err("there is no key in it; without --api-key-file everybody is let in".into()),
+            true => Err("there is no key in it; leave the flag out if none is wanted".into()),
             false => Ok(Self { keys }),
         }
     }
