@@ -13,6 +13,7 @@ use crate::cache::Cache;
 use crate::compute::Compute;
 use crate::kernels::Isa;
 use crate::pool::{Pool, available_threads};
+use crate::trim::return_free_memory;
 use crate::weights::Weights;
 
 /// Sizes that a backend allocates for, once.
@@ -129,6 +130,7 @@ impl CpuExecutor {
         let mut pool =
             Pool::new(STAGING_THREADS).map_err(|error| LoadError::Backend(error.to_string()))?;
         let weights = Weights::load(&checkpoint, &model, limits.resident, &mut pool, progress)?;
+        return_free_memory();
         Ok(StagedWeights(Box::new(Staged {
             config: config.clone(),
             resident: limits.resident,
@@ -146,6 +148,7 @@ impl CpuExecutor {
         let mut pool =
             Pool::new(limits.threads).map_err(|error| LoadError::Backend(error.to_string()))?;
         let weights = Weights::load(source, &model, limits.resident, &mut pool, progress)?;
+        return_free_memory();
         let mut cache = Cache::new(&model, limits.resident, limits.kv_blocks, limits.block_size);
         cache.commit(limits.threads);
         let compute = Compute {

@@ -12,6 +12,7 @@ mod executor;
 pub mod kernels;
 mod lanes;
 mod pool;
+mod trim;
 mod weights;
 
 pub use executor::{AllocatedBytes, CpuExecutor, CpuLimits};
