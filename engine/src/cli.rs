@@ -163,6 +163,9 @@ pub struct ServeArguments {
     /// File with API keys, one NAME:KEY or KEY on each line; health and metrics need none
     #[arg(long, value_name = "FILE", env = "ENGINE_API_KEY_FILE")]
     pub api_key_file: Option<PathBuf>,
+    /// File with the keys that may replace weights (POST /v1/weights), in the same form; without it nobody may
+    #[arg(long, value_name = "FILE", env = "ENGINE_ADMIN_KEY_FILE")]
+    pub admin_key_file: Option<PathBuf>,
     /// Certificate of the server with its intermediates, PEM; with it the port speaks HTTPS only. Read again on change
     #[arg(
         long,

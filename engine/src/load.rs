@@ -18,15 +18,16 @@ use engine_text::{Text, TextFiles};
 use crate::cli::DeviceChoice;
 use crate::device::{self, Found};
 use crate::dummy;
+use crate::weights::Serving;
 
-fn failure(reason: &str, message: impl Into<String>) -> LoadFailure {
+pub(crate) fn failure(reason: &str, message: impl Into<String>) -> LoadFailure {
     LoadFailure {
         reason: reason.to_owned(),
         message: message.into(),
     }
 }
 
-fn from_load_error(error: &LoadError) -> LoadFailure {
+pub(crate) fn from_load_error(error: &LoadError) -> LoadFailure {
     let reason = error.fault().map_or("EngineFailed", |fault| fault.as_str());
     failure(reason, error.chain())
 }
@@ -67,7 +68,12 @@ pub fn load(
     let fetched = Arc::new(Progress::default());
     startup.enter(StartupPhase::Fetching, bytes_of(&fetched));
     let directory = match weights {
-        Weights::Files => fetch(&config, machine.cache_dir.clone(), &fetched)?,
+        Weights::Files => fetch(
+            &config.model.source,
+            config.model.revision.as_deref(),
+            machine.cache_dir.clone(),
+            &fetched,
+        )?,
         Weights::Random(_) => dummy::directory(&config)?,
     };
     let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
@@ -113,21 +119,34 @@ pub fn load(
         block_count: plan.kv_blocks as usize,
         draft_tokens: plan.draft_tokens as usize,
     };
+    let weights = crate::weights::origin(
+        &config,
+        weights,
+        Serving {
+            model,
+            plan,
+            directory,
+            is_cpu: matches!(found, Found::Cpu(_)),
+        },
+        &machine.cache_dir,
+    );
     Ok(Loaded {
         executor,
         text,
         limits,
+        weights,
     })
 }
 
-fn fetch(
-    config: &EngineConfig,
+/// The local directory of a model.
+pub(crate) fn fetch(
+    source: &str,
+    revision: Option<&str>,
     cache_dir: PathBuf,
     fetched: &Progress,
 ) -> Result<PathBuf, LoadFailure> {
     let settings = FetchSettings::from_lookup(cache_dir, |name| std::env::var(name).ok());
-    let revision = config.model.revision.as_deref();
-    engine_load::resolve(&config.model.source, revision, &settings, fetched)
+    engine_load::resolve(source, revision, &settings, fetched)
         .map_err(|error| from_load_error(&error))
 }
 
@@ -174,7 +193,9 @@ fn executor(
     })
 }
 
-fn bytes_of(progress: &Arc<Progress>) -> impl Fn() -> (u64, u64) + Send + Sync + 'static {
+pub(crate) fn bytes_of(
+    progress: &Arc<Progress>,
+) -> impl Fn() -> (u64, u64) + Send + Sync + 'static {
     let progress = progress.clone();
     move || (progress.done(), progress.total())
 }
@@ -210,7 +231,7 @@ fn plan(
 }
 
 /// Bytes this process may use: the control group's limit, or the machine's memory.
-fn available_bytes() -> Option<u64> {
+pub(crate) fn available_bytes() -> Option<u64> {
     let group = std::fs::read_to_string("/sys/fs/cgroup/memory.max")
         .ok()
         .and_then(|text| text.trim().parse::<u64>().ok());

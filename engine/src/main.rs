@@ -12,6 +12,7 @@ mod pack;
 mod plan;
 mod serve;
 mod telemetry;
+mod weights;
 
 use std::process::ExitCode;
 

@@ -1,5 +1,6 @@
 //! `engine serve`: bind first, then load, then serve until a signal comes.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,13 +21,8 @@ const HTTP_THREADS: usize = 2;
 /// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
 pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
     let config = configure::for_serve(&arguments)?;
-    let api_keys = match &arguments.api_key_file {
-        None => ApiKeys::default(),
-        Some(file) => std::fs::read_to_string(file)
-            .map_err(anyhow::Error::from)
-            .and_then(|text| ApiKeys::parse(&text).map_err(anyhow::Error::msg))
-            .with_context(|| format!("--api-key-file {}", file.display()))?,
-    };
+    let api_keys = keys("--api-key-file", arguments.api_key_file.as_deref())?;
+    let admin_keys = keys("--admin-key-file", arguments.admin_key_file.as_deref())?;
     let tls = tls(&arguments).context("--tls-cert-file")?;
     telemetry::start(arguments.log_format);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -54,6 +50,7 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
             .request_timeout_seconds
             .map(|seconds| Duration::from_secs(seconds.into()));
         options.api_keys = api_keys;
+        options.admin_keys = admin_keys;
         options.tls = tls;
         options.failure_linger = Duration::from_secs(arguments.failure_linger_seconds.into());
         let tool_call_parser = arguments.tool_call_parser;
@@ -91,6 +88,17 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
     // A load that is still going on must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_millis(100));
     result
+}
+
+/// The keys in a file; none without one.
+fn keys(flag: &str, file: Option<&Path>) -> anyhow::Result<ApiKeys> {
+    let Some(file) = file else {
+        return Ok(ApiKeys::default());
+    };
+    std::fs::read_to_string(file)
+        .map_err(anyhow::Error::from)
+        .and_then(|text| ApiKeys::parse(&text).map_err(anyhow::Error::msg))
+        .with_context(|| format!("{flag} {}", file.display()))
 }
 
 /// The server's certificate, where one was given.

@@ -13,7 +13,7 @@ use engine_core::{
 use engine_cpu::{CpuExecutor, CpuLimits};
 use engine_load::Progress;
 use engine_memory::{MemoryRequest, memory_plan};
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism};
+use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
 
 use crate::median;
 use crate::report::{Report, Row};
@@ -64,6 +64,7 @@ fn limits(
 ) -> anyhow::Result<(Limits, CpuLimits)> {
     let request = MemoryRequest {
         dtype: Dtype::Bfloat16,
+        quantization: Quantization::None,
         parallelism: Parallelism::default(),
         device: Device::Cpu,
         max_model_len: Some((PROMPT + ANSWER) as u32),
@@ -122,7 +123,7 @@ fn decode(limits: Limits, executor: &mut dyn Executor) -> anyhow::Result<(Vec<To
     let seconds = started.elapsed().as_secs_f64();
     let tokens = events.iter().filter_map(|event| match &event.kind {
         EventKind::Token(sampled) => Some(sampled.token),
-        EventKind::Started { .. } | EventKind::Finished(_) => None,
+        EventKind::Started { .. } | EventKind::Restarted | EventKind::Finished(_) => None,
     });
     Ok((tokens.collect(), seconds))
 }

@@ -8,6 +8,7 @@
 //! Surprise: a decode step and a prefill chunk are the same thing here, an entry with one or with many tokens. What a
 //! backend computes for a token must not depend on which of the two it was in, nor on the other entries.
 
+use std::any::Any;
 use std::fmt;
 
 use thiserror::Error;
@@ -294,6 +295,15 @@ pub enum ExecuteError {
     Fatal(String),
 }
 
+/// Weights in the form of one backend, in memory and not in use.
+pub struct StagedWeights(pub Box<dyn Any + Send>);
+
+impl fmt::Debug for StagedWeights {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_tuple("StagedWeights").finish()
+    }
+}
+
 /// A backend: runs batches against weights and a block cache that it owns.
 pub trait Executor: Send {
     /// Values in a logits row.
@@ -314,5 +324,14 @@ pub trait Executor: Send {
         let _ = (pass, logits);
         let problem = "this backend has no prediction layer to draft with".to_owned();
         Err(ExecuteError::InvalidBatch(problem))
+    }
+
+    /// Puts `staged` in the place of the weights in use, between two steps, and gives those back. Moves pointers, no
+    /// tensors. The contents of all blocks are then of other weights.
+    ///
+    /// # Errors
+    /// The backend cannot use them; it gives them back and goes on with what it has.
+    fn exchange_weights(&mut self, staged: StagedWeights) -> Result<StagedWeights, StagedWeights> {
+        Err(staged)
     }
 }

@@ -21,9 +21,15 @@ use crate::batch::{BlockId, TokenId};
 pub struct PrefixHash(pub [u8; 16]);
 
 impl PrefixHash {
-    /// The start of a chain; prefixes are shared only under the same salt.
-    pub fn root(salt: &str) -> Self {
-        Self::of(Sha256::new().chain_update(salt.as_bytes()))
+    /// The start of a chain; prefixes are shared only under the same weights and the same salt.
+    pub fn root(weights: &str, salt: &str) -> Self {
+        // Of fixed length, so that no salt can pass for other weights.
+        let weights = Sha256::digest(weights.as_bytes());
+        Self::of(
+            Sha256::new()
+                .chain_update(weights)
+                .chain_update(salt.as_bytes()),
+        )
     }
 
     /// The name of this prefix extended by one full block.
@@ -161,6 +167,14 @@ impl BlockManager {
         }
     }
 
+    /// Forgets all prefixes: what the blocks hold is of no use any more.
+    pub fn forget_prefixes(&mut self) {
+        self.cached.clear();
+        for slot in &mut self.slots {
+            slot.hash = None;
+        }
+    }
+
     /// Says that `block` is full and holds the prefix `hash`. If another block already does, that one stays cached.
     pub fn publish(&mut self, block: BlockId, hash: PrefixHash) {
         if let std::collections::hash_map::Entry::Vacant(entry) = self.cached.entry(hash) {
@@ -210,7 +224,7 @@ mod tests {
     use super::*;
 
     fn chain(blocks: &[&[u32]]) -> Vec<PrefixHash> {
-        let mut hash = PrefixHash::root("");
+        let mut hash = PrefixHash::root("", "");
         blocks
             .iter()
             .map(|ids| {
@@ -263,14 +277,17 @@ mod tests {
     #[test]
     fn prefixes_under_different_salts_have_nothing_in_common() {
         let tokens = [TokenId(1)];
+        let root = PrefixHash::root("", "a");
         assert_ne!(
-            PrefixHash::root("a").extend(&tokens),
-            PrefixHash::root("b").extend(&tokens)
+            root.extend(&tokens),
+            PrefixHash::root("", "b").extend(&tokens)
         );
         assert_ne!(
-            PrefixHash::root("a").extend(&tokens),
-            PrefixHash::root("a").extend(&[TokenId(2)])
+            root.extend(&tokens),
+            PrefixHash::root("a", "").extend(&tokens),
+            "weights are no salt"
         );
+        assert_ne!(root.extend(&tokens), root.extend(&[TokenId(2)]));
     }
 
     #[test]

@@ -132,6 +132,26 @@ impl Engine {
         }
     }
 
+    /// Keeps requests that have not begun in the queue, or lets them in again.
+    pub fn hold(&mut self, holds: bool) {
+        self.scheduler.hold(holds);
+    }
+
+    /// Whether nothing has begun, so that the weights may be replaced.
+    pub fn is_clear(&mut self) -> bool {
+        self.scheduler.is_clear()
+    }
+
+    /// Sends everything that has begun back to its prompt, or ends it where `may_restart` says no.
+    pub fn restart(&mut self, may_restart: impl Fn(RequestId) -> bool, events: &mut Vec<Event>) {
+        self.scheduler.restart(may_restart, events);
+    }
+
+    /// The weights have this name and version from now on; see [`Scheduler::begin_weights`].
+    pub fn begin_weights(&mut self, name: &str, version: u64) {
+        self.scheduler.begin_weights(name, version);
+    }
+
     /// The scheduler, to look at.
     pub fn scheduler(&self) -> &Scheduler {
         &self.scheduler

@@ -21,7 +21,7 @@ mod sequence;
 
 pub use batch::{
     Batch, BatchBounds, BatchEntry, BlockId, DraftBatch, ExecuteError, Executor, Logits,
-    SequenceId, TokenId,
+    SequenceId, StagedWeights, TokenId,
 };
 pub use blocks::{BlockManager, PrefixHash};
 pub use canary::{CanaryError, CanaryReport, run_canary};

@@ -85,6 +85,8 @@ impl Level {
 pub(crate) struct Queue {
     quantum: usize,
     levels: BTreeMap<i64, Level>,
+    /// Only what belongs to requests that have begun may enter.
+    holds_new: bool,
     /// By first choice: priority and the further choices that wait for its prompt.
     aside: BTreeMap<SequenceId, (i64, Vec<SequenceId>)>,
 }
@@ -141,10 +143,24 @@ impl Queue {
 
     /// Who enters next; stays in the queue until [`Self::take`].
     pub(crate) fn peek(&mut self) -> Option<SequenceId> {
+        if self.holds_new {
+            return self.begun();
+        }
         let quantum = self.quantum;
         self.levels
             .values_mut()
             .find_map(|level| level.peek(quantum))
+    }
+
+    /// Keeps requests that have not begun waiting, or no longer.
+    pub(crate) fn hold_new(&mut self, holds: bool) {
+        self.holds_new = holds;
+    }
+
+    /// The first sequence of a request that has begun: what is paid for already.
+    pub(crate) fn begun(&self) -> Option<SequenceId> {
+        let mut ready = self.levels.values().map(|level| level.ready.front());
+        ready.find_map(|first| first.copied())
     }
 
     /// Takes out what [`Self::peek`] gave and charges its tenant.
@@ -279,6 +295,20 @@ mod tests {
         let order: Vec<u64> = std::iter::from_fn(|| next(&mut queue)).collect();
         assert_eq!(order, [1, 9, 0, 2, 3]);
         assert_eq!(queue.len(), 0);
+    }
+
+    #[test]
+    fn while_new_requests_are_held_only_what_has_begun_enters() {
+        let mut queue = Queue::new(10);
+        queue.push(Ticket {
+            priority: -1,
+            ..ticket(0, "", 10)
+        });
+        queue.push_preempted(SequenceId(9), 0);
+        queue.hold_new(true);
+        assert_eq!((next(&mut queue), next(&mut queue)), (Some(9), None));
+        queue.hold_new(false);
+        assert_eq!(next(&mut queue), Some(0));
     }
 
     #[test]

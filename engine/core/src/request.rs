@@ -57,6 +57,8 @@ pub enum FinishReason {
     Deadline,
     /// The backend failed.
     Error,
+    /// The weights were replaced, and its output so far cannot be taken back.
+    Replaced,
 }
 
 impl FinishReason {
@@ -66,7 +68,7 @@ impl FinishReason {
             Self::Stop => "stop",
             Self::Length => "length",
             // vLLM has no word of its own for it.
-            Self::Abort | Self::Deadline => "abort",
+            Self::Abort | Self::Deadline | Self::Replaced => "abort",
             Self::Error => "error",
         }
     }
@@ -90,7 +92,11 @@ pub enum EventKind {
     Started {
         /// Prompt tokens that need not be computed.
         cached_tokens: usize,
+        /// Which weights it is computed with; 1 are the first ones.
+        weights_version: u64,
     },
+    /// All output so far is void: the sequence begins again with other weights.
+    Restarted,
     /// The next token. A stop token is reported too, before [`EventKind::Finished`].
     Token(Sampled),
     /// Nothing follows.

@@ -81,6 +81,9 @@ pub struct Scheduler {
     spare: Vec<BatchEntry>,
     next_sequence: u64,
     draining: bool,
+    /// Names the weights in the names of prefixes.
+    weights: String,
+    weights_version: u64,
     pub(crate) counters: Counters,
 }
 
@@ -99,6 +102,8 @@ impl Scheduler {
                 .collect(),
             next_sequence: 0,
             draining: false,
+            weights: String::new(),
+            weights_version: 1,
             counters: Counters::default(),
         }
     }
@@ -109,7 +114,7 @@ impl Scheduler {
     /// The request can never run, or not now: see [`Rejection`].
     pub fn submit(&mut self, request: Request) -> Result<(), Rejection> {
         self.admit(&request)?;
-        let root = PrefixHash::root(&request.cache_salt);
+        let root = PrefixHash::root(&self.weights, &request.cache_salt);
         self.waiting.push(Ticket {
             sequence: SequenceId(self.next_sequence),
             priority: request.priority,
@@ -241,6 +246,65 @@ impl Scheduler {
         self.waiting
             .refund(request.priority, &request.tenant, unused);
         events.push(sequence.event(EventKind::Finished(reason)));
+    }
+
+    /// Keeps requests that have not begun in the queue, or lets them in again.
+    pub fn hold(&mut self, holds: bool) {
+        self.waiting.hold_new(holds);
+    }
+
+    /// Whether nothing has begun, so that the weights may be replaced.
+    pub fn is_clear(&mut self) -> bool {
+        self.release_further();
+        self.running.is_empty() && self.waiting.begun().is_none()
+    }
+
+    /// Sends everything that has begun back to its prompt; output is void. For each choice that `may_restart` refuses,
+    /// because its client could not be told, it ends instead.
+    pub fn restart(&mut self, may_restart: impl Fn(RequestId) -> bool, events: &mut Vec<Event>) {
+        let begun: Vec<SequenceId> = self
+            .sequences
+            .values()
+            .filter(|sequence| sequence.started)
+            .map(|sequence| sequence.id)
+            .collect();
+        // The youngest first: each goes to the head of the queue.
+        for id in begun.into_iter().rev() {
+            let Some(sequence) = self.sequences.get_mut(&id) else {
+                continue;
+            };
+            if !may_restart(sequence.request.id) {
+                self.finish(id, FinishReason::Replaced, events);
+                continue;
+            }
+            sequence.restart(&mut self.blocks);
+            events.push(sequence.event(EventKind::Restarted));
+            let priority = sequence.request.priority;
+            if let Some(index) = self.running.iter().position(|other| *other == id) {
+                self.running.remove(index);
+                self.waiting.push_preempted(id, priority);
+            }
+        }
+    }
+
+    /// Name and version of the weights.
+    pub fn weights(&self) -> (&str, u64) {
+        (&self.weights, self.weights_version)
+    }
+
+    /// The weights are other ones from now on: nothing that was cached is used again. Nothing may be running.
+    pub fn begin_weights(&mut self, name: &str, version: u64) {
+        assert!(
+            self.running.is_empty(),
+            "a sequence has blocks of the old weights"
+        );
+        self.weights_version = version;
+        name.clone_into(&mut self.weights);
+        self.blocks.forget_prefixes();
+        for sequence in self.sequences.values_mut() {
+            let root = PrefixHash::root(name, &sequence.request.cache_salt);
+            sequence.set_root(root);
+        }
     }
 
     /// Takes no new request from now on.
@@ -424,14 +488,18 @@ impl Scheduler {
         }
     }
 
-    fn schedule_waiting(&mut self, batch: &mut Batch, budget: &mut usize, events: &mut Vec<Event>) {
-        // A further choice waits until the first one has computed the prompt that they share.
+    /// A further choice waits until the first one has computed the prompt that they share.
+    fn release_further(&mut self) {
         let sequences = &self.sequences;
         self.waiting.release(|first| {
             sequences
                 .get(&first)
                 .is_none_or(|first| first.computed >= first.request.prompt.len())
         });
+    }
+
+    fn schedule_waiting(&mut self, batch: &mut Batch, budget: &mut usize, events: &mut Vec<Event>) {
+        self.release_further();
         while *budget > 0
             && self.running.len() < self.limits.max_num_seqs
             && let Some(id) = self.waiting.peek()
@@ -492,6 +560,7 @@ impl Scheduler {
             self.counters.prompt_tokens += sequence.request.prompt.len() as u64;
             events.push(sequence.event(EventKind::Started {
                 cached_tokens: cached,
+                weights_version: self.weights_version,
             }));
         }
         true

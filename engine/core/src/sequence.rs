@@ -108,6 +108,22 @@ impl Sequence {
         self.drafts.clear();
     }
 
+    /// Begins again from what the client sent, for other weights.
+    pub(crate) fn restart(&mut self, blocks: &mut BlockManager) {
+        self.release(blocks);
+        let known = self.request.prompt.len() + self.request.resumed.len();
+        self.tokens.truncate(known);
+        self.mask = self.request.constraint.as_ref().map(|c| c.0.start());
+        self.started = false;
+    }
+
+    /// Names its blocks anew; it must hold none.
+    pub(crate) fn set_root(&mut self, root: PrefixHash) {
+        debug_assert!(self.blocks.is_empty());
+        self.root = root;
+        self.chain.clear();
+    }
+
     /// An event about this sequence.
     pub fn event(&self, kind: EventKind) -> Event {
         Event {

@@ -135,7 +135,7 @@ impl Answers {
                 "{key:?} goes on after its end"
             );
             match event.kind {
-                EventKind::Started { cached_tokens } => {
+                EventKind::Started { cached_tokens, .. } => {
                     assert!(
                         self.started.insert(key, cached_tokens).is_none(),
                         "{key:?} started twice"
@@ -144,6 +144,7 @@ impl Answers {
                 EventKind::Token(sampled) => {
                     self.tokens.entry(key).or_default().push(sampled.token)
                 }
+                EventKind::Restarted => panic!("{key:?} restarted, but no weights were replaced"),
                 EventKind::Finished(reason) => {
                     self.finished.insert(key, reason);
                 }

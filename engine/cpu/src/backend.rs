@@ -159,6 +159,11 @@ impl CpuBackend {
         }
     }
 
+    /// Puts other weights of the same model in the place of those in use.
+    pub fn exchange_weights(&mut self, weights: &mut Weights) {
+        std::mem::swap(&mut self.weights, weights);
+    }
+
     /// Bytes of weights held.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.bytes()

@@ -24,6 +24,24 @@ pub(crate) enum CacheTarget {
     Bf16(Shared<bf16>),
 }
 
+/// Smallest page of memory.
+const PAGE_BYTES: usize = 4096;
+
+/// Writes to every page.
+fn touch<T: Copy + Send>(values: &mut [T], threads: usize) {
+    let share = values.len().div_ceil(threads.max(1)).max(1);
+    std::thread::scope(|scope| {
+        for part in values.chunks_mut(share) {
+            scope.spawn(move || {
+                for value in part.iter_mut().step_by(PAGE_BYTES / size_of::<T>()) {
+                    // Only the write counts, which must not be optimised away.
+                    *std::hint::black_box(&mut *value) = *value;
+                }
+            });
+        }
+    });
+}
+
 /// All layers' rows.
 #[derive(Debug)]
 pub(crate) struct Cache {
@@ -47,6 +65,17 @@ impl Cache {
             })
             .collect();
         Self { layers, block_size }
+    }
+
+    /// Takes every page of the cache from the system now. Zeroed memory comes into being at its first use otherwise,
+    /// and a machine that has less than it promised would end the process in the middle of a request.
+    pub fn commit(&mut self, threads: usize) {
+        for layer in &mut self.layers {
+            match layer {
+                CacheValues::F32(values) => touch(values, threads),
+                CacheValues::Bf16(values) => touch(values, threads),
+            }
+        }
     }
 
     /// Positions per block.

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use engine_core::{Batch, BatchBounds, DraftBatch, ExecuteError, Executor, Logits};
-use engine_load::{Checkpoint, Dummy, LoadError, PACKED_FILE, PackedModel, Progress, TensorSource};
+use engine_core::{Batch, BatchBounds, DraftBatch, ExecuteError, Executor, Logits, StagedWeights};
+use engine_load::{Checkpoint, Dummy, LoadError, PACKED_FILE, PackedModel, Progress};
 use engine_memory::{MemoryPlan, ResidentDtype};
 use engine_model::{Model, forward, forward_to_draft, predict};
 use engine_spec::ModelConfig;
@@ -14,6 +14,7 @@ use crate::compute::Compute;
 use crate::kernels::Isa;
 use crate::packfile;
 use crate::pool::{Pool, WorkerPanic, available_threads};
+use crate::trim::return_free_memory;
 use crate::weights::Weights;
 
 /// Sizes that a backend allocates for, once.
@@ -56,6 +57,16 @@ impl CpuLimits {
     }
 }
 
+/// Threads that convert weights beside an executor that is serving.
+const STAGING_THREADS: usize = 1;
+
+/// Weights beside those in use, and the model that they are for.
+struct Staged {
+    config: ModelConfig,
+    resident: ResidentDtype,
+    weights: Weights,
+}
+
 /// Bytes that an executor has allocated, to be compared with its plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AllocatedBytes {
@@ -70,6 +81,7 @@ pub struct AllocatedBytes {
 /// Runs batches on the CPU.
 #[derive(Debug)]
 pub struct CpuExecutor {
+    config: ModelConfig,
     model: Model,
     backend: CpuBackend,
     limits: CpuLimits,
@@ -91,16 +103,9 @@ impl CpuExecutor {
         progress: &Progress,
     ) -> Result<Self, LoadError> {
         let model = build(config, &limits);
-        let packed = dir.join(PACKED_FILE);
-        if packed.is_file() {
-            let packed = PackedModel::open(&packed)?;
-            let weights = packfile::open(&packed, config, &model, limits.resident)?;
-            progress.begin(packed.bytes());
-            progress.add(packed.bytes());
-            return Self::new(model, limits, |_, _| Ok(weights));
-        }
-        let checkpoint = Checkpoint::open(dir, config, &model)?;
-        Self::with_weights(model, &checkpoint, limits, progress)
+        let mut pool = pool(limits.threads)?;
+        let weights = read(dir, config, &model, limits.resident, &mut pool, progress)?;
+        Ok(Self::new(config, model, weights, pool, limits))
     }
 
     /// The same with random weights, for benchmarks; see [`Dummy`].
@@ -114,40 +119,57 @@ impl CpuExecutor {
         progress: &Progress,
     ) -> Result<Self, LoadError> {
         let model = build(config, &limits);
-        Self::with_weights(model, &Dummy::new(config, seed), limits, progress)
+        let mut pool = pool(limits.threads)?;
+        let source = Dummy::new(config, seed);
+        let weights = Weights::load(&source, &model, limits.resident, &mut pool, progress)?;
+        Ok(Self::new(config, model, weights, pool, limits))
     }
 
-    fn with_weights(
-        model: Model,
-        source: &dyn TensorSource,
-        limits: CpuLimits,
+    /// Loads other weights of the same model beside those that an executor of these limits has in use; see
+    /// [`Executor::exchange_weights`]. Takes as much memory again as the weights in use.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn stage(
+        dir: &Path,
+        config: &ModelConfig,
+        limits: &CpuLimits,
         progress: &Progress,
-    ) -> Result<Self, LoadError> {
-        Self::new(model, limits, |model, pool| {
-            Weights::load(source, model, limits.resident, pool, progress)
-        })
+    ) -> Result<StagedWeights, LoadError> {
+        let model = build(config, limits);
+        let mut pool = pool(STAGING_THREADS)?;
+        let weights = read(dir, config, &model, limits.resident, &mut pool, progress)?;
+        return_free_memory();
+        Ok(StagedWeights(Box::new(Staged {
+            config: config.clone(),
+            resident: limits.resident,
+            weights,
+        })))
     }
 
     fn new(
+        config: &ModelConfig,
         model: Model,
+        weights: Weights,
+        pool: Pool,
         limits: CpuLimits,
-        weights: impl FnOnce(&Model, &mut Pool) -> Result<Weights, LoadError>,
-    ) -> Result<Self, LoadError> {
-        let mut pool = pool(limits.threads)?;
-        let weights = weights(&model, &mut pool)?;
-        let cache = Cache::new(&model, limits.resident, limits.kv_blocks, limits.block_size);
+    ) -> Self {
+        return_free_memory();
+        let mut cache = Cache::new(&model, limits.resident, limits.kv_blocks, limits.block_size);
+        cache.commit(limits.threads);
         let compute = Compute::new(pool, limits.isa, &weights);
         let table = limits.model_len_max.div_ceil(limits.block_size);
         let tokens_max = limits.batched_tokens_max;
         let step = Step::new(tokens_max, limits.sequences_max * table);
         let backend = CpuBackend::new(compute, &model, weights, cache, step, tokens_max);
-        Ok(Self {
+        Self {
+            config: config.clone(),
             model,
             backend,
             limits,
             rows_left: 0,
             broken: None,
-        })
+        }
     }
 
     /// The limits it was made for.
@@ -201,6 +223,27 @@ impl CpuExecutor {
             step.wanted.extend(wanted.map(|row| row as u32));
         }
     }
+}
+
+/// The weights in `dir`: mapped where they are packed, converted where they are a checkpoint.
+fn read(
+    dir: &Path,
+    config: &ModelConfig,
+    model: &Model,
+    resident: ResidentDtype,
+    pool: &mut Pool,
+    progress: &Progress,
+) -> Result<Weights, LoadError> {
+    let packed = dir.join(PACKED_FILE);
+    if packed.is_file() {
+        let packed = PackedModel::open(&packed)?;
+        let weights = packfile::open(&packed, config, model, resident)?;
+        progress.begin(packed.bytes());
+        progress.add(packed.bytes());
+        return Ok(weights);
+    }
+    let checkpoint = Checkpoint::open(dir, config, model)?;
+    Weights::load(&checkpoint, model, resident, pool, progress)
 }
 
 fn pool(threads: usize) -> Result<Pool, LoadError> {
@@ -280,6 +323,17 @@ impl Executor for CpuExecutor {
         self.rows_left = rows;
         Ok(())
     }
+
+    fn exchange_weights(&mut self, staged: StagedWeights) -> Result<StagedWeights, StagedWeights> {
+        let mut staged = staged.0.downcast::<Staged>().map_err(StagedWeights)?;
+        if staged.config != self.config || staged.resident != self.limits.resident {
+            return Err(StagedWeights(staged));
+        }
+        self.backend.exchange_weights(&mut staged.weights);
+        // Weights that made logits infinite are gone, or come back with the fault.
+        self.broken = None;
+        Ok(StagedWeights(staged))
+    }
 }
 
 /// The model, with its prediction layer when drafts are asked for.
@@ -347,6 +401,42 @@ mod tests {
                 drafts: 0,
             }],
         }
+    }
+
+    #[test]
+    fn exchanged_weights_compute_what_an_executor_of_their_own_does() {
+        let mut executor = executor();
+        let row = |executor: &mut CpuExecutor| {
+            let mut logits = Logits::default();
+            executor.execute(&batch(), &mut logits).unwrap();
+            logits.row(0).to_vec()
+        };
+        let before = row(&mut executor);
+        let stage = |config: &ModelConfig, limits: &CpuLimits| {
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v3-groups");
+            CpuExecutor::stage(&dir, config, limits, &Progress::default()).unwrap()
+        };
+        let (config, limits) = (executor.config.clone(), executor.limits);
+        let mut other = stage(&config, &limits);
+        let weights = &mut other.0.downcast_mut::<Staged>().unwrap().weights;
+        weights.poison(executor.model.final_norm.weight);
+        let good = executor.exchange_weights(other).unwrap();
+        let error = executor.execute(&batch(), &mut Logits::default());
+        assert!(matches!(error, Err(ExecuteError::Fatal(_))));
+        executor.exchange_weights(good).unwrap();
+        assert_eq!(row(&mut executor), before);
+        // Weights of another dtype, and what is no weights of this backend, are given back.
+        let narrow = CpuLimits {
+            resident: ResidentDtype::Bfloat16,
+            ..limits
+        };
+        assert!(executor.exchange_weights(stage(&config, &narrow)).is_err());
+        assert!(
+            executor
+                .exchange_weights(StagedWeights(Box::new(7)))
+                .is_err()
+        );
+        assert_eq!(row(&mut executor), before);
     }
 
     #[test]

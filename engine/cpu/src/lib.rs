@@ -16,6 +16,7 @@ mod packfile;
 mod pool;
 mod quantised;
 mod store;
+mod trim;
 mod weights;
 
 pub use executor::{AllocatedBytes, CpuExecutor, CpuLimits, pack};

@@ -327,7 +327,7 @@ pub fn grammar(data: &[u8]) {
         3 => ContentRule::Lark(source),
         _ => ContentRule::Choice(source.split('\n').map(str::to_owned).collect()),
     };
-    let rule = AnswerRule {
+    let rule = AnswerRule::Whole {
         content: Some(content),
         calls: None,
     };

@@ -8,6 +8,7 @@
 //! limits) comes in as a value. Every error names the file, the tensor or field, what was found and what was expected.
 
 mod checkpoint;
+mod content;
 pub mod convert;
 mod download;
 mod dummy;
@@ -20,6 +21,7 @@ mod progress;
 mod source;
 
 pub use checkpoint::{Checkpoint, Scales, StoredTensor, TensorSource, read_config};
+pub use content::content_digest;
 pub use download::Patience;
 pub use dummy::Dummy;
 pub use error::LoadError;

@@ -60,9 +60,14 @@ impl ApiKeys {
             keys.push((name, digest(key)));
         }
         match keys.is_empty() {
-            true => Err("there is no key in it; without --api-key-file everybody is let in".into()),
+            true => Err("there is no key in it; leave the flag out if none is wanted".into()),
             false => Ok(Self { keys }),
         }
+    }
+
+    /// Whether everybody is let in.
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
     }
 
     /// The name of the key that a request shows; none when no key is needed.

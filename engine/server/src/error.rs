@@ -151,6 +151,53 @@ impl ApiError {
         }
     }
 
+    /// Weights may be replaced by nobody.
+    pub fn no_admin() -> Self {
+        Self {
+            code: Some("admin_key_required"),
+            ..Self::new(
+                StatusCode::FORBIDDEN,
+                "invalid_request_error",
+                "this engine lets nobody replace its weights; start it with --admin-key-file",
+            )
+        }
+    }
+
+    /// Weights are being replaced already.
+    pub fn weights_busy() -> Self {
+        Self {
+            code: Some("weights_busy"),
+            ..Self::new(
+                StatusCode::CONFLICT,
+                "invalid_request_error",
+                "a replacement of the weights is under way; wait until GET /v1/weights shows its end",
+            )
+        }
+    }
+
+    /// This engine cannot do it.
+    pub fn not_implemented(why: &str) -> Self {
+        Self {
+            code: Some("unsupported_endpoint"),
+            ..Self::new(
+                StatusCode::NOT_IMPLEMENTED,
+                "invalid_request_error",
+                format!(
+                    "the weights of this engine cannot be replaced: {why}; start another replica"
+                ),
+            )
+        }
+    }
+
+    /// The weights changed under an answer that was being streamed.
+    pub fn weights_replaced() -> Self {
+        Self::unavailable(
+            "weights_replaced",
+            "the weights were replaced while this answer was written; send the request again",
+            1,
+        )
+    }
+
     /// The request's time was over before its answer was.
     pub fn deadline_exceeded(seconds: f64) -> Self {
         Self {

@@ -17,7 +17,7 @@ use crate::error::ApiError;
 use crate::request::Asked;
 use crate::resume::{FIELD, Resume, fingerprint};
 use crate::state::{Model, Shared};
-use crate::worker::Command;
+use crate::worker::{Command, RESTART_SLACK};
 
 /// A prompt in tokens and the parser of its answer.
 #[derive(Debug)]
@@ -32,6 +32,8 @@ pub struct Prepared {
 #[derive(Debug, Default)]
 pub struct Update {
     pub choice: usize,
+    /// All that came before of this choice is void.
+    pub restarted: bool,
     pub delta: Delta,
     pub logprobs: Vec<(TokenId, Logprobs)>,
     /// OpenAI's word for how it ended.
@@ -51,6 +53,12 @@ pub struct Usage {
 #[derive(Debug)]
 struct Choice {
     parser: OutputParser,
+    /// The parser before the first token that the engine generates.
+    fresh: OutputParser,
+    /// Of those tokens, tokens of reasoning.
+    reasoning: usize,
+    /// Prompt tokens that were cached, counted for the first choice of a prompt.
+    cached: usize,
     done: bool,
     /// Output so far.
     tokens: Vec<TokenId>,
@@ -91,6 +99,12 @@ pub struct Generation {
     fingerprint: Option<String>,
     /// The engine had to end; said after all that came before.
     aborted: Option<ApiError>,
+    /// What was sent cannot be taken back.
+    is_streamed: bool,
+    /// Output that the client has already, tokens.
+    resumed: usize,
+    /// Which weights the answer is of; none before it began.
+    weights_version: Option<u64>,
     /// The last field: the response counts as unfinished until the channel is closed.
     _in_flight: InFlight,
 }
@@ -119,11 +133,12 @@ impl Generation {
                 .max(1);
             plans.push((prepared, asked.max_tokens.unwrap_or(room)));
         }
-        // Started, each token, finished; what the engine refuses as too long needs no room.
+        // Started, restarted, each token, finished; what the engine refuses as too long needs no room.
         let capacity: usize = plans
             .iter()
-            .map(|(_, max_tokens)| (max_tokens.min(&model.limits.max_model_len) + 2) * per_request)
+            .map(|(_, max_tokens)| (max_tokens.min(&model.limits.max_model_len) + 3) * per_request)
             .sum();
+        let capacity = capacity + RESTART_SLACK;
         let is_single = plans.len() == 1 && per_request == 1;
         let (sender, events) = mpsc::channel(capacity);
         let mut generation = Self {
@@ -139,6 +154,9 @@ impl Generation {
             seed: asked.parameters.seed,
             fingerprint: None,
             aborted: None,
+            is_streamed: asked.stream,
+            resumed: 0,
+            weights_version: None,
             _in_flight: in_flight,
         };
         for (prepared, max_tokens) in plans {
@@ -159,6 +177,7 @@ impl Generation {
                 generation.usage.reasoning += usize::from(parser.is_reasoning());
             }
             generation.usage.completion += resumed.len();
+            generation.resumed = resumed.len();
             let mut request = generation.request(model, tokens, max_tokens, asked);
             request.constraint = constraint;
             request.resumed.clone_from(&resumed);
@@ -170,6 +189,9 @@ impl Generation {
             for _ in 0..per_request {
                 generation.choices.push(Choice {
                     parser: parser.clone(),
+                    fresh: parser.clone(),
+                    reasoning: 0,
+                    cached: 0,
                     done: false,
                     tokens: resumed.clone(),
                     logprobs: Vec::new(),
@@ -307,6 +329,12 @@ impl Generation {
         self.usage
     }
 
+    /// Names the engine and the weights of the answer; none before it began.
+    pub fn fingerprint(&self) -> Option<String> {
+        self.weights_version
+            .map(|version| format!("cachalot-{}-w{version}", self.shared.options.version))
+    }
+
     /// Choices of the request.
     pub fn choices(&self) -> usize {
         self.choices.len()
@@ -322,13 +350,19 @@ impl Generation {
             return Ok(None);
         }
         match event.kind {
-            EventKind::Started { cached_tokens } => {
+            EventKind::Started {
+                cached_tokens,
+                weights_version,
+            } => {
+                self.weights_version = Some(weights_version);
                 // The choices of a request share their prompt: count it once.
                 if event.choice == 0 {
+                    choice.cached = cached_tokens;
                     self.usage.cached += cached_tokens;
                 }
                 Ok(None)
             }
+            EventKind::Restarted => self.restart(index).map(Some),
             EventKind::Token(sampled) => {
                 self.usage.completion += 1;
                 choice.tokens.push(sampled.token);
@@ -336,7 +370,9 @@ impl Generation {
                     choice.logprobs.push((sampled.token, logprobs));
                 }
                 let delta = choice.parser.push(sampled.token.0);
-                self.usage.reasoning += usize::from(choice.parser.is_reasoning());
+                let reasoning = usize::from(choice.parser.is_reasoning());
+                choice.reasoning += reasoning;
+                self.usage.reasoning += reasoning;
                 if delta.stopped {
                     choice.done = true;
                     self.open -= 1;
@@ -371,6 +407,7 @@ impl Generation {
                         let seconds = self.timeout.unwrap_or_default().as_secs_f64();
                         return Err(ApiError::deadline_exceeded(seconds));
                     }
+                    FinishReason::Replaced => return Err(ApiError::weights_replaced()),
                     FinishReason::Error => {
                         let message =
                             "the engine failed while it worked on this request; send it again";
@@ -384,9 +421,30 @@ impl Generation {
         }
     }
 
+    /// The weights were replaced: the choice begins again, unless the client has seen some of it.
+    fn restart(&mut self, index: usize) -> Result<Update, ApiError> {
+        let choice = &mut self.choices[index];
+        let generated = choice.tokens.len() - self.resumed;
+        if self.is_streamed && generated > 0 {
+            return Err(ApiError::weights_replaced());
+        }
+        choice.tokens.truncate(self.resumed);
+        choice.logprobs.clear();
+        choice.parser = choice.fresh.clone();
+        self.usage.completion -= generated;
+        self.usage.reasoning -= std::mem::take(&mut choice.reasoning);
+        self.usage.cached -= std::mem::take(&mut choice.cached);
+        Ok(Update {
+            choice: index,
+            restarted: true,
+            ..Update::default()
+        })
+    }
+
     fn update(&mut self, index: usize, delta: Delta, finish: Option<&'static str>) -> Update {
         Update {
             choice: index,
+            restarted: false,
             delta,
             logprobs: std::mem::take(&mut self.choices[index].logprobs),
             finish,

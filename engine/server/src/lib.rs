@@ -29,6 +29,7 @@ mod startup;
 mod state;
 mod tls;
 mod tools;
+mod weights;
 mod worker;
 
 pub use caller::ApiKeys;
@@ -36,3 +37,4 @@ pub use serve::{ServeError, serve};
 pub use startup::{LoadFailure, Loaded, Loader, StartupHandle};
 pub use state::ServerOptions;
 pub use tls::{Tls, TlsError, TlsFiles};
+pub use weights::{LoadedWeights, UpdateHandle, WeightsLoader, WeightsOrigin, WeightsSource};

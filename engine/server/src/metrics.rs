@@ -41,6 +41,17 @@ pub struct Metrics {
     /// By result, of the server's certificate.
     pub tls_reloads: IntCounterVec,
     pub handshake_failures: IntCounter,
+    weights: WeightsMetrics,
+}
+
+/// Which weights serve, and how their replacements went.
+#[derive(Debug)]
+struct WeightsMetrics {
+    version: IntGauge,
+    info: IntGaugeVec,
+    reloads: IntCounterVec,
+    reload_seconds: Histogram,
+    hold_seconds: Histogram,
 }
 
 /// Series that exist once a model is loaded.
@@ -224,6 +235,7 @@ impl Metrics {
             "cachalot_engine_tls_handshake_failures_total",
             "Connections that ended before their TLS handshake did; alert on a rising rate.",
         );
+        let weights = WeightsMetrics::new(&registrar);
         let build = registrar.add(IntGaugeVec::new(
             registrar.opts(
                 "cachalot_engine_build_info",
@@ -242,7 +254,29 @@ impl Metrics {
             stalls,
             tls_reloads,
             handshake_failures,
+            weights,
         }
+    }
+
+    /// These weights serve from now on.
+    pub fn set_weights(&self, version: u64, digest: &str) {
+        self.weights.version.set(version as i64);
+        self.weights.info.reset();
+        self.weights
+            .info
+            .with_label_values(&[&version.to_string(), digest])
+            .set(1);
+    }
+
+    /// A replacement of the weights ended.
+    pub fn observe_reload(&self, result: &str, seconds: f64) {
+        self.weights.reloads.with_label_values(&[result]).inc();
+        self.weights.reload_seconds.observe(seconds);
+    }
+
+    /// So long no request could begin, because weights were being replaced.
+    pub fn observe_hold(&self, held: Duration) {
+        self.weights.hold_seconds.observe(held.as_secs_f64());
     }
 
     /// Adds the series of a loaded model.
@@ -286,6 +320,46 @@ impl Metrics {
             tracing::error!(%error, "metrics could not be written");
         }
         text
+    }
+}
+
+impl WeightsMetrics {
+    fn new(registrar: &Registrar<'_>) -> Self {
+        let seconds = [
+            0.01, 0.1, 1.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0,
+        ];
+        let reloads = registrar.counters(
+            "cachalot_engine_weights_reloads_total",
+            "Replacements of the weights that ended, by result; alert on failure.",
+            &["result"],
+        );
+        for result in ["success", "failure"] {
+            reloads.with_label_values(&[result]);
+        }
+        Self {
+            version: registrar.int_gauge(
+                "cachalot_engine_weights_version",
+                "Which weights serve: 1 are the first ones, each replacement adds 1.",
+            ),
+            info: registrar.add(IntGaugeVec::new(
+                registrar.opts(
+                    "cachalot_engine_weights_info",
+                    "Always 1; the labels say which weights serve.",
+                ),
+                &["weights_version", "digest"],
+            )),
+            reloads,
+            reload_seconds: registrar.histogram(
+                "cachalot_engine_weights_reload_seconds",
+                "From the request to replace the weights to the end of it.",
+                &seconds,
+            ),
+            hold_seconds: registrar.histogram(
+                "cachalot_engine_weights_hold_seconds",
+                "Time in which no request could begin because weights were being replaced.",
+                &seconds,
+            ),
+        }
     }
 }
 

@@ -18,6 +18,8 @@ use crate::resume::{FIELD, Resume};
 const STOPS_MAX: usize = 16;
 /// Bytes of a stop string.
 const STOP_BYTES_MAX: usize = 1024;
+/// Entries of `stop_token_ids`: each token of an answer is compared with them.
+const STOP_TOKENS_MAX: usize = 1024;
 /// Entries of `logit_bias`.
 const BIASES_MAX: usize = 1024;
 
@@ -133,7 +135,7 @@ impl Asked {
             max_tokens: max_tokens.map(|count| usize::try_from(count).unwrap_or(usize::MAX)),
             parameters,
             stops,
-            stop_tokens: token_list(fields, "stop_token_ids")?,
+            stop_tokens: stop_tokens(fields)?,
             cache_salt: fields.string("cache_salt")?.unwrap_or_default().to_owned(),
             priority: fields.integer("priority")?.unwrap_or(0),
             tenant: String::new(),
@@ -224,10 +226,19 @@ fn logit_bias(fields: &Fields) -> Result<BTreeMap<TokenId, f32>, ApiError> {
     Ok(biases)
 }
 
-fn token_list(fields: &Fields, name: &str) -> Result<Vec<TokenId>, ApiError> {
-    fields
-        .list(name)?
-        .map_or(Ok(Vec::new()), |list| tokens(list, name))
+fn stop_tokens(fields: &Fields) -> Result<Vec<TokenId>, ApiError> {
+    let name = "stop_token_ids";
+    match fields.list(name)? {
+        None => Ok(Vec::new()),
+        Some(list) if list.len() > STOP_TOKENS_MAX => {
+            let message = format!(
+                "{name} has {} entries, but at most {STOP_TOKENS_MAX} are taken",
+                list.len()
+            );
+            Err(ApiError::invalid(name, message))
+        }
+        Some(list) => tokens(list, name),
+    }
 }
 
 /// Token ids of a list.

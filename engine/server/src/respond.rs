@@ -61,12 +61,19 @@ impl Envelope {
         }
     }
 
-    fn wrap(&self, chunk: bool, choices: Vec<Value>, usage: Option<Value>) -> Value {
+    fn wrap(
+        &self,
+        chunk: bool,
+        choices: Vec<Value>,
+        usage: Option<Value>,
+        generation: &Generation,
+    ) -> Value {
         let mut value = json!({
             "id": self.id,
             "object": self.object(chunk),
             "created": self.created_unix_seconds,
             "model": self.model_name,
+            "system_fingerprint": generation.fingerprint(),
             "choices": choices,
         });
         if let Some(usage) = usage {
@@ -250,6 +257,10 @@ pub async fn whole(
     while let Some(update) = generation.next().await {
         let update = update?;
         let choice = &mut choices[update.choice];
+        if update.restarted {
+            *choice = Whole::default();
+            envelope.offsets[update.choice] = 0;
+        }
         choice.content.push_str(&update.delta.content);
         choice.reasoning.push_str(&update.delta.reasoning);
         for call in update.delta.calls {
@@ -269,7 +280,12 @@ pub async fn whole(
         .map(|(index, whole)| envelope.whole(index, whole))
         .collect();
     let usage = usage_json(generation.usage());
-    Ok(json_response(&envelope.wrap(false, choices, Some(usage))))
+    Ok(json_response(&envelope.wrap(
+        false,
+        choices,
+        Some(usage),
+        &generation,
+    )))
 }
 
 enum Next {
@@ -303,7 +319,10 @@ impl Events {
             Next::Usage => {
                 self.next = Next::Done;
                 let usage = usage_json(self.generation.usage());
-                Some(event(&self.envelope.wrap(true, Vec::new(), Some(usage))))
+                let last = self
+                    .envelope
+                    .wrap(true, Vec::new(), Some(usage), &self.generation);
+                Some(event(&last))
             }
             Next::Done => {
                 self.next = Next::End;
@@ -316,6 +335,8 @@ impl Events {
     async fn news(&mut self) -> Option<String> {
         match tokio::time::timeout(KEEP_ALIVE, self.generation.next()).await {
             Err(_) => Some(": still working\n\n".to_owned()),
+            // Nothing was sent of what is void.
+            Ok(Some(Ok(update))) if update.restarted => Box::pin(self.next()).await,
             Ok(Some(Ok(update))) => {
                 let chunk = self.envelope.chunk(update);
                 Some(self.data(vec![chunk]))
@@ -338,7 +359,7 @@ impl Events {
     fn data(&self, choices: Vec<Value>) -> String {
         // OpenAI sends an empty usage in all events but the last when usage was asked for.
         let usage = self.include_usage.then_some(Value::Null);
-        event(&self.envelope.wrap(true, choices, usage))
+        event(&self.envelope.wrap(true, choices, usage, &self.generation))
     }
 }
 

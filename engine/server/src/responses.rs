@@ -537,10 +537,17 @@ impl ResponseAnswer {
     /// The engine failed, or had to end before the answer did.
     pub async fn whole(mut self, mut generation: Generation) -> Result<Response, ApiError> {
         let mut finish = None;
+        let mut deltas = Vec::new();
         while let Some(update) = generation.next().await {
             let update = update?;
             finish = update.finish.or(finish);
-            self.push(update.delta);
+            if update.restarted {
+                deltas.clear();
+            }
+            deltas.push(update.delta);
+        }
+        for delta in deltas {
+            self.push(delta);
         }
         Ok(json_response(&self.end(finish, generation.usage()).1))
     }

@@ -31,10 +31,13 @@ use crate::respond::{Envelope, Route, json_response, stream, whole};
 use crate::responses::{ResponseAnswer, responses_request};
 use crate::state::{Model, Shared, unix_seconds};
 use crate::tools::Tools;
+use crate::weights::Weights;
 
 const REQUEST_ID: &str = "x-request-id";
 /// Longest request id that is taken over from a client.
 const REQUEST_ID_MAX: usize = 128;
+
+const WEIGHTS: &str = "/v1/weights";
 
 type AppState = State<Arc<Shared>>;
 
@@ -46,6 +49,7 @@ pub fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/responses", post(responses))
         .route("/v1/models", get(list_models))
         .route("/v1/models/{*name}", get(get_model))
+        .route(WEIGHTS, get(weights).post(replace_weights))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
         .route("/livez", get(livez))
@@ -81,11 +85,7 @@ async fn observe(State(shared): AppState, mut request: Request, next: Next) -> R
         .get::<MatchedPath>()
         .map_or("none", |path| path.as_str())
         .to_owned();
-    let key = match needs_key(request.uri().path()) {
-        true => check_certificate(&shared, &request)
-            .and_then(|()| shared.options.api_keys.check(request.headers())),
-        false => Ok(None),
-    };
+    let key = check_key(&shared, &request);
     let mut response = match key {
         Ok(key) => {
             let name = name.clone();
@@ -106,6 +106,23 @@ async fn observe(State(shared): AppState, mut request: Request, next: Next) -> R
         response.headers_mut().insert(REQUEST_ID, name);
     }
     response
+}
+
+/// The name of the key that a request shows, where it needs one.
+fn check_key(shared: &Shared, request: &Request) -> Result<Option<String>, ApiError> {
+    let path = request.uri().path();
+    if !needs_key(path) {
+        return Ok(None);
+    }
+    check_certificate(shared, request)?;
+    let options = &shared.options;
+    if path == WEIGHTS && request.method() == Method::POST {
+        return match options.admin_keys.is_empty() {
+            true => Err(ApiError::no_admin()),
+            false => options.admin_keys.check(request.headers()),
+        };
+    }
+    options.api_keys.check(request.headers())
 }
 
 /// Where certificates of clients are asked for, whoever must show a key must show one.
@@ -329,6 +346,25 @@ async fn get_model(
         return Err(ApiError::unknown_model(&name, &shared.options.model_name));
     }
     Ok(json_response(&model_json(&shared, model)))
+}
+
+async fn weights(State(shared): AppState) -> Result<Response, ApiError> {
+    shared.serving()?;
+    Ok(json_response(&shared.weights.report()))
+}
+
+async fn replace_weights(
+    State(shared): AppState,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    shared.serving()?;
+    let fields = read(&shared, &headers, body).await?;
+    let (source, rule) = crate::weights::parse(&fields)?;
+    Weights::replace(&shared, source, rule)?;
+    let mut response = json_response(&shared.weights.report());
+    *response.status_mut() = StatusCode::ACCEPTED;
+    Ok(response)
 }
 
 async fn tokenize(

@@ -7,6 +7,8 @@ use engine_core::{Executor, Limits};
 use engine_spec::{StartupPhase, StartupReport};
 use engine_text::Text;
 
+use crate::weights::WeightsOrigin;
+
 /// A model that is in memory.
 pub struct Loaded {
     /// Computes.
@@ -15,6 +17,8 @@ pub struct Loaded {
     pub text: Text,
     /// Sizes that `executor` was made for.
     pub limits: Limits,
+    /// Where its weights came from, and how others can take their place.
+    pub weights: WeightsOrigin,
 }
 
 /// Why there is no model.

@@ -17,6 +17,7 @@ use crate::health::Heartbeat;
 use crate::metrics::Metrics;
 use crate::startup::StartupHandle;
 use crate::tls::Tls;
+use crate::weights::Weights;
 use crate::worker::Command;
 
 /// Limits and times of the server.
@@ -46,6 +47,8 @@ pub struct ServerOptions {
     pub stall_timeout: Duration,
     /// Who is let in.
     pub api_keys: ApiKeys,
+    /// Who may replace weights; nobody without.
+    pub admin_keys: ApiKeys,
     /// Speak TLS only.
     pub tls: Option<Arc<Tls>>,
     /// Longest time that a request may take, waiting included.
@@ -70,6 +73,7 @@ impl ServerOptions {
             failure_linger: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(5),
             api_keys: ApiKeys::default(),
+            admin_keys: ApiKeys::default(),
             tls: None,
             request_timeout: None,
             max_queued_tokens: None,
@@ -102,6 +106,7 @@ pub struct Shared {
     pub heartbeat: Heartbeat,
     pub metrics: Metrics,
     pub model: OnceLock<Arc<Model>>,
+    pub weights: Weights,
     pub commands: SyncSender<Command>,
     pub shutdown: Shutdown,
     /// What is wrong with the engine's thread; tasks that wait for tokens watch it.
@@ -121,6 +126,7 @@ impl Shared {
             heartbeat: Heartbeat::new(options.stall_timeout),
             metrics: Metrics::new(&options.model_name, &options.version),
             model: OnceLock::new(),
+            weights: Weights::default(),
             commands,
             shutdown: Shutdown::default(),
             problem: watch::Sender::new(None),

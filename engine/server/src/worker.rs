@@ -13,8 +13,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use engine_core::{
-    Admission, Counters, Engine, Event, EventKind, ExecuteError, Executor, FinishReason, Rejection,
-    Request, RequestId, run_canary,
+    Admission, Counters, Engine, Event, EventKind, ExecuteError, Executor, FinishReason, Limits,
+    Rejection, Request, RequestId, StagedWeights, run_canary,
 };
 use engine_spec::StartupPhase;
 use tokio::sync::{mpsc, oneshot};
@@ -22,11 +22,18 @@ use tokio::sync::{mpsc, oneshot};
 use crate::metrics::SequenceEnd;
 use crate::startup::{LoadFailure, Loaded, Loader};
 use crate::state::{Model, Shared, unix_seconds};
+use crate::weights::{InFlightRule, Replacement};
 
 /// How long an idle thread waits for a command before it looks at the shutdown flags and marks its progress.
 const IDLE_TICK: Duration = Duration::from_millis(100);
 /// Commands that may wait for the thread; more are refused like requests beyond the queue.
 pub const COMMANDS_MAX: usize = 1024;
+
+/// Events of a client that may be on their way when its sequences restart: its channel has room for these beyond all
+/// that the request can make.
+pub const RESTART_SLACK: usize = 256;
+/// Tokens of a canary, for the watchdog.
+const CANARY_TOKENS: usize = 64;
 
 /// What HTTP tasks ask of the thread.
 #[derive(Debug)]
@@ -42,6 +49,8 @@ pub enum Command {
     },
     /// A choice reached a stop string.
     Stop { request: RequestId, choice: u32 },
+    /// Other weights are loaded.
+    ReplaceWeights(Box<Replacement>),
 }
 
 struct Client {
@@ -73,6 +82,9 @@ struct Worker {
     /// Of recent steps.
     tokens_per_second: f64,
     slots: usize,
+    limits: Limits,
+    /// Weights that wait for their moment, and since when no request may begin because of it.
+    replacement: Option<(Box<Replacement>, Instant)>,
     /// When the step began whose events are being delivered.
     began: Instant,
 }
@@ -123,6 +135,7 @@ fn start(shared: &Arc<Shared>, loader: Loader) -> Result<Worker, LoadFailure> {
         mut executor,
         text,
         limits,
+        weights,
     } = loader(startup)?;
     startup.enter(StartupPhase::Warming, || (0, 0));
     let failure = |reason: &str, message: String| LoadFailure {
@@ -164,6 +177,10 @@ fn start(shared: &Arc<Shared>, loader: Loader) -> Result<Worker, LoadFailure> {
         limits,
         created_unix_seconds: unix_seconds(),
     });
+    shared
+        .metrics
+        .set_weights(1, weights.source.digest.as_deref().unwrap_or_default());
+    shared.weights.begin(weights);
     // Set once, here: nobody else sets it.
     let _ = shared.model.set(model);
     Ok(Worker {
@@ -176,6 +193,8 @@ fn start(shared: &Arc<Shared>, loader: Loader) -> Result<Worker, LoadFailure> {
         mean_seconds: 0.0,
         tokens_per_second: 0.0,
         slots: limits.max_num_seqs,
+        limits,
+        replacement: None,
         began: Instant::now(),
     })
 }
@@ -197,6 +216,7 @@ impl Worker {
             self.obey_shutdown();
             self.drop_clients_that_left();
             self.expire_requests();
+            self.replace_weights();
             if !self.engine.is_idle() {
                 self.step()?;
             }
@@ -209,6 +229,11 @@ impl Worker {
         match command {
             Command::Stop { request, choice } => {
                 self.engine.stop(request, choice, &mut self.events);
+            }
+            Command::ReplaceWeights(replacement) => {
+                // One at a time, which whoever sends them sees to.
+                self.engine.hold(true);
+                self.replacement = Some((replacement, Instant::now()));
             }
             Command::Submit {
                 request,
@@ -283,6 +308,70 @@ impl Worker {
         }
     }
 
+    /// Exchanges the weights once nothing depends on the old ones.
+    fn replace_weights(&mut self) {
+        let Some((replacement, since)) = self.replacement.take() else {
+            return;
+        };
+        match replacement.rule {
+            InFlightRule::Finish if !self.engine.is_clear() => {
+                self.replacement = Some((replacement, since));
+                return;
+            }
+            InFlightRule::Finish => {}
+            InFlightRule::Restart => {
+                let clients = &self.clients;
+                let has_room = |id: RequestId| {
+                    clients.get(&id).is_none_or(|client| {
+                        client.events.capacity() + RESTART_SLACK >= client.events.max_capacity()
+                    })
+                };
+                self.engine.restart(has_room, &mut self.events);
+            }
+        }
+        let Replacement {
+            weights,
+            digest,
+            version,
+            reply,
+            ..
+        } = *replacement;
+        let result = self.exchange(weights, &digest, version);
+        self.engine.hold(false);
+        self.shared.metrics.observe_hold(since.elapsed());
+        // Without a receiver the weights are freed here.
+        let _ = reply.send(result);
+    }
+
+    /// Uses other weights if they answer the canary; gives those back that are not used any more.
+    fn exchange(
+        &mut self,
+        weights: StagedWeights,
+        digest: &str,
+        version: u64,
+    ) -> Result<StagedWeights, String> {
+        let (name, before) = self.engine.scheduler().weights();
+        let name = name.to_owned();
+        let limits = self.limits;
+        let executor = self.executor.as_mut();
+        let old = executor
+            .exchange_weights(weights)
+            .map_err(|_| "the backend cannot use these weights".to_owned())?;
+        // The canary writes over blocks: nothing that was cached may be found again, whatever it answers.
+        self.engine.begin_weights(digest, version);
+        self.shared.heartbeat.begin_step(CANARY_TOKENS);
+        let canary = run_canary(executor, &limits);
+        self.shared.heartbeat.tick();
+        let Err(error) = canary else {
+            return Ok(old);
+        };
+        let _ = executor.exchange_weights(old);
+        self.engine.begin_weights(&name, before);
+        Err(format!(
+            "the first answer of the new weights is wrong: {error}"
+        ))
+    }
+
     fn step(&mut self) -> Result<(), ExecuteError> {
         self.engine.prepare(&mut self.events);
         let tokens = self.engine.prepared_tokens();
@@ -349,7 +438,8 @@ impl Worker {
         };
         let choice = &mut client.choices[event.choice as usize];
         match &event.kind {
-            EventKind::Started { cached_tokens } => {
+            EventKind::Restarted => *choice = Choice::default(),
+            EventKind::Started { cached_tokens, .. } => {
                 choice.started = Some(self.began);
                 let queued = self.began.saturating_duration_since(client.arrived);
                 metrics.observe_start(queued, client.prompt, *cached_tokens);

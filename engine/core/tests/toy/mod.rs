@@ -8,17 +8,22 @@
 
 #![allow(dead_code, missing_docs)]
 
-use engine_core::{Batch, BatchEntry, DraftBatch, ExecuteError, Executor, Logits, TokenId};
+use engine_core::{
+    Batch, BatchEntry, DraftBatch, ExecuteError, Executor, Logits, StagedWeights, TokenId,
+};
 
 #[derive(Debug)]
 pub struct Toy {
     vocabulary: usize,
     block_size: usize,
-    cache: Vec<Option<TokenId>>,
+    /// What was written, and with which weights.
+    cache: Vec<Option<(TokenId, u64)>>,
     /// Of the prediction layer: the history that ends with the token after the position.
     predicted: Vec<Option<Vec<TokenId>>>,
     /// The rows that the last pass left.
     hidden: Vec<Vec<TokenId>>,
+    /// Of which the logits are a function too.
+    weights: u64,
     max_logits: usize,
     max_tokens: usize,
     max_entries: usize,
@@ -32,6 +37,7 @@ impl Toy {
             cache: vec![None; block_size * block_count],
             predicted: vec![None; block_size * block_count],
             hidden: Vec::new(),
+            weights: 0,
             max_logits: usize::MAX,
             max_tokens: usize::MAX,
             max_entries: usize::MAX,
@@ -45,6 +51,12 @@ impl Toy {
         self
     }
 
+    /// With other weights than the usual ones.
+    pub fn weighing(mut self, weights: u64) -> Self {
+        self.weights = weights;
+        self
+    }
+
     fn slot(&self, entry: &BatchEntry, position: usize) -> usize {
         let block = entry.blocks[position / self.block_size].index();
         block * self.block_size + position % self.block_size
@@ -53,7 +65,11 @@ impl Toy {
     /// What the cache holds of the first `length` positions of an entry that was executed.
     pub fn history(&self, entry: &BatchEntry, length: usize) -> Option<Vec<TokenId>> {
         (0..length)
-            .map(|position| self.cache[self.slot(entry, position)])
+            .map(|position| {
+                let (token, weights) = self.cache[self.slot(entry, position)]?;
+                assert_eq!(weights, self.weights, "keys and values of other weights");
+                Some(token)
+            })
             .collect()
     }
 
@@ -97,7 +113,12 @@ fn predict_after(history: &[TokenId], row: &mut [f32]) {
 
 /// The toy's logits after `history`.
 pub fn logits_after(history: &[TokenId], row: &mut [f32]) {
-    let mut state = 0xcbf2_9ce4_8422_2325u64;
+    logits_of(0, history, row);
+}
+
+/// The same with other weights.
+pub fn logits_of(weights: u64, history: &[TokenId], row: &mut [f32]) {
+    let mut state = 0xcbf2_9ce4_8422_2325u64 ^ weights;
     for token in history {
         state = mix(state ^ u64::from(token.0));
     }
@@ -123,7 +144,7 @@ impl Executor for Toy {
         let written = self.written(batch)?;
         let tokens = batch.entries.iter().flat_map(|entry| &entry.tokens);
         for (slot, token) in written.into_iter().zip(tokens) {
-            self.cache[slot] = Some(*token);
+            self.cache[slot] = Some((*token, self.weights));
         }
         logits.reset(self.vocabulary, batch.logits_rows());
         self.hidden.clear();
@@ -136,7 +157,7 @@ impl Executor for Toy {
                     ));
                 };
                 if length + entry.logits_rows() > entry.end() {
-                    logits_after(&history, logits.row_mut(row));
+                    logits_of(self.weights, &history, logits.row_mut(row));
                     row += 1;
                 }
                 self.hidden.push(history);
@@ -177,5 +198,11 @@ impl Executor for Toy {
         }
         self.hidden = left;
         Ok(())
+    }
+
+    fn exchange_weights(&mut self, staged: StagedWeights) -> Result<StagedWeights, StagedWeights> {
+        let weights = staged.0.downcast::<u64>().map_err(StagedWeights)?;
+        let before = std::mem::replace(&mut self.weights, *weights);
+        Ok(StagedWeights(Box::new(before)))
     }
 }

@@ -1,0 +1,183 @@
+//! Weights for `POST /v1/weights`: fetched, compared with what serves, verified, and loaded beside it.
+//!
+//! Invariant: both versions are in memory at once for a moment, so the memory plan of the serving engine stays as it is
+//! and the second set of weights is refused before it is read when there is no room for it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use engine_cpu::{CpuExecutor, CpuLimits};
+use engine_load::{Progress, content_digest, read_config};
+use engine_memory::MemoryPlan;
+use engine_server::{
+    LoadFailure, LoadedWeights, UpdateHandle, WeightsLoader, WeightsOrigin, WeightsSource,
+};
+use engine_spec::{EngineConfig, ModelConfig};
+
+use crate::load::{Weights, available_bytes, bytes_of, failure, fetch, from_load_error};
+
+/// What serves.
+pub struct Serving {
+    pub model: ModelConfig,
+    pub plan: MemoryPlan,
+    pub directory: PathBuf,
+    pub is_cpu: bool,
+}
+
+/// Where the weights of an engine came from, and how others can take their place.
+pub fn origin(
+    config: &EngineConfig,
+    weights: Weights,
+    serving: Serving,
+    cache_dir: &Path,
+) -> WeightsOrigin {
+    let source = WeightsSource {
+        source: config.model.source.clone(),
+        revision: config.model.revision.clone(),
+        digest: None,
+    };
+    let loader = match (weights, serving.is_cpu) {
+        (Weights::Random(_), _) => Err("they are random numbers (--load-format dummy)".to_owned()),
+        (Weights::Files, false) => {
+            Err("the CUDA backend does not take other weights while it runs".to_owned())
+        }
+        (Weights::Files, true) => {
+            let limits = CpuLimits::from_plan(
+                &serving.plan,
+                config.max_num_seqs,
+                config.max_num_batched_tokens,
+            );
+            let cache_dir = cache_dir.to_owned();
+            let loader: WeightsLoader =
+                Arc::new(move |source, update| load(&serving, &limits, &cache_dir, source, update));
+            Ok(loader)
+        }
+    };
+    WeightsOrigin { source, loader }
+}
+
+fn load(
+    serving: &Serving,
+    limits: &CpuLimits,
+    cache_dir: &Path,
+    source: &WeightsSource,
+    update: &UpdateHandle,
+) -> Result<LoadedWeights, LoadFailure> {
+    let progress = Arc::new(Progress::default());
+    update.enter("fetching", bytes_of(&progress));
+    let revision = source.revision.as_deref();
+    let directory = fetch(&source.source, revision, cache_dir.to_owned(), &progress)?;
+    let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
+    check_same_model(serving, &model, &directory)?;
+    check_room(serving.plan.per_rank.weights_bytes, free_bytes())?;
+    update.enter("verifying", bytes_of(&progress));
+    let digest = content_digest(&directory, &progress).map_err(|error| from_load_error(&error))?;
+    if let Some(expected) = source
+        .digest
+        .as_ref()
+        .filter(|expected| **expected != digest)
+    {
+        let message = format!(
+            "digest = {expected}, but the weight files of {} have {digest}; send the digest of these files, or mend them",
+            source.source
+        );
+        return Err(failure("WeightsMismatch", message));
+    }
+    update.enter("loading", bytes_of(&progress));
+    let weights = CpuExecutor::stage(&directory, &serving.model, limits, &progress)
+        .map_err(|error| from_load_error(&error))?;
+    Ok(LoadedWeights { weights, digest })
+}
+
+/// The same shapes, and the same meaning of every token.
+fn check_same_model(
+    serving: &Serving,
+    model: &ModelConfig,
+    directory: &Path,
+) -> Result<(), LoadFailure> {
+    let differs = |what: String| {
+        let message = format!(
+            "{}: {what}; weights are replaced by weights of the same model only, start another engine for this one",
+            directory.display()
+        );
+        Err(failure("ModelConfigInvalid", message))
+    };
+    if *model != serving.model {
+        let fields = |model: &ModelConfig| match serde_json::to_value(model) {
+            Ok(serde_json::Value::Object(fields)) => fields,
+            _ => serde_json::Map::new(),
+        };
+        let (here, there) = (fields(&serving.model), fields(model));
+        let field = here
+            .iter()
+            .find(|(name, value)| there.get(*name) != Some(*value));
+        return differs(match field {
+            Some((name, value)) => {
+                let found = there.get(name).unwrap_or(&serde_json::Value::Null);
+                format!("{name} of config.json is {found}, but {value} serves")
+            }
+            None => "config.json differs from the one that serves".to_owned(),
+        });
+    }
+    let tokenizer = |directory: &Path| std::fs::read(directory.join("tokenizer.json")).ok();
+    match (tokenizer(&serving.directory), tokenizer(directory)) {
+        (Some(here), Some(there)) if here != there => {
+            differs("tokenizer.json differs from the one that serves".to_owned())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Both versions must fit.
+fn check_room(needed: u64, free: Option<u64>) -> Result<(), LoadFailure> {
+    match free {
+        Some(free) if free < needed => {
+            let message = format!(
+                "the new weights need {needed} bytes beside those in use and {free} are free; \
+                 raise the memory limit by {} bytes, or start another replica",
+                needed - free
+            );
+            Err(failure("DoesNotFit", message))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that this process may still allocate: of its control group and of the machine, the lesser. Pages of files do
+/// not count as used, since the kernel gives them up.
+fn free_bytes() -> Option<u64> {
+    let number = |path: &str, name: &str| {
+        let text = std::fs::read_to_string(path).ok()?;
+        let line = text
+            .lines()
+            .find(|line| line.split_whitespace().next() == Some(name))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok()
+    };
+    let anonymous = number("/sys/fs/cgroup/memory.stat", "anon");
+    let group = available_bytes()
+        .zip(anonymous)
+        .map(|(limit, used)| limit.saturating_sub(used));
+    let machine = number("/proc/meminfo", "MemAvailable:").map(|kib| kib * 1024);
+    group.into_iter().chain(machine).min()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_for_both_versions_is_counted_before_anything_is_read() {
+        assert_eq!(check_room(100, Some(100)), Ok(()));
+        assert_eq!(check_room(100, None), Ok(()));
+        let error = check_room(100, Some(60)).unwrap_err();
+        assert_eq!(error.reason, "DoesNotFit");
+        assert!(
+            error.message.contains("need 100 bytes")
+                && error.message.contains("60 are free")
+                && error.message.contains("by 40 bytes"),
+            "{}",
+            error.message
+        );
+        assert!(free_bytes().is_some_and(|bytes| bytes > 0));
+    }
+}

@@ -1,0 +1,132 @@
+//! Weights of a running engine are replaced by those of another checkpoint, or not at all.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod process;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use process::{Engine, PATIENCE, golden, shards, shuffle};
+use serde_json::{Value, json};
+
+const PROMPT: [u32; 6] = [5, 17, 40, 3, 88, 21];
+
+fn start(model: &Path, keys: &Path) -> Engine {
+    Engine::start(&[
+        "--model",
+        model.to_str().unwrap(),
+        "--dtype",
+        "float32",
+        "--admin-key-file",
+        keys.to_str().unwrap(),
+    ])
+}
+
+/// What became of a replacement.
+fn replace(engine: &Engine, body: &Value) -> Value {
+    let head = "authorization: Bearer root\r\n";
+    let (status, answer) = engine.ask("POST", "/v1/weights", head, Some(body));
+    assert_eq!(status, 202, "{answer}");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let (_, report) = engine.ask("GET", "/v1/weights", "", None);
+        if report["update"]["state"] == "done" || report["update"]["state"] == "failed" {
+            return report;
+        }
+        assert!(Instant::now() < deadline, "{report}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn answers_are_those_of_an_engine_that_was_started_with_the_weights() {
+    let keys = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(keys.path(), "admin: root\n").unwrap();
+    for model in ["v3-groups", "qwen2"] {
+        let (old, new) = (golden(model), golden(model));
+        shuffle(new.path());
+        let (expected_old, expected_new) = (
+            start(old.path(), keys.path()).text(&PROMPT, 24),
+            start(new.path(), keys.path()).text(&PROMPT, 24),
+        );
+        assert_ne!(expected_old, expected_new);
+        let engine = start(old.path(), keys.path());
+        assert_eq!(engine.text(&PROMPT, 24), expected_old);
+
+        let source = new.path().to_str().unwrap();
+        let refused = |body: &Value, reason: &str, part: &str| {
+            let report = replace(&engine, body);
+            assert_eq!(report["update"]["state"], "failed", "{report}");
+            assert_eq!(report["update"]["reason"], reason, "{report}");
+            let message = report["update"]["message"].as_str().unwrap();
+            assert!(message.contains(part), "{message}");
+            assert_eq!(
+                (&report["version"], &report["digest"]),
+                (&json!(1), &Value::Null)
+            );
+            assert_eq!(engine.text(&PROMPT, 24), expected_old);
+        };
+        refused(&json!({"source": "/nowhere"}), "ModelNotFound", "/nowhere");
+        let other = golden("llama");
+        let other = other.path().to_str().unwrap();
+        refused(
+            &json!({"source": other}),
+            "ModelConfigInvalid",
+            "of config.json is",
+        );
+        let digest = format!("sha256:{}", "0".repeat(64));
+        let body = json!({"source": source, "digest": digest});
+        refused(&body, "WeightsMismatch", "have sha256:");
+        let whole = std::fs::read(&shards(new.path())[0]).unwrap();
+        std::fs::write(&shards(new.path())[0], &whole[..whole.len() - 7]).unwrap();
+        refused(
+            &json!({"source": source}),
+            "WeightsTruncated",
+            "safetensors",
+        );
+        // Whole, but not numbers: found by the first answer.
+        let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize + 8;
+        let mut broken = whole.clone();
+        broken[header..].fill(0xff);
+        std::fs::write(&shards(new.path())[0], &broken).unwrap();
+        refused(&json!({"source": source}), "CanaryFailed", "not finite");
+        std::fs::write(&shards(new.path())[0], &whole).unwrap();
+
+        let report = replace(&engine, &json!({"source": source}));
+        assert_eq!(
+            (&report["update"]["state"], &report["version"]),
+            (&json!("done"), &json!(2))
+        );
+        assert_eq!(engine.text(&PROMPT, 24), expected_new, "{model}");
+        // And back, by the digest that the engine itself computes.
+        let digest = report["digest"].clone();
+        let body = json!({"source": old.path(), "in_flight": "restart"});
+        assert_eq!(replace(&engine, &body)["version"], 3);
+        assert_eq!(engine.text(&PROMPT, 24), expected_old);
+        let body = json!({"source": source, "digest": digest});
+        assert_eq!(replace(&engine, &body)["version"], 4);
+        assert_eq!(engine.text(&PROMPT, 24), expected_new);
+    }
+}
+
+#[test]
+fn random_weights_are_not_replaced() {
+    let keys = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(keys.path(), "root\n").unwrap();
+    let model = golden("qwen2");
+    let path = model.path().to_str().unwrap();
+    let keys = keys.path().to_str().unwrap();
+    let engine = Engine::start(&[
+        "--model",
+        path,
+        "--load-format",
+        "dummy",
+        "--admin-key-file",
+        keys,
+    ]);
+    let head = "authorization: Bearer root\r\n";
+    let body = json!({"source": path});
+    let (status, answer) = engine.ask("POST", "/v1/weights", head, Some(&body));
+    assert_eq!(status, 501, "{answer}");
+}
