@@ -1,0 +1,347 @@
+//! Cache writes, decode over both kinds of cache, prefill.
+
+use kernels::params::{
+    Address, CacheWriteParams, GqaCacheWriteParams, GqaDecodeParams, MlaCombineParams,
+    MlaDecodeParams, MlaPrefillParams, RopeParams,
+};
+use kernels::plan::{self, Format, MLA_SPLIT_TOKENS};
+
+use crate::Maker;
+use crate::build::{Builder, Case, table};
+use crate::compare::Kind;
+use crate::harness::Lab;
+
+const LATENT: usize = 512;
+const ROTARY: usize = 64;
+const BLOCK: usize = 64;
+
+pub fn cases(small: bool) -> Vec<(String, Maker)> {
+    let mut all: Vec<(String, Maker)> = Vec::new();
+    for rows in if small { [1, 7] } else { [64, 4096] } {
+        for form in [Format::Bf16, Format::Fp8] {
+            all.push((
+                format!("mla_cache_write {form:?} {rows}"),
+                Box::new(move |lab| mla_write(lab, form, rows)),
+            ));
+        }
+        all.push((
+            format!("rope {rows}x128x64"),
+            Box::new(move |lab| rope(lab, rows)),
+        ));
+        all.push((
+            format!("gqa_cache_write {rows}x32/4x128"),
+            Box::new(move |lab| gqa_write(lab, rows, [32, 4, 128])),
+        ));
+    }
+    let decode: &[(usize, usize)] = if small {
+        &[(2, 70)]
+    } else {
+        &[(1, 4096), (64, 4096)]
+    };
+    for &(rows, context) in decode {
+        for form in [Format::Bf16, Format::Fp8] {
+            for heads in if small { [3, 16] } else { [16, 128] } {
+                all.push((
+                    format!("mla_decode {form:?} {rows}x{context}, {heads} heads"),
+                    Box::new(move |lab| mla_decode(lab, form, rows, context, heads)),
+                ));
+            }
+        }
+        // Qwen3-30B-A3B, Llama-3-8B, Qwen2.5-0.5B.
+        for shape in [[32, 4, 128], [32, 8, 128], [14, 2, 64]] {
+            let [heads, kv_heads, width] = shape;
+            all.push((
+                format!("gqa_decode {rows}x{context}, {heads}/{kv_heads}x{width}"),
+                Box::new(move |lab| gqa_decode(lab, rows, context, shape)),
+            ));
+        }
+    }
+    for length in if small { vec![33] } else { vec![1024, 4096] } {
+        let heads = if small { 2 } else { 16 };
+        all.push((
+            format!("mla_prefill {length}, {heads} heads"),
+            Box::new(move |lab| prefill(lab, length, heads)),
+        ));
+    }
+    all
+}
+
+fn mla_write(lab: &mut Lab, form: Format, rows: usize) -> Case {
+    let mut b = Builder::new(lab);
+    let (width, row_bytes) = (LATENT + ROTARY, plan::mla_row_bytes(form, LATENT, ROTARY));
+    let slots: Vec<i64> = b.shuffled(rows).iter().map(|s| i64::from(*s)).collect();
+    let positions = b.below(rows, 100);
+    let params = CacheWriteParams {
+        kv: b.bf16s(rows * width, 2.0),
+        weight: b.bf16s(LATENT, 1.0),
+        positions: b.values(&positions),
+        slots: b.values(&slots),
+        table: b.values(&table(100, ROTARY)),
+        cache: match form {
+            Format::Bf16 => b.out("cache", Kind::Bf16, rows * width),
+            Format::Fp8 => b.out("cache", Kind::Bytes, rows * row_bytes),
+        },
+        slots_count: rows as i64,
+        rows: rows as i32,
+        kv_stride: width as i32,
+        latent: LATENT as i32,
+        rotary: ROTARY as i32,
+        positions_max: 100,
+        eps: 1e-6,
+    };
+    b.step(plan::mla_cache_write(form, rows, LATENT, ROTARY), params);
+    b.finish(
+        rows * (width * 2 + row_bytes),
+        rows * (4 * LATENT + 3 * ROTARY),
+    )
+}
+
+fn rope(lab: &mut Lab, rows: usize) -> Case {
+    let mut b = Builder::new(lab);
+    let (heads, width) = (128, 192);
+    let positions = b.below(rows, 100);
+    let params = RopeParams {
+        x: b.bf16s(rows * heads * width, 2.0),
+        positions: b.values(&positions),
+        table: b.values(&table(100, ROTARY)),
+        rows: rows as i32,
+        heads: heads as i32,
+        row_stride: (heads * width) as i32,
+        head_stride: width as i32,
+        offset: 128,
+        rotary: ROTARY as i32,
+        positions_max: 100,
+        half_split: 0,
+    };
+    b.step(plan::rope(rows, heads, ROTARY), params);
+    b.finish(rows * heads * ROTARY * 4, rows * heads * ROTARY * 3)
+}
+
+fn gqa_write(lab: &mut Lab, rows: usize, [heads, kv_heads, width]: [usize; 3]) -> Case {
+    let mut b = Builder::new(lab);
+    let blocks = rows.div_ceil(BLOCK);
+    let slots: Vec<i64> = (0..rows as i64).collect();
+    let positions = b.below(rows, 100);
+    let params = GqaCacheWriteParams {
+        q: b.bf16s(rows * heads * width, 2.0),
+        k: b.bf16s(rows * kv_heads * width, 2.0),
+        v: b.bf16s(rows * kv_heads * width, 2.0),
+        q_bias: Address::NULL,
+        k_bias: Address::NULL,
+        v_bias: Address::NULL,
+        q_norm: b.bf16s(width, 1.0),
+        k_norm: b.bf16s(width, 1.0),
+        positions: b.values(&positions),
+        slots: b.values(&slots),
+        table: b.values(&table(100, width)),
+        cache: b.out("cache", Kind::Bf16, blocks * BLOCK * kv_heads * 2 * width),
+        slots_count: (blocks * BLOCK) as i64,
+        rows: rows as i32,
+        heads: heads as i32,
+        kv_heads: kv_heads as i32,
+        width: width as i32,
+        block_size: BLOCK as i32,
+        q_stride: (heads * width) as i32,
+        kv_stride: (kv_heads * width) as i32,
+        positions_max: 100,
+        q_eps: 1e-6,
+        k_eps: 1e-6,
+    };
+    b.step(plan::gqa_cache_write(rows, heads, kv_heads, width), params);
+    let values = rows * (heads + 2 * kv_heads) * width;
+    b.finish(values * 4, values * 7)
+}
+
+/// Where the rows' blocks lie: scattered, `context` tokens each.
+fn tables(b: &mut Builder, rows: usize, context: usize) -> (usize, Address, Address) {
+    let per_row = context.div_ceil(BLOCK);
+    let order = b.shuffled(rows * per_row);
+    let (blocks, lengths) = (b.values(&order), b.values(&vec![context as i32; rows]));
+    (per_row, blocks, lengths)
+}
+
+struct Parts {
+    rows: usize,
+    heads: usize,
+    width: usize,
+    splits: usize,
+    partial: Address,
+    lse: Address,
+    lengths: Address,
+}
+
+impl Parts {
+    fn new(
+        b: &mut Builder,
+        rows: usize,
+        heads: usize,
+        width: usize,
+        context: usize,
+        lengths: Address,
+    ) -> Self {
+        let splits = plan::mla_splits(context);
+        Self {
+            rows,
+            heads,
+            width,
+            splits,
+            partial: b.room(rows * heads * splits * width * 4),
+            lse: b.out("lse", Kind::Float, rows * heads * splits),
+            lengths,
+        }
+    }
+
+    fn merge(&self, b: &mut Builder) {
+        let (rows, heads, width) = (self.rows, self.heads, self.width);
+        let params = MlaCombineParams {
+            partial: self.partial,
+            lse: self.lse,
+            lengths: self.lengths,
+            out: b.out("out", Kind::Bf16, rows * heads * width),
+            rows: rows as i32,
+            heads: heads as i32,
+            splits: self.splits as i32,
+            split_tokens: MLA_SPLIT_TOKENS as i32,
+            latent: width as i32,
+            out_row: (heads * width) as i32,
+            out_head: width as i32,
+            reserved: 0,
+        };
+        b.step(plan::mla_combine(rows, heads), params);
+    }
+}
+
+fn mla_decode(lab: &mut Lab, form: Format, rows: usize, context: usize, heads: usize) -> Case {
+    let mut b = Builder::new(lab);
+    let width = LATENT + ROTARY;
+    let (per_row, blocks, lengths) = tables(&mut b, rows, context);
+    let slots = rows * per_row * BLOCK;
+    let cache = match form {
+        Format::Bf16 => b.bf16s(slots * width, 1.0),
+        Format::Fp8 => {
+            let row = fp8_row(&mut b);
+            b.values(&row.repeat(slots))
+        }
+    };
+    let queries = b.bf16s(rows * heads * width, 1.0);
+    let parts = Parts::new(&mut b, rows, heads, LATENT, context, lengths);
+    let params = MlaDecodeParams {
+        q_latent: queries,
+        q_rope: queries.offset(LATENT as u64 * 2),
+        cache,
+        blocks,
+        lengths,
+        partial: parts.partial,
+        lse: parts.lse,
+        rows: rows as i32,
+        heads: heads as i32,
+        ql_row: (heads * width) as i32,
+        ql_head: width as i32,
+        qr_row: (heads * width) as i32,
+        qr_head: width as i32,
+        block_size: BLOCK as i32,
+        blocks_stride: per_row as i32,
+        splits: parts.splits as i32,
+        split_tokens: MLA_SPLIT_TOKENS as i32,
+        scale: 0.07,
+        reserved: 0,
+    };
+    b.step(
+        plan::mla_decode(form, rows, heads, LATENT, ROTARY, parts.splits),
+        params,
+    );
+    parts.merge(&mut b);
+    let bytes = rows * context * plan::mla_row_bytes(form, LATENT, ROTARY);
+    b.finish(bytes, rows * context * heads * 2 * (width + LATENT))
+}
+
+/// A token's row of the fp8 form.
+fn fp8_row(b: &mut Builder) -> Vec<u8> {
+    let mut row: Vec<u8> = b
+        .below(LATENT, 0x70)
+        .iter()
+        .map(|code| *code as u8)
+        .collect();
+    for scale in [1.0f32, 0.5, 0.25, 0.125] {
+        row.extend((scale / 448.0).to_le_bytes());
+    }
+    // bf16 near a half: exponent bits set, the rest any.
+    row.extend(
+        b.below(ROTARY, 256)
+            .iter()
+            .flat_map(|low| [*low as u8, 0x3E]),
+    );
+    row
+}
+
+fn gqa_decode(
+    lab: &mut Lab,
+    rows: usize,
+    context: usize,
+    [heads, kv_heads, width]: [usize; 3],
+) -> Case {
+    let mut b = Builder::new(lab);
+    let (per_row, blocks, lengths) = tables(&mut b, rows, context);
+    let cache = b.bf16s(rows * per_row * BLOCK * kv_heads * 2 * width, 1.0);
+    let parts = Parts::new(&mut b, rows, heads, width, context, lengths);
+    let params = GqaDecodeParams {
+        q: b.bf16s(rows * heads * width, 1.0),
+        cache,
+        blocks,
+        lengths,
+        partial: parts.partial,
+        lse: parts.lse,
+        rows: rows as i32,
+        heads: heads as i32,
+        kv_heads: kv_heads as i32,
+        q_row: (heads * width) as i32,
+        block_size: BLOCK as i32,
+        blocks_stride: per_row as i32,
+        splits: parts.splits as i32,
+        split_tokens: MLA_SPLIT_TOKENS as i32,
+        scale: (width as f32).powf(-0.5),
+        reserved: 0,
+    };
+    b.step(
+        plan::gqa_decode(rows, heads, kv_heads, width, parts.splits),
+        params,
+    );
+    parts.merge(&mut b);
+    let bytes = rows * context * kv_heads * width * 4;
+    b.finish(bytes, rows * context * heads * width * 4)
+}
+
+fn prefill(lab: &mut Lab, length: usize, heads: usize) -> Case {
+    let mut b = Builder::new(lab);
+    let (nope, rotary, value) = (128, 64, 128);
+    let offsets = b.values(&[0, length as i32]);
+    let params = MlaPrefillParams {
+        q: b.bf16s(length * heads * (nope + rotary), 1.0),
+        kv: b.bf16s(length * heads * (nope + value), 1.0),
+        k_rope: b.bf16s(length * rotary, 1.0),
+        out: b.out("out", Kind::Bf16, length * heads * value),
+        lse: b.out("lse", Kind::Float, length * heads),
+        q_offsets: offsets,
+        k_offsets: offsets,
+        sequences: 1,
+        heads: heads as i32,
+        q_row: (heads * (nope + rotary)) as i32,
+        q_head: (nope + rotary) as i32,
+        kv_row: (heads * (nope + value)) as i32,
+        kv_head: (nope + value) as i32,
+        rope_row: rotary as i32,
+        out_row: (heads * value) as i32,
+        out_head: value as i32,
+        scale: 0.07,
+        reserved: [0; 2],
+    };
+    b.step(
+        plan::mla_prefill(1, length, heads, nope, rotary, value),
+        params,
+    );
+    let bytes = length * heads * 2 * (nope + rotary + nope + 2 * value);
+    b.finish(
+        bytes,
+        length * length / 2 * heads * 2 * (nope + rotary + value),
+    )
+}
