@@ -41,7 +41,7 @@ test:
 check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
-	test -z "$$(gofmt -l e2e/kubelab e2e/up)"
+	test -z "$$(gofmt -l e2e/kubelab e2e/up e2e/dashboards)"
 
 # FLAGS="--plans-only" needs no tools; the rest needs those of `make tools`.
 bench-fleet:

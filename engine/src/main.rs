@@ -2,6 +2,7 @@
 //!
 //! Wiring only: what is decided is decided in the crates below; here the environment, files, clocks and signals enter.
 
+mod bandwidth;
 mod cli;
 mod configure;
 mod device;
@@ -9,6 +10,8 @@ mod dummy;
 mod inspect;
 mod load;
 mod plan;
+#[cfg(test)]
+mod reference;
 mod serve;
 mod telemetry;
 

@@ -32,5 +32,5 @@ mod worker;
 
 pub use caller::ApiKeys;
 pub use serve::{ServeError, serve};
-pub use startup::{LoadFailure, Loaded, Loader, StartupHandle};
+pub use startup::{LoadFailure, Loaded, Loader, Roofline, StartupHandle};
 pub use state::ServerOptions;

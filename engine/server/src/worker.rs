@@ -14,13 +14,13 @@ use std::time::{Duration, Instant};
 
 use engine_core::{
     Admission, Counters, Engine, Event, EventKind, ExecuteError, Executor, FinishReason, Rejection,
-    Request, RequestId, run_canary,
+    Request, RequestId, StepReport, run_canary,
 };
 use engine_spec::StartupPhase;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::metrics::SequenceEnd;
-use crate::startup::{LoadFailure, Loaded, Loader};
+use crate::metrics::{SequenceEnd, ServingMetrics};
+use crate::startup::{LoadFailure, Loaded, Loader, Roofline};
 use crate::state::{Model, Shared, unix_seconds};
 
 /// How long an idle thread waits for a command before it looks at the shutdown flags and marks its progress.
@@ -73,6 +73,7 @@ struct Worker {
     /// Of recent steps.
     tokens_per_second: f64,
     slots: usize,
+    roofline: Option<Roofline>,
     /// When the step began whose events are being delivered.
     began: Instant,
 }
@@ -123,6 +124,7 @@ fn start(shared: &Arc<Shared>, loader: Loader) -> Result<Worker, LoadFailure> {
         mut executor,
         text,
         limits,
+        roofline,
     } = loader(startup)?;
     startup.enter(StartupPhase::Warming, || (0, 0));
     let failure = |reason: &str, message: String| LoadFailure {
@@ -176,6 +178,7 @@ fn start(shared: &Arc<Shared>, loader: Loader) -> Result<Worker, LoadFailure> {
         mean_seconds: 0.0,
         tokens_per_second: 0.0,
         slots: limits.max_num_seqs,
+        roofline,
         began: Instant::now(),
     })
 }
@@ -295,6 +298,7 @@ impl Worker {
             Ok(report) => {
                 if let Some(metrics) = self.shared.metrics.serving() {
                     metrics.observe_step(report.tokens, took);
+                    self.measure_step(metrics, &report, took);
                 }
                 if report.tokens > 0 {
                     let rate = report.tokens as f64 / took.as_secs_f64().max(1e-6);
@@ -311,6 +315,19 @@ impl Worker {
                 Ok(())
             }
             Err(fatal @ ExecuteError::Fatal(_)) => Err(fatal),
+        }
+    }
+
+    /// How full the batch was and, where each of its sequences decoded one token, how close to the bound it came.
+    fn measure_step(&self, metrics: &ServingMetrics, report: &StepReport, took: Duration) {
+        if report.sequences == 0 {
+            return;
+        }
+        metrics.observe_batch(report.sequences);
+        if let Some(roofline) = self.roofline
+            && report.tokens == report.sequences
+        {
+            metrics.observe_roofline(roofline.seconds(report.tokens), took);
         }
     }
 

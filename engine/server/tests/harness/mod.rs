@@ -17,7 +17,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use engine_core::{Batch, ExecuteError, Executor, Limits, Logits};
-use engine_server::{LoadFailure, Loaded, Loader, ServeError, ServerOptions, serve};
+use engine_server::{LoadFailure, Loaded, Loader, Roofline, ServeError, ServerOptions, serve};
+use engine_spec::StartupPhase;
 use engine_text::{Text, ToolCallParser};
 use serde_json::Value;
 use tokio::sync::oneshot;
@@ -144,7 +145,8 @@ pub fn loader(backend: Backend) -> Loader {
 
 /// For a model that calls tools in this format.
 pub fn calling_loader(backend: Backend, parser: ToolCallParser) -> Loader {
-    Box::new(move |_| {
+    Box::new(move |startup| {
+        startup.enter(StartupPhase::Loading, || (1000, 1000));
         let limits = backend.limits;
         let mut text = Text::new(bytes_tokenizer::files()).unwrap();
         text.set_tool_call_parser(parser);
@@ -152,6 +154,12 @@ pub fn calling_loader(backend: Backend, parser: ToolCallParser) -> Loader {
             executor: Box::new(backend),
             text,
             limits,
+            roofline: Some(Roofline {
+                token_bytes: 1e3,
+                all_bytes: 1e3,
+                chosen: 1.0,
+                bytes_per_second: 1e9,
+            }),
         })
     })
 }
