@@ -60,7 +60,9 @@ LLAMA = .lab/llama
 bench-engine:
 ifeq ($(LLAMA_CPP),yes)
 	python3 engine/bench/llama/build.py --config engine/bench/model/config.json --out $(LLAMA)
-	cargo run --release --quiet -p engine-bench -- --llama-bench $(LLAMA)/build/bin/llama-bench --llama-model $(LLAMA)/model-bf16.gguf
+	cargo build --release --quiet --locked -p engine
+	cargo run --release --quiet -p engine-bench -- --engine target/release/engine --llama-bench $(LLAMA)/build/bin/llama-bench --llama-model $(LLAMA)/model-bf16.gguf
 else
-	cargo run --release --quiet -p engine-bench
+	cargo build --release --quiet --locked -p engine
+	cargo run --release --quiet -p engine-bench -- --engine target/release/engine
 endif

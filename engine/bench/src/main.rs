@@ -4,17 +4,18 @@
 //! random checkpoint, and, where `--llama-bench` names it, llama.cpp on a model of the same shape. Each figure is the
 //! median of five runs; rows go to a JSON file and, as a table, to the terminal.
 
+mod binary;
 mod checkpoint;
 mod engine;
 mod llama;
 mod machine;
-mod report;
+mod scheduler;
 
 use std::path::PathBuf;
 
 use anyhow::Context;
+use bench_report::{Report, Row};
 use clap::Parser;
-use report::{Report, Row};
 
 /// Runs of each measurement.
 pub(crate) const RUNS: usize = 5;
@@ -34,6 +35,9 @@ struct Arguments {
     /// A GGUF file of the same shape and element size.
     #[arg(long)]
     llama_model: Option<PathBuf>,
+    /// The engine's binary, to be measured from outside: its size and its start.
+    #[arg(long)]
+    engine: Option<PathBuf>,
     /// Where the rows go.
     #[arg(long, default_value = "docs/performance/engine.json")]
     out: PathBuf,
@@ -51,7 +55,7 @@ fn main() -> anyhow::Result<()> {
     std::fs::write(dir.path().join("config.json"), &text)?;
     checkpoint::write(&config, dir.path())?;
 
-    let mut report = Report::new(threads);
+    let mut report = Report::new("make bench-engine", threads);
     let bounds = machine::measure(threads);
     report.push(Row::plain(
         "read bandwidth",
@@ -69,6 +73,12 @@ fn main() -> anyhow::Result<()> {
             flops / 1e9,
             "GFLOP/s",
         ));
+    }
+    report.push(scheduler::row()?);
+    if let Some(program) = &arguments.engine {
+        let weights = std::fs::metadata(dir.path().join("model.safetensors"))?.len();
+        let rows = binary::rows(program, dir.path(), weights, bounds.read_bytes)?;
+        rows.into_iter().for_each(|row| report.push(row));
     }
     let ours = engine::measure(&config, dir.path(), threads, &bounds, &mut report)?;
     if let (Some(program), Some(model)) = (&arguments.llama_bench, &arguments.llama_model) {
