@@ -41,7 +41,7 @@ test:
 check:
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features --locked -- -D warnings
-	test -z "$$(gofmt -l e2e/kubelab e2e/up)"
+	test -z "$$(gofmt -l e2e/kubelab e2e/up e2e/dashboards)"
 
 # FLAGS="--plans-only" needs no tools; the rest needs those of `make tools`.
 bench-fleet:
@@ -60,7 +60,9 @@ LLAMA = .lab/llama
 bench-engine:
 ifeq ($(LLAMA_CPP),yes)
 	python3 engine/bench/llama/build.py --config engine/bench/model/config.json --out $(LLAMA)
-	cargo run --release --quiet -p engine-bench -- --llama-bench $(LLAMA)/build/bin/llama-bench --llama-models $(LLAMA)
+	cargo build --release --quiet --locked -p engine
+	cargo run --release --quiet -p engine-bench -- --engine target/release/engine --llama-bench $(LLAMA)/build/bin/llama-bench --llama-models $(LLAMA)
 else
-	cargo run --release --quiet -p engine-bench
+	cargo build --release --quiet --locked -p engine
+	cargo run --release --quiet -p engine-bench -- --engine target/release/engine
 endif

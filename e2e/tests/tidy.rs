@@ -156,6 +156,7 @@ fn crates_import_only_what_the_architecture_allows() {
             "engine-server",
             &["kube", "operator-", "engine-cpu", "engine-cuda", "kernels"],
         ),
+        ("bench-report", &["engine-", "operator-", "kube", "tokio"]),
         ("engine-bench", &["kube", "axum", "tokio", "operator-"]),
         (
             "engine-fuzz",

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use engine_core::{Executor, Limits};
-use engine_cpu::{CpuExecutor, CpuLimits};
+use engine_cpu::{CpuExecutor, CpuLimits, available_threads};
 use engine_cuda::{CudaExecutor, CudaLimits};
 use engine_load::{FetchSettings, LoadError, PACKED_FILE, PackedModel, Progress, read_config};
 use engine_memory::{MemoryPlan, MemoryRequest, memory_plan};
@@ -15,6 +15,7 @@ use engine_server::{LoadFailure, Loaded, StartupHandle};
 use engine_spec::{Device, EngineConfig, ModelConfig, StartupPhase};
 use engine_text::{Text, TextFiles};
 
+use crate::bandwidth;
 use crate::cli::DeviceChoice;
 use crate::device::{self, Found};
 use crate::dummy;
@@ -102,6 +103,10 @@ pub fn load(
         }
         Weights::Random(_) => dummy::tokenizer(&model),
     })?;
+    let roofline = match &found {
+        Found::Cpu(_) => Some(bandwidth::roofline(&model, &plan, available_threads())),
+        Found::Gpu(_) => None,
+    };
     let loaded = Arc::new(Progress::default());
     startup.enter(StartupPhase::Loading, bytes_of(&loaded));
     if machine.verify_weights {
@@ -135,6 +140,7 @@ pub fn load(
         text,
         limits,
         weights,
+        roofline,
     })
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Wiring only: what is decided is decided in the crates below; here the environment, files, clocks and signals enter.
 
+mod bandwidth;
 mod cli;
 mod configure;
 mod device;
@@ -10,6 +11,8 @@ mod inspect;
 mod load;
 mod pack;
 mod plan;
+#[cfg(test)]
+mod reference;
 mod serve;
 mod telemetry;
 mod weights;

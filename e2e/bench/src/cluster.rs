@@ -16,7 +16,7 @@ use kube::api::{Api, DeleteParams, ListParams, PostParams};
 use operator_k8s::Client;
 
 use crate::planning;
-use crate::report::{Row, below, median, share};
+use bench_report::{Row, median};
 
 /// Creates under way at once by the bare client; other numbers were not measured.
 const CONCURRENCY: usize = 64;
@@ -79,22 +79,22 @@ impl Bench {
         let column = |of: fn(&Run) -> f64| median(runs.iter().map(of).collect());
         let replicas = self.replicas;
         Ok(vec![
-            share(
+            Row::against(
                 &format!(
                     "S1: 1 model x {replicas} replicas, pods created per second, beside a bare client"
                 ),
                 column(|run| run.pods_per_second),
                 "pods/s",
                 median(bare),
-                0.9,
+                Some(0.9),
             ),
-            below(
+            Row::below(
                 &format!("S1: operator's memory with {replicas} pods"),
                 column(|run| run.resident_megabytes),
                 "MB",
                 40.0,
             ),
-            below(
+            Row::below(
                 "S1: API writes of the operator per pod created",
                 column(|run| run.writes_per_pod),
                 "writes",

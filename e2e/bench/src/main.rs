@@ -5,11 +5,11 @@
 
 mod cluster;
 mod planning;
-mod report;
 
 use std::path::PathBuf;
 
 use anyhow::Result;
+use bench_report::Report;
 use clap::Parser;
 
 /// Measures the operator.
@@ -57,5 +57,16 @@ fn main() -> Result<()> {
         };
         rows.extend(runtime.block_on(bench.rows())?);
     }
-    report::write(&arguments.out, rows)
+    let mut report = Report::new(&command(), std::thread::available_parallelism()?.get());
+    rows.into_iter().for_each(|row| report.push(row));
+    report.finish(&arguments.out)
+}
+
+/// What makes the figures again.
+fn command() -> String {
+    let flags: Vec<String> = std::env::args().skip(1).collect();
+    match flags.is_empty() {
+        true => "make bench-fleet".into(),
+        false => format!("make bench-fleet FLAGS=\"{}\"", flags.join(" ")),
+    }
 }

@@ -9,7 +9,7 @@ use operator_api::ModelDeployment;
 use operator_core::{Action, Cluster, Inventory, Object, Plan, Settings, Snapshot};
 use serde_json::json;
 
-use crate::report::{Row, below, median};
+use bench_report::{Row, median};
 
 /// ModelDeployments over which the replicas of the last row are spread.
 const DEPLOYMENTS: u32 = 100;
@@ -30,7 +30,7 @@ pub fn rows(nodes: u32, replicas: u32, runs: usize) -> Result<Vec<Row>> {
         "{} of {replicas} pods planned",
         pods(&plan)
     );
-    let mut rows = vec![below(
+    let mut rows = vec![Row::below(
         &format!("plan of {replicas} replicas on {nodes} nodes ({gpus} GPUs)"),
         millis,
         "ms",
@@ -59,7 +59,7 @@ pub fn rows(nodes: u32, replicas: u32, runs: usize) -> Result<Vec<Row>> {
         "{} pods planned instead of one",
         pods(&plan)
     );
-    rows.push(below(
+    rows.push(Row::below(
         &format!("plan of one changed ModelDeployment among {DEPLOYMENTS}, {gpus} GPUs"),
         millis,
         "ms",

@@ -16,7 +16,7 @@ use engine_memory::{MemoryRequest, memory_plan};
 use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
 
 use crate::median;
-use crate::report::{Report, Row};
+use bench_report::{Report, Row};
 
 const PROMPT: usize = 64;
 const ANSWER: usize = 128;

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
+use bench_report::{Report, Row};
 use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, TokenId};
 use engine_cpu::{CpuExecutor, CpuLimits};
 use engine_load::Progress;
@@ -11,7 +12,6 @@ use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
 
 use crate::machine::Bounds;
 use crate::median;
-use crate::report::{Report, Row};
 
 /// Tokens of a prefill, in one chunk.
 const PROMPT: usize = 512;

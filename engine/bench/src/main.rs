@@ -4,18 +4,19 @@
 //! random checkpoint, and, where `--llama-bench` names it, llama.cpp on a model of the same shape. Each figure is the
 //! median of five runs; rows go to a JSON file and, as a table, to the terminal.
 
+mod binary;
 mod checkpoint;
 mod drafts;
 mod engine;
 mod llama;
 mod machine;
-mod report;
+mod scheduler;
 
 use std::path::PathBuf;
 
 use anyhow::Context;
+use bench_report::{Report, Row};
 use clap::Parser;
-use report::{Report, Row};
 
 /// Runs of each measurement.
 pub(crate) const RUNS: usize = 5;
@@ -38,6 +39,9 @@ struct Arguments {
     /// Measure drafts and nothing else.
     #[arg(long)]
     drafts_only: bool,
+    /// The engine's binary, to be measured from outside: its size and its start.
+    #[arg(long)]
+    engine: Option<PathBuf>,
     /// Where the rows go.
     #[arg(long, default_value = "docs/performance/engine.json")]
     out: PathBuf,
@@ -52,7 +56,7 @@ fn main() -> anyhow::Result<()> {
         .with_context(|| format!("--config {}", arguments.config.display()))?;
     let config = engine_spec::ModelConfig::from_hf_json(&text)?;
     if arguments.drafts_only {
-        let mut report = Report::new(threads);
+        let mut report = Report::new("engine-bench --drafts-only", threads);
         drafts::measure(&config, threads, &mut report)?;
         return report.finish(&arguments.out);
     }
@@ -60,7 +64,7 @@ fn main() -> anyhow::Result<()> {
     std::fs::write(dir.path().join("config.json"), &text)?;
     checkpoint::write(&config, dir.path())?;
 
-    let mut report = Report::new(threads);
+    let mut report = Report::new("make bench-engine", threads);
     let bounds = machine::measure(threads);
     report.push(Row::plain(
         "read bandwidth",
@@ -85,6 +89,12 @@ fn main() -> anyhow::Result<()> {
             operations / 1e9,
             "GOP/s",
         ));
+    }
+    report.push(scheduler::row()?);
+    if let Some(program) = &arguments.engine {
+        let weights = std::fs::metadata(dir.path().join("model.safetensors"))?.len();
+        let rows = binary::rows(program, dir.path(), weights, bounds.read_bytes)?;
+        rows.into_iter().for_each(|row| report.push(row));
     }
     let ours = engine::measure(&config, dir.path(), threads, &bounds, &mut report)?;
     if let (Some(program), Some(models)) = (&arguments.llama_bench, &arguments.llama_models) {

@@ -25,6 +25,7 @@ fn limits() -> Limits {
         max_queued_requests: 100,
         block_size: 4,
         block_count: 14,
+        draft_tokens: 0,
     }
 }
 
@@ -105,7 +106,7 @@ proptest! {
         late in 0usize..4,
     ) {
         let mut engine = Engine::new(limits()).unwrap();
-        let mut toy = Toy::new(VOCABULARY, 4, 14).bounded(12, 3);
+        let mut toy = Toy::new(VOCABULARY, 4, 14).bounded(12, 3, 0);
         let mut answers = Answers::default();
         let mut events = Vec::new();
         let requests: Vec<Request> = shapes

@@ -34,7 +34,7 @@ mod worker;
 
 pub use caller::ApiKeys;
 pub use serve::{ServeError, serve};
-pub use startup::{LoadFailure, Loaded, Loader, StartupHandle};
+pub use startup::{LoadFailure, Loaded, Loader, Roofline, StartupHandle};
 pub use state::ServerOptions;
 pub use tls::{Tls, TlsError, TlsFiles};
 pub use weights::{LoadedWeights, UpdateHandle, WeightsLoader, WeightsOrigin, WeightsSource};

@@ -25,6 +25,8 @@ const PROMPT_TOKENS_RECOMPUTED: &str = "vllm:prompt_tokens_recomputed_total";
 const CORRUPTED_REQUESTS: &str = "vllm:corrupted_requests_total";
 const REQUEST_MAX_NUM_GENERATION_TOKENS: &str = "vllm:request_max_num_generation_tokens";
 const REQUEST_PREFILL_KV_COMPUTED_TOKENS: &str = "vllm:request_prefill_kv_computed_tokens";
+/// Whether the engine sleeps; this one does not know how to, but dashboards read from it whether it is up.
+const ENGINE_SLEEP_STATE: &str = "vllm:engine_sleep_state";
 /// Deprecated by vLLM, but asked for by published dashboards.
 const TIME_PER_OUTPUT_TOKEN: &str = "vllm:time_per_output_token_seconds";
 
@@ -37,6 +39,7 @@ pub struct Metrics {
     http_requests: IntCounterVec,
     startup_seconds: GaugeVec,
     startup_bytes: GaugeVec,
+    load_rate: Gauge,
     pub stalls: IntCounter,
     /// By result, of the server's certificate.
     pub tls_reloads: IntCounterVec,
@@ -92,6 +95,9 @@ pub struct ServingMetrics {
     prefill: Histogram,
     decode: Histogram,
     step_seconds: Histogram,
+    occupancy: Histogram,
+    roofline: Gauge,
+    batch_max: usize,
     mask_failures: IntCounter,
     pub deadlines: IntCounter,
     pub canary_deviation: Gauge,
@@ -167,6 +173,13 @@ impl Registrar<'_> {
         collector
     }
 
+    #[cfg(target_os = "linux")]
+    fn process(&self) {
+        let collector = prometheus::process_collector::ProcessCollector::for_self();
+        let registered = self.registry.register(Box::new(collector));
+        debug_assert!(registered.is_ok(), "{registered:?}");
+    }
+
     fn counter(&self, name: &str, help: &str) -> IntCounter {
         self.add(IntCounter::with_opts(self.opts(name, help)))
     }
@@ -198,6 +211,9 @@ impl Metrics {
             registry: &registry,
             model_name,
         };
+        // Start, memory, processor time and files of the process, under the names that every exporter uses.
+        #[cfg(target_os = "linux")]
+        registrar.process();
         let http_requests = registrar.add(IntCounterVec::new(
             Opts::new(
                 "http_requests_total",
@@ -219,6 +235,10 @@ impl Metrics {
             ),
             &["phase"],
         ));
+        let load_rate = registrar.gauge(
+            "cachalot_engine_load_bytes_per_second",
+            "Rate at which the weights were loaded, 0 before; alert when far below what the disk gives.",
+        );
         let stalls = registrar.counter(
             "cachalot_engine_stalls_total",
             "Times the engine's thread showed no progress for too long; alert on any.",
@@ -251,6 +271,7 @@ impl Metrics {
             http_requests,
             startup_seconds,
             startup_bytes,
+            load_rate,
             stalls,
             tls_reloads,
             handshake_failures,
@@ -311,6 +332,9 @@ impl Metrics {
         self.startup_bytes
             .with_label_values(&[phase])
             .set(bytes as f64);
+        if phase == "loading" && seconds > 0.0 {
+            self.load_rate.set(bytes as f64 / seconds);
+        }
     }
 
     /// The text exposition.
@@ -378,6 +402,16 @@ impl ServingMetrics {
             "Prompt tokens processed, by where they came from.",
             &["source"],
         );
+        let sleep = registrar.add(IntGaugeVec::new(
+            registrar.opts(
+                ENGINE_SLEEP_STATE,
+                "1 in the state that the engine is in, which is always awake.",
+            ),
+            &["sleep_state"],
+        ));
+        for (state, value) in [("awake", 1), ("weights_offloaded", 0), ("discard_all", 0)] {
+            sleep.with_label_values(&[state]).set(value);
+        }
         let info = registrar.add(IntGaugeVec::new(
             registrar.opts(
                 names::CACHE_CONFIG_INFO,
@@ -469,6 +503,17 @@ impl ServingMetrics {
                 "Duration of a step.",
                 &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0],
             ),
+            occupancy: registrar.histogram(
+                "cachalot_engine_batch_occupancy_ratio",
+                "Sequences of a step over the most that a batch takes; alert when it stays at 1 while requests wait.",
+                &[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+            ),
+            roofline: registrar.gauge(
+                "cachalot_engine_roofline_ratio",
+                "Least time that reading the weights takes over the time that recent decode steps took, 1 at best, 0 when \
+                 unknown; alert when it halves on the same model and node.",
+            ),
+            batch_max: limits.max_num_seqs,
             mask_failures: counter(
                 "cachalot_engine_mask_failures_total",
                 "Sequences that ended because a grammar could not go on; alert on a rising rate.",
@@ -518,6 +563,22 @@ impl ServingMetrics {
     pub fn observe_step(&self, tokens: usize, took: Duration) {
         self.iteration_tokens.observe(tokens as f64);
         self.step_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A step had so many sequences.
+    pub fn observe_batch(&self, sequences: usize) {
+        self.occupancy
+            .observe(sequences as f64 / self.batch_max as f64);
+    }
+
+    /// A decode step could have taken `bound` and took `took`; the gauge follows the mean of recent steps.
+    pub fn observe_roofline(&self, bound: f64, took: Duration) {
+        let ratio = bound / took.as_secs_f64().max(1e-9);
+        let mean = self.roofline.get();
+        self.roofline.set(match mean {
+            0.0 => ratio,
+            mean => mean * 0.95 + ratio * 0.05,
+        });
     }
 
     /// A request was admitted.

@@ -9,6 +9,31 @@ use engine_text::Text;
 
 use crate::weights::WeightsOrigin;
 
+/// The least time that a step takes, by the bytes of weights that it has to read.
+///
+/// A token reads the weights that it uses; each further token of a step adds the experts that no token before it chose,
+/// as often as an even choice would. Only memory counts: a step of many tokens is bound by arithmetic instead.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Roofline {
+    /// Bytes that one token reads.
+    pub token_bytes: f64,
+    /// Bytes that a step reads in which every expert has a token.
+    pub all_bytes: f64,
+    /// Share of the experts that one token chooses; 1 without experts.
+    pub chosen: f64,
+    /// Bytes that the device reads in a second.
+    pub bytes_per_second: f64,
+}
+
+impl Roofline {
+    /// Seconds that a step of so many tokens takes at least.
+    pub fn seconds(&self, tokens: usize) -> f64 {
+        let unread = (1.0 - self.chosen).powi(tokens.saturating_sub(1) as i32);
+        let bytes = self.token_bytes + (self.all_bytes - self.token_bytes) * (1.0 - unread);
+        bytes / self.bytes_per_second
+    }
+}
+
 /// A model that is in memory.
 pub struct Loaded {
     /// Computes.
@@ -19,6 +44,8 @@ pub struct Loaded {
     pub limits: Limits,
     /// Where its weights came from, and how others can take their place.
     pub weights: WeightsOrigin,
+    /// What its steps are held against, where the device's bandwidth is known.
+    pub roofline: Option<Roofline>,
 }
 
 /// Why there is no model.
@@ -164,6 +191,25 @@ impl std::fmt::Debug for StartupHandle {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_bound_grows_with_the_experts_that_are_read() {
+        let roofline = Roofline {
+            token_bytes: 10.0,
+            all_bytes: 50.0,
+            chosen: 0.25,
+            bytes_per_second: 10.0,
+        };
+        assert_eq!(roofline.seconds(1), 1.0);
+        assert_eq!(roofline.seconds(2), 2.0);
+        assert!((roofline.seconds(1000) - 5.0).abs() < 1e-9);
+        let dense = Roofline {
+            all_bytes: 10.0,
+            chosen: 1.0,
+            ..roofline
+        };
+        assert_eq!(dense.seconds(64), 1.0);
+    }
 
     #[test]
     fn progress_is_reported_in_percent_and_stays_after_the_end() {

@@ -14,13 +14,13 @@ use std::time::{Duration, Instant};
 
 use engine_core::{
     Admission, Counters, Engine, Event, EventKind, ExecuteError, Executor, FinishReason, Limits,
-    Rejection, Request, RequestId, StagedWeights, run_canary,
+    Rejection, Request, RequestId, StagedWeights, StepReport, run_canary,
 };
 use engine_spec::StartupPhase;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::metrics::SequenceEnd;
-use crate::startup::{LoadFailure, Loaded, Loader};
+use crate::metrics::{SequenceEnd, ServingMetrics};
+use crate::startup::{LoadFailure, Loaded, Loader, Roofline};
 use crate::state::{Model, Shared, unix_seconds};
 use crate::weights::{InFlightRule, Replacement};
 
@@ -85,6 +85,7 @@ struct Worker {
     limits: Limits,
     /// Weights that wait for their moment, and since when no request may begin because of it.
     replacement: Option<(Box<Replacement>, Instant)>,
+    roofline: Option<Roofline>,
     /// When the step began whose events are being delivered.
     began: Instant,
 }
@@ -136,6 +137,7 @@ fn start(shared: &Arc<Shared>, loader: Loader) -> Result<Worker, LoadFailure> {
         text,
         limits,
         weights,
+        roofline,
     } = loader(startup)?;
     startup.enter(StartupPhase::Warming, || (0, 0));
     let failure = |reason: &str, message: String| LoadFailure {
@@ -195,6 +197,7 @@ fn start(shared: &Arc<Shared>, loader: Loader) -> Result<Worker, LoadFailure> {
         slots: limits.max_num_seqs,
         limits,
         replacement: None,
+        roofline,
         began: Instant::now(),
     })
 }
@@ -384,6 +387,7 @@ impl Worker {
             Ok(report) => {
                 if let Some(metrics) = self.shared.metrics.serving() {
                     metrics.observe_step(report.tokens, took);
+                    self.measure_step(metrics, &report, took);
                 }
                 if report.tokens > 0 {
                     let rate = report.tokens as f64 / took.as_secs_f64().max(1e-6);
@@ -400,6 +404,19 @@ impl Worker {
                 Ok(())
             }
             Err(fatal @ ExecuteError::Fatal(_)) => Err(fatal),
+        }
+    }
+
+    /// How full the batch was and, where each of its sequences decoded one token, how close to the bound it came.
+    fn measure_step(&self, metrics: &ServingMetrics, report: &StepReport, took: Duration) {
+        if report.sequences == 0 {
+            return;
+        }
+        metrics.observe_batch(report.sequences);
+        if let Some(roofline) = self.roofline
+            && report.tokens == report.sequences
+        {
+            metrics.observe_roofline(roofline.seconds(report.tokens), took);
         }
     }
 

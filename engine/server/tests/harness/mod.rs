@@ -18,9 +18,10 @@ use std::time::{Duration, Instant};
 
 use engine_core::{Batch, DraftBatch, ExecuteError, Executor, Limits, Logits, StagedWeights};
 use engine_server::{
-    LoadFailure, Loaded, LoadedWeights, Loader, ServeError, ServerOptions, WeightsLoader,
+    LoadFailure, Loaded, LoadedWeights, Loader, Roofline, ServeError, ServerOptions, WeightsLoader,
     WeightsOrigin, WeightsSource, serve,
 };
+use engine_spec::StartupPhase;
 use engine_text::{Text, ToolCallParser};
 use serde_json::Value;
 use tokio::sync::oneshot;
@@ -168,7 +169,8 @@ pub fn loader(backend: Backend) -> Loader {
 
 /// For a model that calls tools in this format.
 pub fn calling_loader(backend: Backend, parser: ToolCallParser) -> Loader {
-    Box::new(move |_| {
+    Box::new(move |startup| {
+        startup.enter(StartupPhase::Loading, || (1000, 1000));
         let limits = backend.limits;
         let mut text = Text::new(bytes_tokenizer::files()).unwrap();
         text.set_tool_call_parser(parser);
@@ -177,6 +179,12 @@ pub fn calling_loader(backend: Backend, parser: ToolCallParser) -> Loader {
             text,
             limits,
             weights: origin(|_| Ok(())),
+            roofline: Some(Roofline {
+                token_bytes: 1e3,
+                all_bytes: 1e3,
+                chosen: 1.0,
+                bytes_per_second: 1e9,
+            }),
         })
     })
 }

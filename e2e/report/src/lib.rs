@@ -1,0 +1,313 @@
+//! Figures of a benchmark in the one form that all of the repository share: a value, what it is held against, and whether
+//! the goal is met.
+//!
+//! Invariant: `met` follows from the numbers of its own row, so nobody has to believe it. A row without a goal is a figure
+//! and no more.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+/// What a goal is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Of {
+    /// The value itself.
+    Value,
+    /// Value over reference.
+    Ratio,
+}
+
+/// What is wanted of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Goal {
+    /// Of which number.
+    pub of: Of,
+    /// It must not be below this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub least: Option<f64>,
+    /// It must not be above this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub most: Option<f64>,
+}
+
+/// One figure.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Row {
+    /// What was measured.
+    pub name: String,
+    /// The median of the runs.
+    pub value: f64,
+    /// Its unit.
+    pub unit: String,
+    /// What it is held against in the same run, in the same unit.
+    pub reference: Option<f64>,
+    /// `value / reference`.
+    pub ratio: Option<f64>,
+    /// What is wanted.
+    pub goal: Option<Goal>,
+    /// Whether it is met.
+    pub met: Option<bool>,
+}
+
+impl Row {
+    /// A figure alone.
+    pub fn plain(name: &str, value: f64, unit: &str) -> Self {
+        Self {
+            name: name.into(),
+            value,
+            unit: unit.into(),
+            reference: None,
+            ratio: None,
+            goal: None,
+            met: None,
+        }
+    }
+
+    /// A figure held against another, of which it should reach at least a share.
+    pub fn against(name: &str, value: f64, unit: &str, reference: f64, least: Option<f64>) -> Self {
+        let goal = least.map(|least| Goal {
+            of: Of::Ratio,
+            least: Some(least),
+            most: None,
+        });
+        Self {
+            reference: Some(reference),
+            ratio: Some(value / reference),
+            ..Self::plain(name, value, unit)
+        }
+        .with(goal)
+    }
+
+    /// A figure that must not be above a limit.
+    pub fn below(name: &str, value: f64, unit: &str, most: f64) -> Self {
+        Self::plain(name, value, unit).with(Some(Goal {
+            of: Of::Value,
+            least: None,
+            most: Some(most),
+        }))
+    }
+
+    /// A figure that must not be above what the machine makes it, which is its reference.
+    pub fn within(name: &str, value: f64, unit: &str, reference: f64) -> Self {
+        Self {
+            reference: Some(reference),
+            ratio: Some(value / reference),
+            ..Self::plain(name, value, unit)
+        }
+        .with(Some(Goal {
+            of: Of::Ratio,
+            least: None,
+            most: Some(1.0),
+        }))
+    }
+
+    fn with(mut self, goal: Option<Goal>) -> Self {
+        self.goal = goal;
+        self.met = self.verdict();
+        self
+    }
+
+    /// What `met` must be by the other fields.
+    pub fn verdict(&self) -> Option<bool> {
+        let goal = self.goal?;
+        let number = match goal.of {
+            Of::Value => self.value,
+            Of::Ratio => self.ratio?,
+        };
+        let (least, most) = (
+            goal.least.unwrap_or(f64::MIN),
+            goal.most.unwrap_or(f64::MAX),
+        );
+        Some((least..=most).contains(&number))
+    }
+
+    fn goal_in_words(&self) -> String {
+        let Some(goal) = self.goal else {
+            return String::new();
+        };
+        let (sign, limit) = match (goal.least, goal.most) {
+            (Some(least), _) => (">=", least),
+            (None, most) => ("<=", most.unwrap_or(f64::MAX)),
+        };
+        let verdict = match self.met {
+            Some(true) => "met",
+            _ => "missed",
+        };
+        match goal.of {
+            Of::Value => format!("{sign} {} {}, {verdict}", short(limit), self.unit),
+            Of::Ratio => format!("ratio {sign} {}, {verdict}", short(limit)),
+        }
+    }
+}
+
+/// All rows of a run.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Report {
+    /// Processor, threads or cores, memory.
+    pub machine: String,
+    /// What makes the report again.
+    pub command: String,
+    /// The tree that was measured.
+    pub commit: String,
+    /// The figures.
+    pub rows: Vec<Row>,
+}
+
+impl Report {
+    /// A report without rows, to be made again by `command`; prints the head of the table.
+    pub fn new(command: &str, threads: usize) -> Self {
+        let machine = machine(threads);
+        println!("{machine}\n");
+        println!(
+            "{:72} {:>10} {:9} {:>10} {:>7}  goal",
+            "", "value", "", "reference", "ratio"
+        );
+        Self {
+            machine,
+            command: command.into(),
+            commit: commit(),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Keeps a row and prints it.
+    pub fn push(&mut self, row: Row) {
+        println!(
+            "{:72} {:>10} {:9} {:>10} {:>7}  {}",
+            row.name,
+            short(row.value),
+            row.unit,
+            row.reference.map(short).unwrap_or_default(),
+            row.ratio
+                .map(|ratio| format!("{ratio:.2}"))
+                .unwrap_or_default(),
+            row.goal_in_words(),
+        );
+        self.rows.push(row);
+    }
+
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn finish(self, path: &Path) -> anyhow::Result<()> {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        let text = serde_json::to_string_pretty(&self)? + "\n";
+        std::fs::write(path, text).with_context(|| format!("--out {}", path.display()))?;
+        println!("\nwritten to {}", path.display());
+        Ok(())
+    }
+}
+
+/// The value in the middle.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Three significant digits.
+fn short(value: f64) -> String {
+    let digits = if value == 0.0 {
+        0
+    } else {
+        (2.0 - value.abs().log10().floor()).clamp(0.0, 12.0) as usize
+    };
+    format!("{value:.digits$}")
+}
+
+/// Processor and memory, as Linux tells them.
+fn machine(threads: usize) -> String {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let field = |text: &str, name: &str| {
+        let line = text.lines().find(|line| {
+            let rest = line.strip_prefix(name);
+            rest.is_some_and(|rest| rest.trim_start().starts_with(':'))
+        });
+        line.and_then(|line| line.split_once(':'))
+            .map_or("unknown".into(), |(_, value)| value.trim().to_owned())
+    };
+    let processor = read("/proc/cpuinfo");
+    format!(
+        "{} (family {}, model {}), {threads} threads, memory {}",
+        field(&processor, "model name"),
+        field(&processor, "cpu family"),
+        field(&processor, "model"),
+        field(&read("/proc/meminfo"), "MemTotal"),
+    )
+}
+
+fn commit() -> String {
+    let output = Command::new("git")
+        .args(["describe", "--always", "--dirty", "--abbrev=12"])
+        .output();
+    output
+        .ok()
+        .filter(|output| output.status.success())
+        .map_or("unknown".into(), |output| {
+            String::from_utf8_lossy(&output.stdout).trim().to_owned()
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn goals_are_met_from_their_limits_on() {
+        let share = |value| Row::against("x", value, "GB/s", 10.0, Some(0.85)).met;
+        assert_eq!((share(8.5), share(8.4)), (Some(true), Some(false)));
+        assert_eq!(Row::against("x", 1.0, "GB/s", 10.0, None).met, None);
+        let limit = |value| Row::below("x", value, "ms", 100.0).met;
+        assert_eq!((limit(100.0), limit(100.1)), (Some(true), Some(false)));
+        let bound = |value| Row::within("x", value, "s", 2.0).met;
+        assert_eq!((bound(2.0), bound(2.1)), (Some(true), Some(false)));
+        assert_eq!(Row::below("x", f64::NAN, "ms", 1.0).met, Some(false));
+    }
+
+    #[test]
+    fn goals_are_told_in_words() {
+        let row = Row::against("x", 8.4, "GB/s", 10.0, Some(0.85));
+        assert_eq!(row.goal_in_words(), "ratio >= 0.850, missed");
+        assert_eq!(
+            Row::below("x", 4.0, "ms", 100.0).goal_in_words(),
+            "<= 100 ms, met"
+        );
+        let shown: Vec<String> = [0.0, 0.01234, 1.5, 37.94, 1413.2].map(short).into();
+        assert_eq!(shown, ["0", "0.0123", "1.50", "37.9", "1413"]);
+    }
+
+    /// What is published has this form, and its verdicts follow from its numbers.
+    #[test]
+    fn the_published_figures_have_this_form() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/performance");
+        for name in ["engine.json", "fleet.json"] {
+            let text = std::fs::read_to_string(folder.join(name)).expect("a report");
+            let report: Report =
+                serde_json::from_str(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert!(
+                report.command.starts_with("make "),
+                "{name}: {}",
+                report.command
+            );
+            assert!(!report.rows.is_empty(), "{name} has no rows");
+            for row in report.rows {
+                assert_eq!(row.met, row.verdict(), "{name}: {}", row.name);
+                let ratio = row.reference.map(|reference| row.value / reference);
+                let off = row.ratio.zip(ratio).map_or(0.0, |(a, b)| (a - b).abs());
+                assert!(
+                    row.ratio.is_some() == ratio.is_some() && off < 1e-9,
+                    "{name}: {}",
+                    row.name
+                );
+            }
+        }
+    }
+}
