@@ -7,9 +7,9 @@
 
 use std::sync::OnceLock;
 
-use engine_load::convert::{for_each, to_bf16, to_f32};
-use engine_load::{LoadError, Progress, StoredTensor, TensorSource};
-use engine_memory::ResidentDtype;
+use engine_load::convert::{for_each, for_each_integer_row, to_bf16, to_f32};
+use engine_load::{FloatType, LoadError, Progress, StoredTensor, TensorSource};
+use engine_memory::{IntegerSource, ResidentDtype};
 use engine_model::{Attention, LatentAttention, Model, TensorRole, WeightId};
 use half::bf16;
 
@@ -69,6 +69,15 @@ impl Matrix {
         };
         let values = match form {
             ResidentDtype::Float32 => Values::F32(to_f32(tensor).into()),
+            ResidentDtype::Integer(format, IntegerSource::Files)
+                if matches!(tensor.dtype, FloatType::I8 | FloatType::I32) =>
+            {
+                let mut packer = Packer::new(format, rows, columns, rows);
+                for_each_integer_row(tensor, |row| {
+                    packer.put(|group| row.scales[group], |at| row.stored[at]);
+                });
+                Values::Integer(packer.finish())
+            }
             ResidentDtype::Integer(format, _) => {
                 let mut packer = Packer::new(format, rows, columns, rows);
                 let mut row = Vec::with_capacity(columns);

@@ -6,12 +6,14 @@
 //! Surprise: a mapped file must not shrink while it is in use; the kernel would kill the process with SIGBUS. Model
 //! directories are written once and then only read (an image, a read-only claim, a cache filled by renames).
 
+mod integers;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use engine_model::{Model, TensorRole, TensorSpec, WeightId};
-use engine_spec::{ModelConfig, StoredDtype, WeightBlocks};
+use engine_model::{Attention, Model, TensorRole, TensorSpec, WeightId};
+use engine_spec::{ModelConfig, StoredDtype, StoredIntegers, WeightBlocks};
 use memmap2::Mmap;
 use serde::Deserialize;
 
@@ -40,6 +42,7 @@ pub struct Checkpoint {
     maps: Vec<Mmap>,
     weights: Vec<Weight>,
     blocks: Option<WeightBlocks>,
+    integers: Option<StoredIntegers>,
 }
 
 /// Where a tensor is, and its block scales.
@@ -74,15 +77,17 @@ impl StoredTensor<'_> {
     }
 }
 
-/// Multipliers of an FP8 matrix, one for each block of [`WeightBlocks`].
+/// Multipliers of an FP8 or integer matrix, one for each block of [`WeightBlocks`].
 #[derive(Clone, Copy, Debug)]
 pub struct Scales<'a> {
-    /// F32, BF16 or F8_E8M0.
+    /// F32, BF16, F16 or F8_E8M0.
     pub dtype: FloatType,
     /// Row-major over blocks.
     pub bytes: &'a [u8],
     /// Block size.
     pub blocks: WeightBlocks,
+    /// Bits of an element.
+    pub bits: u32,
 }
 
 /// Where a backend's weights come from.
@@ -140,24 +145,28 @@ impl Checkpoint {
             maps,
             weights: check(&shards, config, model)?,
             blocks: config.weight_blocks,
+            integers: config.integers,
         })
     }
 
     /// A tensor of `model`, the one this checkpoint was opened for.
     pub fn tensor<'a>(&'a self, model: &'a Model, id: WeightId) -> StoredTensor<'a> {
         let (location, scales) = &self.weights[id.index()];
+        let spec = &model.tensors[id.index()];
+        let (blocks, bits) = match self.integers {
+            Some(integers) => (Some(row_blocks(spec, integers)), integers.bits),
+            None => (self.blocks, 8),
+        };
         StoredTensor {
-            spec: &model.tensors[id.index()],
+            spec,
             dtype: location.dtype,
             bytes: self.bytes(location),
-            scales: scales
-                .as_ref()
-                .zip(self.blocks)
-                .map(|(scales, blocks)| Scales {
-                    dtype: scales.dtype,
-                    bytes: self.bytes(scales),
-                    blocks,
-                }),
+            scales: scales.as_ref().zip(blocks).map(|(scales, blocks)| Scales {
+                dtype: scales.dtype,
+                bytes: self.bytes(scales),
+                blocks,
+                bits,
+            }),
         }
     }
 
@@ -195,7 +204,26 @@ pub(crate) fn check(
     refuse_contradictions(shards, model)?;
     require_prediction(&places, config, model)?;
     let mut weights = Vec::with_capacity(model.tensors.len());
-    for spec in &model.tensors {
+    let ups: Vec<WeightId> = model
+        .layers
+        .iter()
+        .filter_map(|layer| match &layer.attention {
+            Attention::Latent(attention) => Some(attention.kv_up),
+            Attention::Grouped(_) => None,
+        })
+        .collect();
+    for (index, spec) in model.tensors.iter().enumerate() {
+        if let (Some(stored), TensorRole::Matrix) = (config.integers, spec.role) {
+            // A key-value up-projection is wide in memory, and may be so in the files.
+            let is_up = ups.contains(&WeightId(index as u32));
+            if !(is_up
+                && places.contains_key(spec.name.as_str())
+                && !integers::is_stored(shards, &places, spec))
+            {
+                weights.push(integers::locate(shards, &places, spec, stored)?);
+                continue;
+            }
+        }
         let location = locate(shards, &places, spec, config)?;
         let scales = match (location.dtype, config.weight_blocks) {
             (FloatType::F8E4m3, Some(blocks)) => {
@@ -417,6 +445,16 @@ fn locate(
             expected.join(" or ")
         ),
     })
+}
+
+/// Each row has scales of its own.
+fn row_blocks(spec: &TensorSpec, integers: StoredIntegers) -> WeightBlocks {
+    let columns = spec.shape.last().map_or(1, |columns| *columns as u32);
+    WeightBlocks {
+        rows: 1,
+        columns: integers.group.unwrap_or(columns),
+        power_of_two: false,
+    }
 }
 
 fn locate_scales(

@@ -15,6 +15,9 @@ pub fn for_each(tensor: &StoredTensor<'_>, mut sink: impl FnMut(f32)) {
         FloatType::F32 => chunks(bytes, |c: [u8; 4]| sink(f32::from_le_bytes(c))),
         FloatType::Bf16 => chunks(bytes, |c: [u8; 2]| sink(bf16::from_le_bytes(c).to_f32())),
         FloatType::F16 => chunks(bytes, |c: [u8; 2]| sink(f16::from_le_bytes(c).to_f32())),
+        FloatType::I8 | FloatType::I32 => {
+            for_each_integer_row(tensor, |row| row.for_each(&mut sink))
+        }
         FloatType::F8E8m0 => bytes.iter().for_each(|byte| sink(e8m0(*byte))),
         FloatType::F8E4m3 => match (&tensor.scales, tensor.spec.shape.as_slice()) {
             (Some(scales), [_, columns]) => dequantise(bytes, *columns, scales, sink),
@@ -62,6 +65,61 @@ fn dequantise(bytes: &[u8], columns: usize, scales: &Scales<'_>, mut sink: impl 
     }
 }
 
+/// A row of stored integers: what stands in the file, and how it is scaled.
+#[derive(Debug)]
+pub struct IntegerRow<'a> {
+    /// Integers plus 128 (eight bits) or 8 (four bits).
+    pub stored: &'a [u8],
+    /// A scale for each `group` columns.
+    pub scales: &'a [f32],
+    /// Columns that share a scale.
+    pub group: usize,
+    /// What was added to the integers.
+    pub offset: u8,
+}
+
+impl IntegerRow<'_> {
+    /// The weights that the row stands for.
+    pub fn for_each(&self, sink: &mut impl FnMut(f32)) {
+        for (values, scale) in self.stored.chunks(self.group).zip(self.scales) {
+            for value in values {
+                sink((f32::from(*value) - f32::from(self.offset)) * scale);
+            }
+        }
+    }
+}
+
+/// Calls `take` with each row of a matrix of stored integers.
+pub fn for_each_integer_row(tensor: &StoredTensor<'_>, mut take: impl FnMut(&IntegerRow<'_>)) {
+    let (Some(scales), [rows, columns]) = (&tensor.scales, tensor.spec.shape.as_slice()) else {
+        return;
+    };
+    let group = scales.blocks.columns as usize;
+    let groups = columns.div_ceil(group);
+    let row_bytes = tensor.bytes.len() / (*rows).max(1);
+    // Words are little-endian, their first integer lowest, so bytes are in the order of the columns.
+    let is_nibbles = tensor.dtype == FloatType::I32 && scales.bits == 4;
+    let mut stored = Vec::with_capacity(row_bytes * 2);
+    for (row, bytes) in tensor.bytes.chunks_exact(row_bytes.max(1)).enumerate() {
+        stored.clear();
+        match (tensor.dtype, is_nibbles) {
+            (FloatType::I8, _) => stored.extend(bytes.iter().map(|byte| byte ^ 0x80)),
+            (_, false) => stored.extend(bytes),
+            (_, true) => stored.extend(bytes.iter().flat_map(|byte| [byte & 15, byte >> 4])),
+        }
+        stored.truncate(*columns);
+        let of_row: Vec<f32> = (row * groups..(row + 1) * groups)
+            .map(|at| scales.get(at))
+            .collect();
+        take(&IntegerRow {
+            stored: &stored,
+            scales: &of_row,
+            group,
+            offset: if is_nibbles { 8 } else { 128 },
+        });
+    }
+}
+
 impl Scales<'_> {
     /// All multipliers in order.
     pub fn to_f32(&self) -> Vec<f32> {
@@ -74,6 +132,7 @@ impl Scales<'_> {
         let at = index * self.dtype.bytes();
         match self.bytes[at..at + self.dtype.bytes()] {
             [byte] => e8m0(byte),
+            [a, b] if self.dtype == FloatType::F16 => f16::from_le_bytes([a, b]).to_f32(),
             [a, b] => bf16::from_le_bytes([a, b]).to_f32(),
             [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
             _ => f32::NAN,

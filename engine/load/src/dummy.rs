@@ -83,6 +83,7 @@ impl TensorSource for Dummy {
             dtype: FloatType::F32,
             bytes: &scales,
             blocks,
+            bits: 8,
         });
         take(&StoredTensor {
             spec,

@@ -16,7 +16,7 @@ const HEADER_BYTES_MAX: u64 = 100_000_000;
 /// The length field in front of the header.
 const LENGTH_BYTES: u64 = 8;
 
-/// Element types that weights may be stored in.
+/// Element types that weights, or the integers that stand for them, may be stored in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FloatType {
     /// IEEE binary32.
@@ -29,15 +29,19 @@ pub enum FloatType {
     F8E4m3,
     /// Power-of-two scale.
     F8E8m0,
+    /// Integer of eight bits, to be multiplied by a scale.
+    I8,
+    /// Words of 32 bits: several integers, or a shape.
+    I32,
 }
 
 impl FloatType {
     /// Bytes of one element.
     pub fn bytes(self) -> usize {
         match self {
-            Self::F32 => 4,
+            Self::F32 | Self::I32 => 4,
             Self::Bf16 | Self::F16 => 2,
-            Self::F8E4m3 | Self::F8E8m0 => 1,
+            Self::F8E4m3 | Self::F8E8m0 | Self::I8 => 1,
         }
     }
 
@@ -48,6 +52,8 @@ impl FloatType {
             "F16" => Self::F16,
             "F8_E4M3" => Self::F8E4m3,
             "F8_E8M0" => Self::F8E8m0,
+            "I8" => Self::I8,
+            "I32" => Self::I32,
             _ => return None,
         })
     }
@@ -61,6 +67,8 @@ impl fmt::Display for FloatType {
             Self::F16 => "F16",
             Self::F8E4m3 => "F8_E4M3",
             Self::F8E8m0 => "F8_E8M0",
+            Self::I8 => "I8",
+            Self::I32 => "I32",
         })
     }
 }

@@ -13,6 +13,7 @@ use crate::checkpoint::{
     CONFIG_FILE, INDEX_FILE, Index, SINGLE_FILE, Shard, check, local_shards, parse_config,
 };
 use crate::download::{Client, Origin, RemoteFile, hex};
+use crate::packed::{PACKED_FILE, PackedModel};
 use crate::source::{FetchSettings, Place, locate};
 use crate::{LoadError, header, read_config};
 
@@ -28,6 +29,10 @@ const HEADER_GUESS_BYTES: u64 = 256 << 10;
 /// As [`read_config`] and [`crate::Checkpoint::open`].
 pub fn inspect(dir: &Path) -> Result<ModelFacts, LoadError> {
     let config = read_config(dir)?;
+    let packed = dir.join(PACKED_FILE);
+    if packed.is_file() {
+        return packed_facts(config, &PackedModel::open(&packed)?);
+    }
     let shards = local_shards(dir)?;
     facts(config, &shards)
 }
@@ -61,6 +66,26 @@ pub fn inspect_source(
     }
 }
 
+/// Facts of a packed model: those of its header.
+fn packed_facts(config: ModelConfig, packed: &PackedModel) -> Result<ModelFacts, LoadError> {
+    let header = serde_json::to_vec(packed.header())
+        .map_err(|error| LoadError::Backend(error.to_string()))?;
+    Ok(ModelFacts {
+        weight_dtype: config.stored_dtype,
+        weight_bytes: packed.bytes(),
+        parameters: config.parameters(),
+        digest: format!("sha256:{}", hex(&Sha256::digest(header))),
+        shards: 1,
+        tensors: packed
+            .header()
+            .sections
+            .len()
+            .try_into()
+            .unwrap_or_default(),
+        config,
+    })
+}
+
 fn facts(config: ModelConfig, shards: &[Shard]) -> Result<ModelFacts, LoadError> {
     let model = engine_model::build(&config);
     check(shards, &config, &model)?;
@@ -85,9 +110,16 @@ fn facts(config: ModelConfig, shards: &[Shard]) -> Result<ModelFacts, LoadError>
                 tensor.dtype, tensor.shape
             ));
             facts.tensors += 1;
-            if !name.ends_with("_scale_inv") {
+            let beside = ["_scale_inv", ".weight_scale", ".weight_shape"];
+            if !beside.iter().any(|suffix| name.ends_with(suffix)) {
                 let elements: u64 = tensor.shape.iter().map(|size| *size as u64).product();
-                facts.parameters += elements;
+                // Words of 32 bits hold several.
+                let packed = facts
+                    .config
+                    .integers
+                    .filter(|_| name.ends_with(".weight_packed"));
+                facts.parameters +=
+                    elements * packed.map_or(1, |integers| 32 / u64::from(integers.bits));
             }
         }
     }

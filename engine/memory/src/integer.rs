@@ -9,6 +9,9 @@ pub const LINE_BYTES: u64 = 64;
 /// Columns that share a scale when four-bit weights are made at load.
 pub const INT4_GROUP: u32 = 64;
 
+/// A group that is longer than any row.
+pub(crate) const WHOLE_ROW: u32 = 1 << 20;
+
 /// How integer weights are stored: symmetric, a float32 scale for each output row or for each group of its columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

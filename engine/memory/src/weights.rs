@@ -6,7 +6,7 @@ use engine_spec::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::integer::{INT4_GROUP, IntegerFormat, IntegerSource};
+use crate::integer::{INT4_GROUP, IntegerFormat, IntegerSource, WHOLE_ROW};
 
 /// Dtype of the large matrices while they are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +92,15 @@ pub fn resident_dtype(
     };
     if let Some(format) = format {
         return ResidentDtype::Integer(format, IntegerSource::Load);
+    }
+    if let (Some(stored), Dtype::Auto, Device::Cpu) = (config.integers, dtype, device) {
+        let format = match stored.bits {
+            4 => IntegerFormat::Int4 {
+                group: stored.group.unwrap_or(WHOLE_ROW),
+            },
+            _ => IntegerFormat::Int8,
+        };
+        return ResidentDtype::Integer(format, IntegerSource::Files);
     }
     match (dtype, config.stored_dtype, config.weight_blocks, device) {
         (Dtype::Float32, ..) => ResidentDtype::Float32,

@@ -19,5 +19,5 @@ pub use health::{LoadReport, StartupPhase, StartupReport};
 pub use inspect::{InspectError, InspectReport, ModelFacts, ModelFault};
 pub use model_config::{
     Architecture, AttentionConfig, ConfigError, GateScoring, GateSelection, GqaConfig, MlaConfig,
-    ModelConfig, MoeConfig, Packing, RopeScaling, StoredDtype, WeightBlocks, Yarn,
+    ModelConfig, MoeConfig, Packing, RopeScaling, StoredDtype, StoredIntegers, WeightBlocks, Yarn,
 };

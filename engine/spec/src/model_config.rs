@@ -94,6 +94,17 @@ pub struct WeightBlocks {
     pub power_of_two: bool,
 }
 
+/// Integer weights in the files: symmetric, of the format compressed-tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredIntegers {
+    /// Four or eight.
+    pub bits: u32,
+    /// Columns that share a scale; absent = all of a row.
+    pub group: Option<u32>,
+    /// Several to a 32-bit word, with an offset (`pack-quantized`); else a byte each (`int-quantized`).
+    pub packed: bool,
+}
+
 /// What `engine pack` was asked for; `cachalot_packed` in the config.json that it writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -419,6 +430,9 @@ pub struct ModelConfig {
     pub stored_dtype: StoredDtype,
     /// Block scales when the matrices are FP8.
     pub weight_blocks: Option<WeightBlocks>,
+    /// Integers in the files; head, embedding, gates and norms then have `stored_dtype`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub integers: Option<StoredIntegers>,
     /// How `engine pack` made the weights; they are then in `model.packed`, as the CPU computes with them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub packed: Option<Packing>,
@@ -495,9 +509,9 @@ impl ModelConfig {
     /// Bytes of the weight files by the config alone: FP8 matrices carry one float32 per block;
     /// embedding, head, norms, biases and gates stay at two bytes.
     pub fn stored_weight_bytes(&self) -> u64 {
-        let Some(blocks) = self.weight_blocks else {
+        if self.weight_blocks.is_none() && self.integers.is_none() {
             return self.parameters() * self.stored_dtype.bytes();
-        };
+        }
         let d = u64::from(self.hidden_size);
         let head = u64::from(self.vocab_size) * d * if self.tied_embeddings { 1 } else { 2 };
         let gates = self.moe.as_ref().map_or(0, |moe| {
@@ -506,7 +520,18 @@ impl ModelConfig {
         let norms = d + u64::from(self.layers) * (2 * d + self.attention.vector_parameters());
         let wide = head + gates + norms;
         let narrow = self.parameters() - wide;
-        wide * 2 + narrow + narrow * 4 / u64::from(blocks.rows * blocks.columns)
+        let scaled = match (self.weight_blocks, self.integers) {
+            (Some(blocks), _) => narrow + narrow * 4 / u64::from(blocks.rows * blocks.columns),
+            (None, Some(integers)) => {
+                // A row's scale is small beside it.
+                let scales = integers
+                    .group
+                    .map_or(0, |group| narrow * 2 / u64::from(group));
+                narrow * u64::from(integers.bits) / 8 + scales
+            }
+            (None, None) => narrow * 2,
+        };
+        wide * 2 + scaled
     }
 }
 

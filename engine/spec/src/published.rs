@@ -9,15 +9,15 @@ mod check;
 mod deepseek;
 mod fields;
 mod grouped;
+mod quantization;
 mod rope;
 
-use serde::Deserialize;
 use serde_json::Value;
 
 use crate::model_config::{
-    Architecture, ConfigError, ModelConfig, Packing, StoredDtype, WeightBlocks,
+    Architecture, ConfigError, ModelConfig, Packing, StoredDtype, StoredIntegers, WeightBlocks,
 };
-use check::{SIZE_MAX, check};
+use check::check;
 use fields::Fields;
 
 pub(crate) fn parse(text: &str) -> Result<ModelConfig, ConfigError> {
@@ -71,13 +71,20 @@ fn refuse_biases(f: &Fields<'_>) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn stored(f: &Fields<'_>) -> Result<(StoredDtype, Option<WeightBlocks>), ConfigError> {
+/// How the weight files hold the large matrices.
+pub(super) struct Stored {
+    pub dtype: StoredDtype,
+    pub blocks: Option<WeightBlocks>,
+    pub integers: Option<StoredIntegers>,
+}
+
+fn stored(f: &Fields<'_>) -> Result<Stored, ConfigError> {
     // transformers 5 renamed torch_dtype to dtype.
     let (field, name) = match f.text("torch_dtype")? {
         Some(name) => ("torch_dtype", Some(name)),
         None => ("dtype", f.text("dtype")?),
     };
-    let plain = match name.as_deref() {
+    let dtype = match name.as_deref() {
         Some("bfloat16") | None => StoredDtype::Bfloat16,
         Some("float32") => StoredDtype::Float32,
         Some("float16") => StoredDtype::Float16,
@@ -86,32 +93,26 @@ fn stored(f: &Fields<'_>) -> Result<(StoredDtype, Option<WeightBlocks>), ConfigE
             return Err(ConfigError::invalid(field, other, way_out));
         }
     };
+    let plain = Stored {
+        dtype,
+        blocks: None,
+        integers: None,
+    };
     let Some(value) = f.present("quantization_config") else {
-        return Ok((plain, None));
+        return Ok(plain);
     };
-    let quantization: Quantization = serde_json::from_value(value.clone())
-        .map_err(|e| ConfigError::Malformed(format!("quantization_config: {e}")))?;
-    if quantization.quant_method != "fp8" {
-        return Err(ConfigError::invalid(
+    match value.get("quant_method").and_then(Value::as_str) {
+        Some("fp8") => quantization::float8(value),
+        Some("compressed-tensors") => Ok(Stored {
+            integers: Some(quantization::compressed_tensors(value)?),
+            ..plain
+        }),
+        other => Err(ConfigError::invalid(
             "quantization_config.quant_method",
-            quantization.quant_method,
-            "served is fp8 with weight_block_size",
-        ));
+            other.unwrap_or_default(),
+            "served are fp8 with weight_block_size, and compressed-tensors",
+        )),
     }
-    let [rows, columns] = quantization.weight_block_size.unwrap_or([128, 128]);
-    if !(1..=SIZE_MAX).contains(&rows) || !(1..=SIZE_MAX).contains(&columns) {
-        return Err(ConfigError::invalid(
-            "quantization_config.weight_block_size",
-            format!("[{rows}, {columns}]"),
-            "both sizes must be positive",
-        ));
-    }
-    let blocks = WeightBlocks {
-        rows,
-        columns,
-        power_of_two: quantization.scale_fmt.as_deref() == Some("ue8m0"),
-    };
-    Ok((StoredDtype::Float8E4m3, Some(blocks)))
 }
 
 /// What `engine pack` left in the config of what it wrote.
@@ -120,13 +121,6 @@ fn packing(f: &Fields<'_>) -> Result<Option<Packing>, ConfigError> {
         .map(|value| serde_json::from_value(value.clone()))
         .transpose()
         .map_err(|e| ConfigError::Malformed(format!("cachalot_packed: {e}")))
-}
-
-#[derive(Deserialize)]
-struct Quantization {
-    quant_method: String,
-    weight_block_size: Option<[u32; 2]>,
-    scale_fmt: Option<String>,
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! DeepSeek's families: latent attention, and experts from some layer on.
 
-use super::{Fields, packing, refuse_biases, rope::rope, stored};
+use super::{Fields, Stored, packing, refuse_biases, rope::rope, stored};
 use crate::model_config::{
     Architecture, AttentionConfig, ConfigError, GateScoring, GateSelection, MlaConfig, ModelConfig,
     MoeConfig,
@@ -39,7 +39,11 @@ impl Family {
             ));
         }
         refuse_biases(f)?;
-        let (stored_dtype, weight_blocks) = stored(f)?;
+        let Stored {
+            dtype: stored_dtype,
+            blocks: weight_blocks,
+            integers,
+        } = stored(f)?;
         let (rope_theta, rope_scaling) = rope(f)?;
         Ok(ModelConfig {
             architecture: self.default(Architecture::DeepseekV2, Architecture::DeepseekV3),
@@ -68,6 +72,7 @@ impl Family {
             eos_tokens: f.integers("eos_token_id", Some(self.default(2, 1)))?,
             stored_dtype,
             weight_blocks,
+            integers,
             packed: packing(f)?,
         })
     }

@@ -1,6 +1,6 @@
 //! Qwen2, Llama, Qwen3 and Qwen3-MoE: grouped-query attention, dense or with experts in some layers.
 
-use super::{Fields, packing, refuse_biases, rope::rope, stored};
+use super::{Fields, Stored, packing, refuse_biases, rope::rope, stored};
 use crate::model_config::{
     Architecture, AttentionConfig, ConfigError, GateScoring, GateSelection, GqaConfig, ModelConfig,
     MoeConfig,
@@ -67,7 +67,11 @@ pub(super) fn read(architecture: Architecture, f: &Fields<'_>) -> Result<ModelCo
     let hidden_size = f.size("hidden_size", defaults.hidden_size)?;
     let layers = f.size("num_hidden_layers", defaults.layers)?;
     refuse_windows(architecture, layers, f)?;
-    let (stored_dtype, weight_blocks) = stored(f)?;
+    let Stored {
+        dtype: stored_dtype,
+        blocks: weight_blocks,
+        integers,
+    } = stored(f)?;
     let (rope_theta, rope_scaling) = rope(f)?;
     Ok(ModelConfig {
         architecture,
@@ -90,6 +94,7 @@ pub(super) fn read(architecture: Architecture, f: &Fields<'_>) -> Result<ModelCo
         eos_tokens: f.integers("eos_token_id", defaults.eos_token)?,
         stored_dtype,
         weight_blocks,
+        integers,
         packed: packing(f)?,
     })
 }

@@ -227,3 +227,124 @@ fn no_value_of_a_field_makes_a_config_panic() {
     }
     assert!(served > 1000, "{served}");
 }
+
+fn compressed(edit: impl FnOnce(&mut Value)) -> Result<ModelConfig, ConfigError> {
+    let mut quantization = serde_json::json!({
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {
+            "targets": ["Linear"], "input_activations": null, "output_activations": null,
+            "weights": {"num_bits": 4, "type": "int", "symmetric": true, "strategy": "group", "group_size": 128,
+                "actorder": null, "dynamic": false},
+        }},
+    });
+    edit(&mut quantization);
+    edited(V2_LITE, "quantization_config", quantization)
+}
+
+#[test]
+fn integers_of_compressed_tensors_are_read() {
+    let found = |edit: fn(&mut Value)| compressed(edit).unwrap().integers.unwrap();
+    let integers = |bits, group, packed| StoredIntegers {
+        bits,
+        group,
+        packed,
+    };
+    assert_eq!(found(|_| ()), integers(4, Some(128), true));
+    let by_channel = |q: &mut Value| {
+        let weights = &mut q["config_groups"]["group_0"]["weights"];
+        weights["num_bits"] = 8.into();
+        weights["strategy"] = "channel".into();
+        weights["group_size"] = Value::Null;
+    };
+    assert_eq!(found(by_channel), integers(8, None, true));
+    let bytes = |q: &mut Value| {
+        q["format"] = "int-quantized".into();
+        let group = &mut q["config_groups"]["group_0"];
+        group["weights"]["num_bits"] = 8.into();
+        group["weights"]["strategy"] = "channel".into();
+        group["weights"]["group_size"] = Value::Null;
+        group["input_activations"] =
+            serde_json::json!({"num_bits": 8, "type": "int", "dynamic": true, "strategy": "token"});
+    };
+    assert_eq!(found(bytes), integers(8, None, false));
+    let config = compressed(|_| ()).unwrap();
+    assert_eq!(config.stored_dtype, StoredDtype::Bfloat16);
+    // Half a byte and an eightieth for scales of nearly all parameters; two tables stay at two bytes.
+    let bytes = config.stored_weight_bytes() as f64 / config.parameters() as f64;
+    assert!((0.53..0.62).contains(&bytes), "{bytes}");
+}
+
+#[test]
+fn integers_that_are_not_served_are_named() {
+    let cases: [(&str, Value, &str); 9] = [
+        (
+            "weights/symmetric",
+            false.into(),
+            "weights.symmetric = false: served are symmetric weights",
+        ),
+        ("weights/type", "float".into(), "weights.type = float"),
+        (
+            "weights/num_bits",
+            3.into(),
+            "weights.num_bits = 3, by groups of 128",
+        ),
+        (
+            "weights/strategy",
+            "block".into(),
+            "weights.strategy = block: served are channel and group",
+        ),
+        (
+            "weights/group_size",
+            12.into(),
+            "weights.group_size = 12: must be a multiple of 8",
+        ),
+        (
+            "weights/actorder",
+            "group".into(),
+            "weights.actorder = group: columns must be in order",
+        ),
+        ("weights", Value::Null, "weights = null"),
+        (
+            "targets",
+            serde_json::json!(["Conv2d"]),
+            "targets = Conv2d: served is Linear",
+        ),
+        (
+            "input_activations",
+            serde_json::json!({"num_bits": 8, "type": "int", "dynamic": false}),
+            "input_activations = others: served are dynamic symmetric",
+        ),
+    ];
+    for (place, value, expected) in cases {
+        let message = compressed(|q| {
+            let field = q.pointer_mut(&format!("/config_groups/group_0/{place}"));
+            *field.unwrap() = value;
+        })
+        .unwrap_err()
+        .to_string();
+        assert!(message.contains(expected), "{place}: {message}");
+    }
+    let message = compressed(|q| q["format"] = "marlin-24".into())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        message.contains("format = marlin-24: served are pack-quantized"),
+        "{message}"
+    );
+    let message = compressed(|q| q["quant_method"] = "gptq".into())
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains("quant_method = gptq"), "{message}");
+}
+
+#[test]
+fn what_was_packed_is_read_back() {
+    let packed = serde_json::json!({"dtype": "auto", "quantization": "int8"});
+    let config = edited(V2_LITE, "cachalot_packed", packed).unwrap();
+    let quantization = config.packed.unwrap().quantization;
+    assert_eq!(quantization, crate::Quantization::Int8);
+    let message = edited(V2_LITE, "cachalot_packed", 1.into())
+        .unwrap_err()
+        .to_string();
+    assert!(message.contains("cachalot_packed"), "{message}");
+}
