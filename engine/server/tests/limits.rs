@@ -282,3 +282,17 @@ fn heads_are_bounded_in_bytes_and_lines() {
     assert_eq!(status(&lines(98)), "200");
     assert_eq!(status(&lines(99)), "431");
 }
+
+#[test]
+fn json_is_bounded_in_depth() {
+    let server = server();
+    // An unknown field is ignored, whatever it holds, but it must be read. The body itself is the first level.
+    let status = |levels: usize| {
+        let (open, close) = ("[".repeat(levels - 1), "]".repeat(levels - 1));
+        let body = format!("{{\"prompt\": \"x\", \"max_tokens\": 1, \"more\": {open}{close}}}");
+        server
+            .send("POST", "/v1/completions", &[], body.as_bytes())
+            .status
+    };
+    assert_eq!((status(127), status(128)), (200, 400));
+}
