@@ -130,3 +130,26 @@ fn random_weights_are_not_replaced() {
     let (status, answer) = engine.ask("POST", "/v1/weights", head, Some(&body));
     assert_eq!(status, 501, "{answer}");
 }
+
+#[test]
+fn a_disk_that_fails_while_it_serves_is_not_missed() {
+    let model = golden("v3-groups");
+    let keys = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(keys.path(), "root\n").unwrap();
+    let engine = start(model.path(), keys.path());
+    let before = engine.text(&PROMPT, 24);
+    for shard in shards(model.path()) {
+        std::fs::File::options()
+            .write(true)
+            .open(shard)
+            .unwrap()
+            .set_len(100)
+            .unwrap();
+    }
+    // The weights are in memory: no step reads a file, and a reload from it is refused.
+    assert_eq!(engine.text(&PROMPT, 24), before);
+    let report = replace(&engine, &json!({"source": model.path()}));
+    assert_eq!(report["update"]["reason"], "WeightsTruncated", "{report}");
+    assert_eq!(engine.text(&PROMPT, 24), before);
+    assert_eq!(engine.ask("GET", "/livez", "", None).0, 200);
+}

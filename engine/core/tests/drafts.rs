@@ -112,6 +112,7 @@ fn take(streams: &mut Streams, events: &mut Vec<Event>) {
         assert_eq!(stream.1, None, "{event:?} after the end");
         match event.kind {
             EventKind::Started { .. } => {}
+            EventKind::Restarted => panic!("nothing restarts here"),
             EventKind::Token(sampled) => stream.0.push(sampled),
             EventKind::Finished(reason) => stream.1 = Some(reason),
         }
@@ -364,7 +365,7 @@ fn a_cached_prefix_is_found_where_the_token_after_it_is_the_same() {
                 engine.step(&mut executor, &mut events).unwrap();
             }
             found.extend(events.iter().filter_map(|event| match event.kind {
-                EventKind::Started { cached_tokens } => Some(cached_tokens),
+                EventKind::Started { cached_tokens, .. } => Some(cached_tokens),
                 _ => None,
             }));
         }

@@ -1,7 +1,7 @@
 //! Whether the engine's thread makes progress.
 //!
 //! The thread leaves marks in atomics, so that a probe never waits for it. A step may take as long as its tokens did
-//! before, ten times over, but five seconds in any case: a fixed limit would either kill large models or miss hangs of
+//! before, ten times over, but four seconds in any case: a fixed limit would either kill large models or miss hangs of
 //! small ones.
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -71,7 +71,8 @@ impl ServerOptions {
             body_timeout: Duration::from_secs(30),
             connections_max: 4096,
             failure_linger: Duration::from_secs(10),
-            stall_timeout: Duration::from_secs(5),
+            // Noticed, looked at and answered within 5 s.
+            stall_timeout: Duration::from_secs(4),
             api_keys: ApiKeys::default(),
             admin_keys: ApiKeys::default(),
             tls: None,

@@ -5,7 +5,7 @@
 mod harness;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use engine_core::ExecuteError;
@@ -38,6 +38,14 @@ fn while_it_loads_it_is_alive_but_not_ready() {
     assert_eq!(startup.status, 503);
     assert_eq!(startup.json()["percent"], 25.0);
     assert_eq!(startup.json()["bytesTotal"], 120);
+    let number = |name: &str| startup.json()[name].as_f64().unwrap();
+    // 90 bytes are left, at the rate of the first 30.
+    let eta = 90.0 / number("bytesPerSecond");
+    assert!(
+        (number("etaSeconds") - eta).abs() < 1e-6 * eta,
+        "{}",
+        startup.body
+    );
     assert_eq!(server.get("/livez").status, 200);
     assert_eq!(server.get("/readyz").status, 503);
     assert_eq!(server.get("/v1/models").status, 503);
@@ -253,6 +261,33 @@ fn a_hang_of_the_backend_is_noticed_and_may_pass() {
     eventually("serving again", || {
         server.post("/v1/completions", &long(json!({}))).status == 200
     });
+}
+
+#[test]
+fn a_hang_is_noticed_within_five_seconds_and_so_is_a_dead_thread() {
+    for hangs in [true, false] {
+        let broken = Arc::new(Mutex::new(None::<Instant>));
+        let since = broken.clone();
+        let server = Server::start(
+            // As it is served: no time is shortened.
+            options(),
+            Backend::new(move |step, _| {
+                if step > 20 {
+                    since.lock().unwrap().get_or_insert_with(Instant::now);
+                    assert!(hangs, "the thread is gone");
+                    // Longer than the test takes, shorter than for ever: the thread must end.
+                    std::thread::sleep(Duration::from_secs(8));
+                }
+                Ok(())
+            }),
+        );
+        let noticed = std::thread::scope(|scope| {
+            scope.spawn(|| server.post("/v1/completions", &long(json!({}))));
+            eventually("not alive", || server.get("/livez").status == 503);
+            broken.lock().unwrap().unwrap().elapsed()
+        });
+        assert!(noticed < Duration::from_secs(5), "{noticed:?}");
+    }
 }
 
 #[test]

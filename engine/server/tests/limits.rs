@@ -40,7 +40,7 @@ fn messages(count: usize) -> Value {
 fn calls(count: usize) -> Value {
     let call = json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}});
     json!([{"role": "user", "content": "x"},
-        {"role": "assistant", "content": "", "tool_calls": vec![call; count]}, {"role": "user", "content": "y"}])
+        {"role": "assistant", "content": "a", "tool_calls": vec![call; count]}, {"role": "user", "content": "y"}])
 }
 
 fn tools(count: usize) -> Value {
@@ -281,4 +281,18 @@ fn heads_are_bounded_in_bytes_and_lines() {
     // `host` and `connection` are two more.
     assert_eq!(status(&lines(98)), "200");
     assert_eq!(status(&lines(99)), "431");
+}
+
+#[test]
+fn json_is_bounded_in_depth() {
+    let server = server();
+    // An unknown field is ignored, whatever it holds, but it must be read. The body itself is the first level.
+    let status = |levels: usize| {
+        let (open, close) = ("[".repeat(levels - 1), "]".repeat(levels - 1));
+        let body = format!("{{\"prompt\": \"x\", \"max_tokens\": 1, \"more\": {open}{close}}}");
+        server
+            .send("POST", "/v1/completions", &[], body.as_bytes())
+            .status
+    };
+    assert_eq!((status(127), status(128)), (200, 400));
 }
