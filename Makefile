@@ -11,6 +11,8 @@
 #   make bench-fleet                    measure the operator beside a bare client; docs/performance/fleet.json
 #   make gen                            regenerate the CRD and its reference page
 #   make bench-engine [LLAMA_CPP=no]    the CPU engine against this machine's limits and llama.cpp (built once, five minutes)
+#   make gpu-bundle                     what a machine with a GPU needs for the check, in one archive under 40 MB
+#   make gpu-check                      the check itself on this machine's GPU; FLAGS=--emulated tries it without one
 #   make kernels                        rebuild the prebuilt CUDA images (installs a pinned nvcc from PyPI)
 
 MODE ?= node
@@ -33,7 +35,7 @@ up down images tools: .lab/bin/up
 	@mkdir -p .lab/bin
 	@GOWORK=off CGO_ENABLED=0 go build -C e2e/up -buildvcs=false -o "$(CURDIR)/$@" .
 
-.PHONY: test check gen kernels bench-engine bench-fleet
+.PHONY: test check gen kernels gpu-bundle gpu-check bench-engine bench-fleet
 
 test:
 	@e2e/test.sh
@@ -53,6 +55,12 @@ gen:
 
 kernels:
 	python3 kernels/build.py
+
+gpu-bundle:
+	kernels/check/bundle.sh
+
+gpu-check: gpu-bundle
+	python3 .lab/gpu-check/gpu_check.py --out .lab/gpu-check-out $(FLAGS)
 
 LLAMA_CPP ?= yes
 LLAMA = .lab/llama

@@ -3,6 +3,7 @@
 //!     device outputs FILE    small shapes; writes every output, to be compared with another driver's
 //!     device compare A B     differences between two such files, as JSON
 //!     device speed           true shapes; times by events over graph replays, as JSON
+//!     device driver          builds the emulated driver where it is missing; its path
 //!     device speed --small   the same over small shapes, to try the program itself
 //!
 //! `KERNELS_DRIVER` names the driver; without it the emulated one is built, whose times mean nothing and are marked.
@@ -24,6 +25,7 @@ use std::process::ExitCode;
 use build::Case;
 use harness::{Lab, Random, driver};
 use kernels::driver::{Device, Driver, DriverError, Stream};
+use kernels::emulation::Emulation;
 use serde_json::{Value, json};
 
 /// Bytes that the copies of a case's operands should exceed, so that no cache holds them: over twice an H200's second cache.
@@ -32,6 +34,32 @@ const COPIES_MAX: usize = 48;
 /// Launches in a graph, and graphs timed.
 const LAUNCHES: usize = 48;
 const REPLAYS: usize = 11;
+
+/// How much is repeated.
+#[derive(Clone, Copy)]
+struct Effort {
+    copies_max: usize,
+    launches: usize,
+    replays: usize,
+}
+
+impl Effort {
+    /// Small shapes are for trying the program on the emulated driver.
+    fn of(small: bool) -> Self {
+        if small {
+            return Self {
+                copies_max: 2,
+                launches: 2,
+                replays: 1,
+            };
+        }
+        Self {
+            copies_max: COPIES_MAX,
+            launches: LAUNCHES,
+            replays: REPLAYS,
+        }
+    }
+}
 
 /// Makes one copy of a case.
 type Maker = Box<dyn Fn(&mut Lab) -> Case>;
@@ -54,17 +82,17 @@ fn lab(driver: &std::sync::Arc<Driver>, name: &str) -> Result<Lab, DriverError> 
 }
 
 /// Median milliseconds of one launch of a case, over `copies` that follow each other.
-fn time(stream: &Stream, copies: &[Case]) -> Result<f64, DriverError> {
+fn time(stream: &Stream, copies: &[Case], effort: Effort) -> Result<f64, DriverError> {
     for copy in copies {
         copy.queue(stream)?; // loads the code, which a capture may not
     }
     stream.synchronize()?;
-    let rounds = LAUNCHES.div_ceil(copies.len());
+    let rounds = effort.launches.div_ceil(copies.len());
     let graph = stream.capture(|stream| {
         (0..rounds).try_for_each(|_| copies.iter().try_for_each(|copy| copy.queue(stream)))
     })?;
     let mut times = Vec::new();
-    for replay in 0..REPLAYS + 2 {
+    for replay in 0..effort.replays + 2 {
         let begin = stream.record()?;
         // SAFETY: `copies` hold the buffers until this returns, and the stream is synchronised before.
         #[allow(unsafe_code)]
@@ -83,17 +111,19 @@ fn time(stream: &Stream, copies: &[Case]) -> Result<f64, DriverError> {
 }
 
 /// A case's line of the table; a failure is a line too.
-fn measure(driver: &std::sync::Arc<Driver>, name: &str, make: &Maker) -> Value {
+fn measure(driver: &std::sync::Arc<Driver>, name: &str, make: &Maker, effort: Effort) -> Value {
     let measured = || -> Result<Value, DriverError> {
         let mut lab = lab(driver, name)?;
         let first = make(&mut lab);
         let (bytes, flops) = (first.bytes, first.flops);
-        let wanted = (COLD_BYTES / bytes).ceil().clamp(1.0, COPIES_MAX as f64) as usize;
+        let wanted = (COLD_BYTES / bytes)
+            .ceil()
+            .clamp(1.0, effort.copies_max as f64) as usize;
         let mut copies = vec![first];
         while copies.len() < wanted {
             copies.push(make(&mut lab));
         }
-        let milliseconds = time(&lab.stream, &copies)?;
+        let milliseconds = time(&lab.stream, &copies, effort)?;
         Ok(json!({
             "name": name, "kernel": copies[0].kernels(), "milliseconds": milliseconds, "bytes": bytes, "flops": flops,
             "gb_per_s": bytes / milliseconds / 1e6, "tflop_per_s": flops / milliseconds / 1e9, "copies": copies.len(),
@@ -114,7 +144,7 @@ fn speed(driver: &std::sync::Arc<Driver>, small: bool) -> Result<Value, DriverEr
             lines.push(json!({"name": name, "skipped": "needs capability 9.0"}));
             continue;
         }
-        let line = measure(driver, &name, &make);
+        let line = measure(driver, &name, &make, Effort::of(small));
         eprintln!("{line}");
         lines.push(line);
     }
@@ -159,6 +189,10 @@ fn main() -> ExitCode {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match words.as_slice() {
         ["compare", a, b] => compare::differences(a, b).map(|value| println!("{value:#}")),
+        ["driver"] => Emulation::new(&harness::build_folder())
+            .build()
+            .map(|path| println!("{}", path.display()))
+            .map_err(|error| error.to_string()),
         ["outputs", path] => match driver() {
             Some(driver) => outputs(&driver, path),
             None => Err("no driver, and no C++ compiler for the emulated one".into()),
@@ -169,7 +203,7 @@ fn main() -> ExitCode {
                 .map_err(|error| error.to_string()),
             None => Err("no driver, and no C++ compiler for the emulated one".into()),
         },
-        _ => Err("usage: device outputs FILE | compare FILE FILE | speed [--small]".into()),
+        _ => Err("usage: device driver | outputs FILE | compare FILE FILE | speed [--small]".into()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

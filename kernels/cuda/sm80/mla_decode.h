@@ -84,7 +84,7 @@ template <int LATENT, int ROTARY> struct MlaFp8Tiles {
             const int at = (4 * i + group) * 8;
             store_vector(&k[line][LATENT + at], load_vector(from + LATENT + LATENT / QUANT_GROUP * 4 + at * 2));
         }
-        block_sync(); // all of the tile is widened
+        warp_sync(); // a warp scores the tokens that it widened; the others read them after the maxima have met
         return k;
     }
 };

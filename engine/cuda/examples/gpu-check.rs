@@ -1,0 +1,248 @@
+//! Whole models on a GPU: the part of `make gpu-check` that runs the backend.
+//!
+//!     gpu-check golden DIR...                 logits and greedy tokens of models with golden vectors, as JSON
+//!     gpu-check logits DIR FILE               logits after each prompt of FILE (a JSON list of token lists), as JSON
+//!     gpu-check model CONFIG LENGTH BATCH...  decode steps of random weights at a context length, as JSON
+//!
+//! `KERNELS_DRIVER` names the driver's library. Times are wall clock over whole steps: copies in, graph, logits out.
+
+#![allow(missing_docs)]
+
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, TokenId, argmax};
+use engine_cuda::{CudaExecutor, CudaLimits, Gpu};
+use engine_load::{Progress, read_config};
+use engine_memory::{MemoryRequest, memory_plan, resident_dtype};
+use engine_spec::{Device, Dtype, ModelConfig, Parallelism};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+type Outcome = Result<Value, Box<dyn Error>>;
+
+const BLOCK: usize = 16;
+/// Steps timed, after two that load code and record the graph.
+const STEPS: usize = 20;
+
+#[derive(Deserialize)]
+struct Golden {
+    prompts: Vec<Prompt>,
+}
+
+#[derive(Deserialize)]
+struct Prompt {
+    tokens: Vec<u32>,
+    positions: Vec<usize>,
+    logits: Vec<Vec<f32>>,
+    greedy: Vec<u32>,
+}
+
+fn gpu() -> Result<Gpu, Box<dyn Error>> {
+    let driver = std::env::var_os("KERNELS_DRIVER").map(PathBuf::from);
+    Ok(Gpu::open(driver.as_deref(), 0)?)
+}
+
+fn entry(sequence: usize, tokens: &[u32], start: usize, first_block: usize) -> BatchEntry {
+    let blocks = (start + tokens.len()).div_ceil(BLOCK);
+    BatchEntry {
+        sequence: SequenceId(sequence as u64),
+        tokens: tokens.iter().map(|token| TokenId(*token)).collect(),
+        start,
+        blocks: (first_block..first_block + blocks)
+            .map(|block| BlockId(block as u32))
+            .collect(),
+        wants_logits: true,
+    }
+}
+
+fn limits(config: &ModelConfig, length: usize, sequences: usize, tokens: usize) -> CudaLimits {
+    let per_sequence = length.div_ceil(BLOCK);
+    let heads = config.attention.heads() as usize;
+    CudaLimits {
+        resident: resident_dtype(Dtype::Auto, config, Device::Nvidia),
+        kv_blocks: per_sequence * sequences,
+        block_size: BLOCK,
+        model_len_max: length,
+        batched_tokens_max: tokens,
+        sequences_max: sequences,
+        // Room for every row's parts up to a bound; beyond it attention takes turns.
+        parts_bytes: (tokens * heads * length.div_ceil(512) * 513 * 4).min(256 << 20),
+        graphs: true,
+    }
+}
+
+fn step(executor: &mut CudaExecutor, entries: Vec<BatchEntry>) -> Result<Logits, Box<dyn Error>> {
+    let mut logits = Logits::default();
+    executor.execute(&Batch { entries }, &mut logits)?;
+    Ok(logits)
+}
+
+/// Largest difference, relative to the largest magnitude of the expected row.
+fn relative_error(found: &[f32], expected: &[f32]) -> f32 {
+    let scale = expected.iter().fold(0f32, |scale, v| scale.max(v.abs()));
+    let pairs = found.iter().zip(expected);
+    pairs.fold(0f32, |worst, (f, e)| worst.max((f - e).abs())) / scale
+}
+
+fn golden(dir: &Path) -> Outcome {
+    let config = read_config(dir)?;
+    let golden: Golden = serde_json::from_slice(&std::fs::read(dir.join("golden.json"))?)?;
+    let limits = limits(&config, 512, 1, 512);
+    let mut executor = CudaExecutor::load(&gpu()?, dir, &config, limits, &Progress::default())?;
+    let (mut errors, mut equal, mut all) = (Vec::new(), 0, 0);
+    for prompt in &golden.prompts {
+        for (position, expected) in prompt.positions.iter().zip(&prompt.logits) {
+            let found = step(
+                &mut executor,
+                vec![entry(1, &prompt.tokens[..=*position], 0, 0)],
+            )?;
+            errors.push(relative_error(found.row(0), expected));
+        }
+        let mut tokens = prompt.tokens.clone();
+        let mut start = 0;
+        for wanted in &prompt.greedy {
+            let found = step(&mut executor, vec![entry(1, &tokens[start..], start, 0)])?;
+            start = tokens.len();
+            equal += usize::from(argmax(found.row(0)).0 == *wanted);
+            all += 1;
+            tokens.push(*wanted); // so that one difference is one difference
+        }
+    }
+    let worst = errors.iter().copied().fold(0f32, f32::max);
+    Ok(json!({
+        "model": dir, "relative_errors": errors, "worst": worst, "greedy_equal": equal, "greedy_all": all,
+    }))
+}
+
+fn logits(dir: &Path, prompts: &Path) -> Outcome {
+    let config = read_config(dir)?;
+    let prompts: Vec<Vec<u32>> = serde_json::from_slice(&std::fs::read(prompts)?)?;
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(1);
+    let limits = limits(&config, longest, 1, longest);
+    let mut executor = CudaExecutor::load(&gpu()?, dir, &config, limits, &Progress::default())?;
+    let mut rows = Vec::new();
+    for tokens in &prompts {
+        rows.push(
+            step(&mut executor, vec![entry(1, tokens, 0, 0)])?
+                .row(0)
+                .to_vec(),
+        );
+    }
+    Ok(json!({"model": dir, "logits": rows}))
+}
+
+/// Bytes that a decode step must read: what the plan says the weights take, and each sequence's cache.
+fn planned_bytes(
+    config: &ModelConfig,
+    length: usize,
+    batch: usize,
+) -> Result<Value, Box<dyn Error>> {
+    let plan = memory_plan(
+        config,
+        &MemoryRequest {
+            dtype: Dtype::Auto,
+            parallelism: Parallelism::default(),
+            device: Device::Nvidia,
+            max_model_len: Some(length as u32),
+            max_num_seqs: batch as u32,
+            block_size: BLOCK as u32,
+            max_num_batched_tokens: batch.max(1) as u32,
+            capacity_bytes: None,
+        },
+    )?;
+    Ok(json!({"weights": plan.per_rank.weights_bytes, "kv": plan.per_rank.kv_bytes}))
+}
+
+fn model(path: &Path, length: usize, batches: &[usize]) -> Outcome {
+    let config = ModelConfig::from_hf_json(&std::fs::read_to_string(path)?)?;
+    let most = batches.iter().copied().max().unwrap_or(1);
+    let room = (length + STEPS + 2).next_multiple_of(BLOCK);
+    let begin = Instant::now();
+    let limits = limits(&config, room, most, most.max(length));
+    let mut executor = CudaExecutor::dummy(&gpu()?, &config, 1, limits, &Progress::default())?;
+    let loaded = begin.elapsed().as_secs_f64();
+    let per_sequence = room.div_ceil(BLOCK);
+    let token =
+        |sequence: usize, at: usize| ((sequence * 7 + at * 13 + 3) as u32) % config.vocab_size;
+    // Every sequence's own context: what was never written may be NaN.
+    let begin = Instant::now();
+    for sequence in 0..most {
+        let tokens: Vec<u32> = (0..length).map(|at| token(sequence, at)).collect();
+        step(
+            &mut executor,
+            vec![entry(sequence, &tokens, 0, sequence * per_sequence)],
+        )?;
+    }
+    let prefill = (most * length) as f64 / begin.elapsed().as_secs_f64();
+    let mut lines = Vec::new();
+    for &batch in batches {
+        let mut times = Vec::new();
+        for turn in 0..STEPS + 2 {
+            let entries = (0..batch)
+                .map(|sequence| {
+                    // Each batch begins at the same length again, over what the last one left.
+                    let start = length + turn;
+                    entry(
+                        sequence,
+                        &[token(sequence, start)],
+                        start,
+                        sequence * per_sequence,
+                    )
+                })
+                .collect();
+            let begin = Instant::now();
+            step(&mut executor, entries)?;
+            times.push(begin.elapsed().as_secs_f64());
+        }
+        let mut times = times.split_off(2);
+        times.sort_by(f64::total_cmp);
+        let median = times[times.len() / 2];
+        lines.push(json!({
+            "batch": batch, "context": length, "step_seconds": median, "tokens_per_second": batch as f64 / median,
+            "planned_bytes": planned_bytes(&config, length, batch)?,
+        }));
+    }
+    Ok(
+        json!({"config": path, "load_seconds": loaded, "prefill_tokens_per_second": prefill,
+        "decode": lines}),
+    )
+}
+
+fn run(arguments: &[String]) -> Outcome {
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["golden", dirs @ ..] if !dirs.is_empty() => Ok(dirs
+            .iter()
+            .map(|dir| {
+                // One model's failure is its line.
+                golden(Path::new(dir))
+                    .unwrap_or_else(|error| json!({"model": dir, "error": error.to_string()}))
+            })
+            .collect()),
+        ["logits", dir, prompts] => logits(Path::new(dir), Path::new(prompts)),
+        ["model", config, length, batches @ ..] if !batches.is_empty() => {
+            let batches: Result<Vec<usize>, _> = batches.iter().map(|b| b.parse()).collect();
+            model(Path::new(config), length.parse()?, &batches?)
+        }
+        _ => Err(
+            "usage: gpu-check golden DIR... | logits DIR FILE | model CONFIG LENGTH BATCH..."
+                .into(),
+        ),
+    }
+}
+
+fn main() -> std::process::ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match run(&arguments) {
+        Ok(value) => {
+            println!("{value:#}");
+            std::process::ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("gpu-check: {error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
