@@ -16,7 +16,7 @@ use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, Toke
 use engine_cuda::{CudaExecutor, CudaLimits, Gpu};
 use engine_load::{Progress, read_config};
 use engine_memory::{MemoryRequest, memory_plan, resident_dtype};
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism};
+use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -54,6 +54,7 @@ fn entry(sequence: usize, tokens: &[u32], start: usize, first_block: usize) -> B
             .map(|block| BlockId(block as u32))
             .collect(),
         wants_logits: true,
+        drafts: 0,
     }
 }
 
@@ -61,7 +62,7 @@ fn limits(config: &ModelConfig, length: usize, sequences: usize, tokens: usize) 
     let per_sequence = length.div_ceil(BLOCK);
     let heads = config.attention.heads() as usize;
     CudaLimits {
-        resident: resident_dtype(Dtype::Auto, config, Device::Nvidia),
+        resident: resident_dtype(Dtype::Auto, Quantization::None, config, Device::Nvidia),
         kv_blocks: per_sequence * sequences,
         block_size: BLOCK,
         model_len_max: length,
@@ -150,6 +151,8 @@ fn planned_bytes(
             block_size: BLOCK as u32,
             max_num_batched_tokens: batch.max(1) as u32,
             capacity_bytes: None,
+            quantization: Quantization::None,
+            draft_tokens: 0,
         },
     )?;
     Ok(json!({"weights": plan.per_rank.weights_bytes, "kv": plan.per_rank.kv_bytes}))
