@@ -82,6 +82,7 @@ fn they_are_planned_exactly_and_packed_without_a_change() {
             block_size: 8,
             max_num_batched_tokens: 64,
             capacity_bytes: None,
+            draft_tokens: 0,
         };
         let plan = memory_plan(&config, &request).unwrap();
         let mut limits = limits(plan.resident);
