@@ -5,6 +5,7 @@
 //! their `_total` themselves, since the library does not add it.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use engine_core::{Counters, FinishReason, Limits, Load};
@@ -35,6 +36,8 @@ pub struct Metrics {
     model_name: String,
     serving: OnceLock<ServingMetrics>,
     http_requests: IntCounterVec,
+    answered: AtomicU64,
+    failed: AtomicU64,
     startup_seconds: GaugeVec,
     startup_bytes: GaugeVec,
     pub stalls: IntCounter,
@@ -172,6 +175,8 @@ impl Metrics {
             model_name: model_name.to_owned(),
             serving: OnceLock::new(),
             http_requests,
+            answered: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
             startup_seconds,
             startup_bytes,
             stalls,
@@ -196,10 +201,21 @@ impl Metrics {
 
     /// One answered request.
     pub fn count_http(&self, handler: &str, method: &str, status: u16) {
+        if handler.starts_with("/v1/") {
+            self.answered.fetch_add(1, Ordering::Relaxed);
+            self.failed
+                .fetch_add(u64::from(status >= 500), Ordering::Relaxed);
+        }
         let status = format!("{}xx", status / 100);
         self.http_requests
             .with_label_values(&[handler, method, &status])
             .inc();
+    }
+
+    /// API requests answered since start, and those of them answered with 500 or above.
+    pub fn answers(&self) -> (u64, u64) {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (read(&self.answered), read(&self.failed))
     }
 
     /// A phase of the start has ended.
@@ -394,6 +410,14 @@ impl ServingMetrics {
         self.prompt_tokens_computed.inc_by((prompt - cached) as u64);
         self.request_prefill_computed
             .observe((prompt - cached) as f64);
+    }
+
+    /// Sequences that gave a first token since start, and the seconds from arrival to it, summed.
+    pub fn first_tokens(&self) -> (u64, f64) {
+        (
+            self.first_token.get_sample_count(),
+            self.first_token.get_sample_sum(),
+        )
     }
 
     /// A sequence gave its first token.

@@ -406,6 +406,10 @@ async fn load(State(shared): AppState) -> Response {
     // Responses still being written count as running: a drain must wait for their last byte.
     let unfinished = shared.in_flight.load(Ordering::Acquire);
     let running = load.running.max(unfinished.saturating_sub(load.waiting));
+    let (requests_total, request_errors_total) = shared.metrics.answers();
+    let serving = shared.metrics.serving();
+    let (first_tokens_total, first_token_seconds_total) =
+        serving.map_or((0, 0.0), |serving| serving.first_tokens());
     json_response(&json!(LoadReport {
         running: running as u32,
         waiting: load.waiting as u32,
@@ -414,6 +418,10 @@ async fn load(State(shared): AppState) -> Response {
         draining: shared.is_draining(),
         prompt_tokens_total: load.counters.prompt_tokens,
         generation_tokens_total: load.counters.generation_tokens,
+        requests_total,
+        request_errors_total,
+        first_tokens_total,
+        first_token_seconds_total,
     }))
 }
 

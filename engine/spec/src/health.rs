@@ -61,4 +61,16 @@ pub struct LoadReport {
     pub prompt_tokens_total: u64,
     /// Tokens generated since start.
     pub generation_tokens_total: u64,
+    /// Requests answered since start, whatever the answer was.
+    #[serde(default)]
+    pub requests_total: u64,
+    /// Those of them answered with a status of 500 or above.
+    #[serde(default)]
+    pub request_errors_total: u64,
+    /// Sequences that gave a first token since start.
+    #[serde(default)]
+    pub first_tokens_total: u64,
+    /// Seconds from arrival to the first token, summed over them.
+    #[serde(default)]
+    pub first_token_seconds_total: f64,
 }

@@ -137,6 +137,14 @@ closed! {
         Draining,
         /// The new revision fails; the older one keeps serving.
         RolloutHalted,
+        /// The new revision failed; the replicas run the one before.
+        RolledBack,
+        /// `rollout.paused` stops the rollout where it is.
+        RolloutPaused,
+        /// `rollout.partition` keeps replicas on the revision before.
+        PartitionReached,
+        /// A step of the rollout is being watched.
+        StepHolding,
         /// Enough replicas answer.
         MinimumReplicasReady,
         /// Fewer replicas answer than promised.
@@ -151,6 +159,8 @@ closed! {
         AsExpected,
         /// Replicas fail and are retried with growing pauses.
         ReplicasFailing,
+        /// Replicas failed as often as `rollout.restartBudget` allows and are not started again.
+        RestartBudgetExhausted,
         /// A node with replicas does not answer.
         NodeLost,
         /// The GPUs of a node with replicas are reported at fault.

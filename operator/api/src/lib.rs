@@ -16,12 +16,12 @@ pub use crd::crd;
 pub use quantity::Quantity;
 pub use spec::{
     Accelerator, AcceleratorType, Autoscaling, AutoscalingTargets, Binding, ConfigMapReference,
-    Context, Model, ModelDeployment, ModelDeploymentSpec, Parallelism, Placement, Precision,
-    Rollout, SecretReference, Stabilization, Topology,
+    Context, Model, ModelDeployment, ModelDeploymentSpec, OnFailure, Parallelism, Placement,
+    Precision, Rollout, RolloutAnalysis, RolloutStep, SecretReference, Stabilization, Topology,
 };
 pub use status::{
     AutoscalingStatus, LoadProgress, ModelDeploymentStatus, PendingScale, Performance, Phase,
-    PlanSummary, RankBytes,
+    PlanSummary, RankBytes, RolloutFailure, RolloutStatus,
 };
 pub use template::{
     ConfigMapVolume, EmptyDirVolume, EnvVar, EnvVarSource, KeyReference, LocalReference,

@@ -333,6 +333,8 @@ pub struct Stabilization {
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!(has(self.maxSurge) && self.maxSurge == 0) || (has(self.maxUnavailable) && self.maxUnavailable > 0)")
     .message("rollout.maxSurge 0 needs rollout.maxUnavailable of at least 1, or no replica could ever be exchanged"))]
+#[x_kube(validation = Rule::new("!(has(self.partition) && self.partition > 0 && has(self.steps))")
+    .message("rollout.partition and rollout.steps both say how many replicas may run the new revision; remove one of them"))]
 pub struct Rollout {
     /// Replicas that may run beyond the wanted number while exchanging. Defaults to 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -349,6 +351,94 @@ pub struct Rollout {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 86400))]
     pub drain_timeout_seconds: Option<i32>,
+
+    /// Stops exchanging replicas where it is. Replicas that fail are still replaced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused: Option<bool>,
+
+    /// Replicas that keep the revision before; the others are exchanged. Defaults to 0. Excludes
+    /// `steps`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 10000))]
+    pub partition: Option<i32>,
+
+    /// Shares of the replicas that run the new revision one after another, each for a while, before
+    /// all do. The Service spreads requests evenly, so a share of replicas is a share of requests.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub steps: Vec<RolloutStep>,
+
+    /// Seconds a replica of a new revision may take until it answers before the revision counts as
+    /// failed. Defaults to 7200: weights of a terabyte take a while.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 10, max = 604800))]
+    pub progress_deadline_seconds: Option<i32>,
+
+    /// What happens when a new revision fails: `Rollback` to the revision before, or `Halt` where
+    /// it is. Defaults to `Rollback`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_failure: Option<OnFailure>,
+
+    /// Compares the new revision with the one before while both serve. Absent: it is not compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub analysis: Option<RolloutAnalysis>,
+
+    /// Failures in a row after which a replica is not started again. Defaults to 10. A replica that
+    /// answered for ten minutes starts counting anew.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub restart_budget: Option<i32>,
+
+    /// Raise it to try a failed revision once more, and replicas whose restart budget is used up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1000000))]
+    pub attempt: Option<i32>,
+}
+
+/// A share of the replicas that runs the new revision for a while.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutStep {
+    /// Share of the wanted replicas, rounded up.
+    #[schemars(range(min = 1, max = 100))]
+    pub percent: i32,
+
+    /// Seconds for which all of them must answer before the next step. Defaults to 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 604800))]
+    pub hold_seconds: Option<i32>,
+}
+
+/// What happens when a new revision fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum OnFailure {
+    /// All replicas return to the revision before.
+    #[default]
+    Rollback,
+    /// The rollout stops where it is.
+    Halt,
+}
+
+/// How much worse than the revision before a new one may be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutAnalysis {
+    /// Mean time to first token above that of the revision before, in percent of it. Defaults to
+    /// 100: twice as long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub max_ttft_increase_percent: Option<i32>,
+
+    /// Share of requests answered with an error of the server, in percentage points above that of
+    /// the revision before. Defaults to 5.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100))]
+    pub max_error_increase_percent: Option<i32>,
+
+    /// Requests that each revision must have answered before they are compared. Defaults to 50.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1000000))]
+    pub min_requests: Option<i32>,
 }
 
 /// Which nodes may be used.

@@ -73,6 +73,10 @@ pub struct ModelDeploymentStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<AutoscalingStatus>,
 
+    /// What the operator remembers of rollouts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutStatus>,
+
     /// Independent judgements: Valid, ModelInspected, Planned, Progressing, Available, Ready,
     /// Degraded, ScalingActive.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -214,6 +218,39 @@ pub struct AutoscalingStatus {
     /// A wish for fewer replicas that has not lasted long enough yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending_down: Option<PendingScale>,
+}
+
+/// What the operator remembers of rollouts; kept here so that a restart forgets nothing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutStatus {
+    /// The last revision that every wanted replica ran and answered with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stable_revision: Option<String>,
+    /// The revision of the spec, which the fields below are about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_revision: Option<String>,
+    /// Index of the step that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step: Option<i32>,
+    /// Since when all replicas of that step answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step_since: Option<Time>,
+    /// Why the revision of the spec was given up; absent while it was not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<RolloutFailure>,
+}
+
+/// Why a revision was given up.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutFailure {
+    /// When.
+    pub at: Time,
+    /// `rollout.attempt` at that time; another value there tries the revision once more.
+    pub attempt: i32,
+    /// What happened, for people.
+    pub message: String,
 }
 
 /// A wish that has to last before it is followed; kept here so that a restart forgets nothing.

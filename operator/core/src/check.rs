@@ -253,7 +253,9 @@ fn check_replicas(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
             .count()
             + created.len(),
     );
-    let allowed = wanted.saturating_add(valid.surge_max).max(live_before);
+    let allowed = wanted
+        .saturating_add(valid.rollout.surge_max)
+        .max(live_before);
     if !created.is_empty() && live_after > allowed {
         flaws.push(Flaw::TooMany {
             pods: live_after,
@@ -267,7 +269,7 @@ fn check_replicas(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
     };
     let taken_away = count(replicas.iter().filter(is_taken_away).count());
     let ready = ready_before - taken_away;
-    let promised = wanted.saturating_sub(valid.unavailable_max);
+    let promised = wanted.saturating_sub(valid.rollout.unavailable_max);
     if taken_away > 0 && ready < promised {
         flaws.push(Flaw::TooFew { ready, promised });
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use engine_spec::ModelFacts;
-use operator_api::{ConditionStatus, Reason};
+use operator_api::{ConditionStatus, Reason, RolloutStatus};
 
 use crate::check::check;
 use crate::fit::{self, Layout, NoLayout};
@@ -12,8 +12,9 @@ use crate::names::{self, Revision};
 use crate::objects;
 use crate::placement::{self, Room, Wish};
 use crate::plan::{Action, Kind, Object, Plan, Settings};
-use crate::replicas::{self, Given, Moves, Replica, State};
+use crate::replicas::{self, Given, Moves, Replica, Side, State};
 use crate::resources::human_bytes;
+use crate::rollout::{self, Steering};
 use crate::scaling;
 use crate::snapshot::Snapshot;
 use crate::status::{Report, Verdict};
@@ -99,6 +100,7 @@ fn blocked(snapshot: &Snapshot, replicas: &[Replica<'_>], verdict: Verdict) -> P
             .unwrap_or(0),
         unavailable_max: 0,
         layout: None,
+        steering: None,
         moves: &moves,
         digest: None,
         autoscaling: stored.and_then(|status| status.autoscaling.clone()),
@@ -189,7 +191,8 @@ impl<'a> Decided<'a> {
             Facts::Inspecting { message } => (None, Verdict::unknown(Reason::Inspecting, message)),
             Facts::Failed { reason, message } => (None, Verdict::no(reason, message)),
         };
-        let mut chosen = None;
+        let mut chosen: Option<Side> = None;
+        let mut course = None;
         let mut old_configs = Vec::new();
         // The address exists before anything answers there, so that clients can be pointed at it.
         actions.extend(front.iter().flatten().cloned());
@@ -204,21 +207,27 @@ impl<'a> Decided<'a> {
             (Ok(_), Some(facts)) => match self.choose(facts, settings) {
                 Err(NoLayout { reason, message }) => Verdict::no(reason, message),
                 Ok((revision, layout)) => {
-                    actions.extend(self.engine_config(&layout, &revision));
+                    let spec = &self.snapshot.deployment.spec;
+                    let record = || objects::record(spec, &layout, settings, facts);
+                    actions.extend(self.engine_config(&layout, &revision, record));
+                    let (steering, sides) = self.steer(revision, layout, settings);
                     moves = replicas::moves(
                         Given {
                             valid: self.valid,
-                            layout: &layout,
-                            revision: &revision,
+                            sides: &sides,
                             wanted: self.wanted,
-                            settings,
+                            is_rolling: steering.is_rolling,
                             snapshot: self.snapshot,
                         },
                         self.replicas,
                     );
-                    old_configs = self.old_configs(&revision);
-                    let verdict = self.placed(&layout, &moves);
-                    chosen = Some((revision, layout));
+                    if let Some(seconds) = steering.wake_seconds {
+                        moves.wake(seconds);
+                    }
+                    old_configs = self.old_configs(&steering.memory);
+                    let verdict = self.placed(&sides[0].layout, &moves);
+                    chosen = sides.into_iter().next();
+                    course = Some(steering);
                     verdict
                 }
             },
@@ -234,8 +243,9 @@ impl<'a> Decided<'a> {
             planned,
             scaling: self.scaling,
             wanted: self.wanted,
-            unavailable_max: self.valid.unavailable_max,
-            layout: chosen.as_ref().map(|(revision, layout)| (revision, layout)),
+            unavailable_max: self.valid.rollout.unavailable_max,
+            layout: chosen.as_ref().map(|side| (&side.revision, &side.layout)),
+            steering: course.as_ref(),
             moves: &moves,
             digest: facts.map(|facts| facts.digest),
             autoscaling: self.autoscaling,
@@ -322,30 +332,96 @@ impl<'a> Decided<'a> {
             };
             placement::offer(&wish, &Room::new(&self.snapshot.cluster)).is_ok()
         };
+        // One that was tried and given up has no replicas; another kind of device must not stand in.
+        let status = self.snapshot.deployment.status.as_ref();
+        let tried = status
+            .and_then(|status| status.rollout.as_ref()?.target_revision.as_deref())
+            .and_then(|tried| {
+                let mut all = candidates.iter();
+                all.position(|(revision, _)| revision.as_str() == tried)
+            });
         let index = in_use
+            .or(tried)
             .or_else(|| candidates.iter().position(|(_, layout)| has_room(layout)))
             .unwrap_or(0);
         Ok(candidates.swap_remove(index))
     }
 
-    fn engine_config(&self, layout: &Layout, revision: &Revision) -> Option<Action> {
-        let wanted = objects::engine_config_map(self.valid, layout, revision);
+    /// How far the rollout may go, and what replicas are to run: the revision of the spec, and while
+    /// not all may run it the one before. The first side is the one that most is moving to.
+    fn steer(
+        &self,
+        revision: Revision,
+        layout: Layout,
+        settings: &Settings,
+    ) -> (Steering, Vec<Side>) {
+        let status = self.snapshot.deployment.status.as_ref();
+        let before = status.and_then(|status| status.rollout.as_ref());
+        let stable = rollout::origin(before, &revision)
+            .and_then(|stable| objects::recorded(self.snapshot, self.valid, &stable));
+        let steering = rollout::steer(rollout::Given {
+            rollout: &self.valid.rollout,
+            target: &revision,
+            wanted: self.wanted,
+            replicas: self.replicas,
+            samples: &self.snapshot.samples,
+            before,
+            can_return: stable.is_some(),
+            now: self.snapshot.now,
+        });
+        let wanted = steering.target_max.min(self.wanted);
+        let target = Side {
+            valid: self.valid.clone(),
+            layout,
+            revision,
+            settings: settings.clone(),
+            wanted,
+        };
+        let sides = match stable {
+            Some(mut stable) if wanted < self.wanted => {
+                stable.wanted = self.wanted - wanted;
+                if wanted == 0 && steering.memory.failure.is_some() {
+                    vec![stable]
+                } else {
+                    vec![target, stable]
+                }
+            }
+            _ => vec![target],
+        };
+        (steering, sides)
+    }
+
+    /// The configuration of a revision, where it is missing or was changed. Its record needs no look:
+    /// it is believed only where it makes the revision.
+    fn engine_config(
+        &self,
+        layout: &Layout,
+        revision: &Revision,
+        record: impl FnOnce() -> String,
+    ) -> Option<Action> {
         let name = names::engine_config_map(&self.valid.name, revision);
-        let is_there = self
-            .snapshot
-            .config_maps
-            .iter()
-            .any(|map| map.name == name && Some(&map.data) == wanted.data.as_ref());
-        (!is_there).then(|| Action::Apply(Object::ConfigMap(Box::new(wanted))))
+        let engine = objects::engine_json(layout);
+        let is_there = self.snapshot.config_maps.iter().any(|map| {
+            map.name == name
+                && map.data.get(names::ENGINE_JSON) == Some(&engine)
+                && map.data.contains_key(names::REVISION_JSON)
+        });
+        (!is_there).then(|| {
+            let wanted = objects::engine_config_map(self.valid, engine, revision, record());
+            Action::Apply(Object::ConfigMap(Box::new(wanted)))
+        })
     }
 
     /// Configurations of revisions that no pod uses any more.
-    fn old_configs(&self, current: &Revision) -> Vec<Action> {
+    fn old_configs(&self, memory: &RolloutStatus) -> Vec<Action> {
+        let needed = [&memory.target_revision, &memory.stable_revision];
         let prefix = format!("{}-", self.valid.name);
         let kept = names::facts_config_map(&self.valid.name, &source_hash(self.valid));
         let is_unused = |revision: &str| {
             revision.len() == 8
-                && revision != current.as_str()
+                && needed
+                    .iter()
+                    .all(|needed| needed.as_deref() != Some(revision))
                 && self
                     .replicas
                     .iter()

@@ -11,6 +11,7 @@ use std::fmt;
 use engine_memory::{MemoryPlan, MemoryRequest, Misfit, memory_plan};
 use engine_spec::{Device, EngineConfig, ModelFacts, Parallelism};
 use operator_api::Reason;
+use serde::{Deserialize, Serialize};
 
 use crate::resources::human_bytes;
 use crate::snapshot::{Cluster, NodeView};
@@ -25,7 +26,8 @@ const GPU_COUNTS: &[u32] = &[1, 2, 4, 8, 16];
 const COMPUTE_MAJOR_MIN: u32 = 8;
 
 /// A kind of device.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub enum DeviceKind {
     /// A node's processors.
     Cpu,
@@ -150,10 +152,8 @@ pub fn layouts(
         memory_bytes_min,
     } = &valid.accelerator
     else {
-        let limits = valid.template.resources.as_ref().map(|r| &r.limits);
-        let capacity = limits.and_then(|limits| limits.get("memory")?.value());
         let parallelism = Parallelism::default();
-        return layout(valid, facts, DeviceKind::Cpu, parallelism, capacity)
+        return layout_on(valid, facts, DeviceKind::Cpu, parallelism)
             .map(|layout| vec![layout])
             .map_err(|misfit| NoLayout {
                 reason: Reason::MemoryDoesNotFit,
@@ -338,6 +338,24 @@ fn smallest_layout(
     Err(last.unwrap_or_else(|| "no whole GPU on any node".into()))
 }
 
+/// The layout of one replica on a kind of device.
+///
+/// # Errors
+/// Why it does not fit.
+pub fn layout_on(
+    valid: &ValidDeployment,
+    facts: &ModelFacts,
+    kind: DeviceKind,
+    parallelism: Parallelism,
+) -> Result<Layout, Misfit> {
+    let limits = valid.template.resources.as_ref().map(|r| &r.limits);
+    let capacity = match kind {
+        DeviceKind::Cpu => limits.and_then(|limits| limits.get("memory")?.value()),
+        DeviceKind::Gpu { .. } => kind.usable_bytes(),
+    };
+    layout(valid, facts, kind, parallelism, capacity)
+}
+
 fn layout(
     valid: &ValidDeployment,
     facts: &ModelFacts,
@@ -358,7 +376,7 @@ fn layout(
     engine.max_num_seqs = valid.max_num_seqs;
     // One token per sequence must fit into a step.
     engine.max_num_batched_tokens = engine.max_num_batched_tokens.max(valid.max_num_seqs);
-    engine.drain_timeout_seconds = valid.drain_timeout_seconds;
+    engine.drain_timeout_seconds = valid.rollout.drain_timeout_seconds;
     let request = MemoryRequest::from_engine_config(&engine, capacity_bytes);
     let memory = memory_plan(&facts.config, &request)?;
     engine.max_model_len = Some(memory.max_model_len);

@@ -18,6 +18,7 @@ pub mod plan;
 pub mod replicas;
 pub mod report;
 pub mod resources;
+pub mod rollout;
 pub mod scaling;
 pub mod sim;
 pub mod snapshot;

@@ -32,6 +32,8 @@ pub const ENGINE_TYPE: &str = "llm-d.ai/engine-type";
 pub const ATTEMPT: &str = "cachalot.dev/attempt";
 /// Annotation: how many of them failed in a row.
 pub const FAILURES: &str = "cachalot.dev/failures";
+/// Annotation: `rollout.attempt` when the pod was made.
+pub const ROLLOUT_ATTEMPT: &str = "cachalot.dev/rollout-attempt";
 /// Annotation: nodes the pod was planned for, in order of preference, comma separated.
 pub const PLANNED_NODES: &str = "cachalot.dev/planned-nodes";
 /// Annotation: nodes whose kubelet refused the pods before this one, comma separated.
@@ -47,6 +49,8 @@ pub const ENGINE: &str = "engine";
 pub const INSPECT: &str = "inspect";
 /// Key of the engine's configuration in its config map.
 pub const ENGINE_JSON: &str = "engine.json";
+/// Key of what made a revision, in the config map of its engine's configuration.
+pub const REVISION_JSON: &str = "revision.json";
 /// Key of a model's facts in their config map.
 pub const FACTS_JSON: &str = "facts.json";
 /// Key of a model's published config in a config map that the user gives.

@@ -4,6 +4,7 @@
 //! same revision are interchangeable.
 
 mod pod;
+mod record;
 
 use std::collections::BTreeMap;
 
@@ -19,6 +20,7 @@ use crate::plan::Settings;
 use crate::validate::ValidDeployment;
 
 pub use pod::{Slot, engine_pod, engine_requests, inspect_inputs, inspect_pod, preferred_nodes};
+pub use record::{record, recorded};
 
 /// Hash of all that forces new pods: the engine's configuration and the pod without its place.
 pub fn revision(valid: &ValidDeployment, layout: &Layout, settings: &Settings) -> Revision {
@@ -48,22 +50,30 @@ fn metadata(valid: &ValidDeployment, name: String, component: &str) -> ObjectMet
     }
 }
 
-/// The config map with a revision's engine configuration.
+/// The engine's configuration as it is told.
+pub fn engine_json(layout: &Layout) -> String {
+    // EngineConfig is plain data with string keys: writing it cannot fail.
+    serde_json::to_string_pretty(&layout.engine).unwrap_or_default()
+}
+
+/// The config map with a revision's engine configuration and its [`record`].
 pub fn engine_config_map(
     valid: &ValidDeployment,
-    layout: &Layout,
+    engine: String,
     revision: &Revision,
+    record: String,
 ) -> ConfigMap {
     let name = names::engine_config_map(&valid.name, revision);
     let mut metadata = metadata(valid, name, names::ENGINE);
     if let Some(labels) = &mut metadata.labels {
         labels.insert(names::REVISION.to_owned(), revision.to_string());
     }
-    // EngineConfig is plain data with string keys: writing it cannot fail.
-    let text = serde_json::to_string_pretty(&layout.engine).unwrap_or_default();
     ConfigMap {
         metadata,
-        data: Some(BTreeMap::from([(names::ENGINE_JSON.to_owned(), text)])),
+        data: Some(BTreeMap::from([
+            (names::ENGINE_JSON.to_owned(), engine),
+            (names::REVISION_JSON.to_owned(), record),
+        ])),
         ..ConfigMap::default()
     }
 }
@@ -112,7 +122,7 @@ pub fn disruption_budget(valid: &ValidDeployment, wanted: u32) -> PodDisruptionB
     // With zero disruptions allowed a node could never be drained; the operator replaces an
     // evicted replica at once and preStop keeps its requests, so one at a time is always allowed
     // when there are several.
-    let unavailable = valid.unavailable_max.max(u32::from(wanted > 1));
+    let unavailable = valid.rollout.unavailable_max.max(u32::from(wanted > 1));
     PodDisruptionBudget {
         metadata: metadata(valid, valid.name.clone(), names::ENGINE),
         spec: Some(PodDisruptionBudgetSpec {

@@ -21,6 +21,9 @@ use crate::names;
 use crate::plan::{Action, Object, Plan};
 use crate::resources::{NVIDIA_GPU, Resources};
 
+/// Seconds after which the window of a comparison moves on.
+const WINDOW_SECONDS: u64 = 300;
+
 /// Everything one decision about one ModelDeployment may depend on.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
@@ -243,6 +246,10 @@ pub struct PodSamples {
     pub latest: Option<LoadSample>,
     /// The answer before it, for rates.
     pub previous: Option<LoadSample>,
+    /// An answer of five to ten minutes ago, or the first one: where comparisons begin.
+    pub window: Option<LoadSample>,
+    /// The answer that takes its place when it is five minutes old.
+    pub next_window: Option<LoadSample>,
 }
 
 /// Demand on a whole deployment.
@@ -568,7 +575,34 @@ impl PodSamples {
     /// When it is not a report.
     pub fn record_load(&mut self, at: Timestamp, text: &str) -> Result<(), serde_json::Error> {
         let report = serde_json::from_str(text)?;
-        self.previous = self.latest.replace(LoadSample { at, report });
+        self.take_load(LoadSample { at, report });
         Ok(())
+    }
+
+    /// Takes in an answer of `/load`.
+    pub fn take_load(&mut self, sample: LoadSample) {
+        let (new, old) = (&sample.report, self.latest.as_ref().map(|old| &old.report));
+        let went_back = old.is_some_and(|old| {
+            new.requests_total < old.requests_total
+                || new.generation_tokens_total < old.generation_tokens_total
+        });
+        if went_back || self.window.is_none() {
+            // An engine that starts, or started anew, counts from here.
+            self.window = Some(sample.clone());
+            self.next_window = Some(sample.clone());
+        }
+        let is_due = self
+            .next_window
+            .as_ref()
+            .is_some_and(|next| crate::time::seconds_between(next.at, sample.at) >= WINDOW_SECONDS);
+        if is_due {
+            self.window = self.next_window.replace(sample.clone());
+        }
+        self.previous = self.latest.replace(sample);
+    }
+
+    /// The counters at the beginning and at the end of the window that is compared.
+    pub fn window(&self) -> Option<(&LoadReport, &LoadReport)> {
+        Some((&self.window.as_ref()?.report, &self.latest.as_ref()?.report))
     }
 }

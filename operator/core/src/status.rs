@@ -20,6 +20,7 @@ use crate::fit::{Layout, parallelism_words};
 use crate::names::{self, Revision};
 use crate::plan::{Event, EventKind};
 use crate::replicas::{Moves, Replica, State};
+use crate::rollout::Steering;
 use crate::snapshot::Snapshot;
 
 pub use measured::{load_progress, performance};
@@ -93,6 +94,8 @@ pub struct Report<'a> {
     pub unavailable_max: u32,
     /// Revision and layout, once there is a plan.
     pub layout: Option<(&'a Revision, &'a Layout)>,
+    /// How far the rollout may go, once there is a plan.
+    pub steering: Option<&'a Steering>,
     /// What is done about replicas.
     pub moves: &'a Moves,
     /// Digest of the model.
@@ -176,6 +179,10 @@ impl Report<'_> {
                 before.performance.as_ref(),
             ),
             autoscaling: self.autoscaling.clone(),
+            rollout: self
+                .steering
+                .map(|steering| steering.memory.clone())
+                .or(before.rollout),
             conditions,
         };
         (status, events)
@@ -214,6 +221,9 @@ impl Report<'_> {
 
     fn degraded(&self, counts: &Counts) -> Verdict {
         let mut failing = Vec::new();
+        if let Some((reason @ (Reason::RolledBack | Reason::RolloutHalted), words)) = self.held() {
+            return Verdict::yes(*reason, words.clone());
+        }
         for replica in self.replicas {
             match &replica.state {
                 State::Lost { node } => {
@@ -228,6 +238,12 @@ impl Report<'_> {
                 }
                 _ => {}
             }
+        }
+        if let Some(first) = self.moves.exhausted.first() {
+            let words = format!(
+                "{first}. It is not started again (spec.rollout.restartBudget): see its logs, mend the spec, or raise spec.rollout.attempt"
+            );
+            return Verdict::yes(Reason::RestartBudgetExhausted, words);
         }
         if let (Some(first), true) = (self.moves.sick.first(), failing.is_empty()) {
             return Verdict::yes(Reason::GpuFault, first.clone());
@@ -252,7 +268,15 @@ impl Report<'_> {
         Verdict::yes(Reason::ReplicasFailing, words)
     }
 
+    /// Why the rollout goes no further.
+    fn held(&self) -> Option<&(Reason, String)> {
+        self.steering?.held.as_ref()
+    }
+
     fn progressing(&self, counts: &Counts) -> Verdict {
+        if let Some((reason, words)) = self.held() {
+            return Verdict::no(*reason, words.clone());
+        }
         let old = counts.live - counts.updated;
         let halted = self.degraded(counts).reason == Reason::RolloutHalted;
         if self.layout.is_none() {
@@ -329,6 +353,9 @@ impl Report<'_> {
         }
         if self.wanted == 0 {
             return Verdict::no(Reason::ScaledToZero, "zero replicas are wanted");
+        }
+        if let Some((reason, words)) = self.held() {
+            return Verdict::no(*reason, words.clone());
         }
         if counts.updated_ready >= self.wanted && counts.live == counts.updated {
             let words = format!("{0} of {0} replicas answer", self.wanted);
@@ -523,7 +550,9 @@ fn transition(kind: ConditionType, verdict: &Verdict, before: &[Condition]) -> O
         (ConditionType::Degraded, _) if !was_true => return None,
         (ConditionType::Ready, ConditionStatus::True) => EventKind::Normal,
         (ConditionType::Ready, _) => return None,
-        (ConditionType::Progressing, _) if verdict.reason == Reason::RolloutHalted => {
+        (ConditionType::Progressing, _)
+            if matches!(verdict.reason, Reason::RolloutHalted | Reason::RolledBack) =>
+        {
             EventKind::Warning
         }
         (ConditionType::Progressing, ConditionStatus::True) => EventKind::Normal,

@@ -5,6 +5,7 @@
 //! would have to refuse. All violations are reported at once.
 
 mod model;
+mod rollout;
 mod template;
 
 use std::collections::BTreeMap;
@@ -14,15 +15,14 @@ use engine_spec::{Dtype, Parallelism};
 use k8s_openapi::api::core::v1::Toleration;
 use operator_api::{
     AcceleratorType, Autoscaling, Binding, ModelDeployment, ModelDeploymentSpec, Placement,
-    PodTemplate, Precision, Rollout,
+    PodTemplate, Precision,
 };
 
 pub use model::{CLAIM_MOUNT, Source};
+pub use rollout::{Step, ValidAnalysis, ValidRollout};
 
 /// Sequences per replica when the user names no number.
 pub const MAX_NUM_SEQS_DEFAULT: u32 = 16;
-/// Seconds a replica may take to finish its requests when the user names no number.
-pub const DRAIN_TIMEOUT_SECONDS_DEFAULT: u32 = 120;
 
 /// A rule that a spec breaks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,12 +101,8 @@ pub struct ValidDeployment {
     pub max_num_seqs: u32,
     /// How many replicas.
     pub scale: Scale,
-    /// Replicas beyond the wanted number while exchanging.
-    pub surge_max: u32,
-    /// Wanted replicas that may be missing.
-    pub unavailable_max: u32,
-    /// Seconds a replica may take to finish its requests.
-    pub drain_timeout_seconds: u32,
+    /// How replicas are exchanged.
+    pub rollout: ValidRollout,
     /// Which nodes.
     pub placement: ValidPlacement,
     /// Overrides.
@@ -258,7 +254,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         MAX_NUM_SEQS_DEFAULT,
     );
     let scale = valid_scale(&mut rules, *replicas, autoscaling.as_ref());
-    let (surge_max, unavailable_max, drain_timeout_seconds) = valid_rollout(&mut rules, rollout);
+    let rollout = rollout::valid_rollout(&mut rules, rollout);
     let placement = valid_placement(&mut rules, placement);
     template::check(&mut rules, pod_template);
     let secret = rules.name(
@@ -293,9 +289,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         max_model_len,
         max_num_seqs,
         scale,
-        surge_max,
-        unavailable_max,
-        drain_timeout_seconds,
+        rollout,
         placement,
         template: pod_template.clone(),
     })
@@ -476,34 +470,6 @@ fn valid_range(rules: &mut Rules, given: &Autoscaling) -> ScaleRange {
             300,
         ),
     }
-}
-
-fn valid_rollout(rules: &mut Rules, given: &Rollout) -> (u32, u32, u32) {
-    let Rollout {
-        max_surge,
-        max_unavailable,
-        drain_timeout_seconds,
-    } = given;
-    let surge = rules.number("spec.rollout.maxSurge", *max_surge, (0, 10_000), 1);
-    let unavailable = rules.number(
-        "spec.rollout.maxUnavailable",
-        *max_unavailable,
-        (0, 10_000),
-        0,
-    );
-    rules.require(
-        surge > 0 || unavailable > 0,
-        "spec.rollout.maxSurge",
-        surge,
-        "needs spec.rollout.maxUnavailable of at least 1, or no replica could ever be exchanged",
-    );
-    let drain = rules.number(
-        "spec.rollout.drainTimeoutSeconds",
-        *drain_timeout_seconds,
-        (1, 86_400),
-        DRAIN_TIMEOUT_SECONDS_DEFAULT,
-    );
-    (surge, unavailable, drain)
 }
 
 fn valid_placement(rules: &mut Rules, given: &Placement) -> ValidPlacement {

@@ -259,7 +259,7 @@ fn a_rollout_with_surge_never_goes_below_the_wanted_number() {
 fn a_failing_revision_halts_and_the_old_one_keeps_serving() {
     let story = three()
         .running()
-        .edited(json!({"context": {"maxTokens": 256}}));
+        .edited(json!({"context": {"maxTokens": 256}, "rollout": {"onFailure": "Halt"}}));
     let plan = story.plan();
     assert_eq!(pod_actions(&plan), ["create Pod m-3-0"]);
     let story = story.after(&plan, |pod| {

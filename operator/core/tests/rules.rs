@@ -169,6 +169,51 @@ fn table() -> Vec<(&'static str, Refused, &'static str, Value)> {
             "drainTimeoutSeconds = 0",
             spec(json!({"rollout": {"drainTimeoutSeconds": 0}})),
         ),
+        (
+            "a rollout in steps",
+            Never,
+            "",
+            spec(
+                json!({"rollout": {"steps": [{"percent": 10}, {"percent": 50, "holdSeconds": 0}],
+                "analysis": {}, "onFailure": "Halt", "attempt": 3}}),
+            ),
+        ),
+        (
+            "steps and a partition",
+            Everywhere,
+            "partition = 1",
+            spec(json!({"rollout": {"partition": 1, "steps": [{"percent": 10}]}})),
+        ),
+        (
+            "steps that do not rise",
+            InRust,
+            "steps[1].percent = 10",
+            spec(json!({"rollout": {"steps": [{"percent": 10}, {"percent": 10}]}})),
+        ),
+        (
+            "a step of nothing",
+            Everywhere,
+            "steps[0].percent = 0",
+            spec(json!({"rollout": {"steps": [{"percent": 0}]}})),
+        ),
+        (
+            "no budget of restarts",
+            Everywhere,
+            "restartBudget = 0",
+            spec(json!({"rollout": {"restartBudget": 0}})),
+        ),
+        (
+            "a deadline that nothing meets",
+            Everywhere,
+            "progressDeadlineSeconds = 1",
+            spec(json!({"rollout": {"progressDeadlineSeconds": 1}})),
+        ),
+        (
+            "errors beyond all requests",
+            Everywhere,
+            "maxErrorIncreasePercent = 101",
+            spec(json!({"rollout": {"analysis": {"maxErrorIncreasePercent": 101}}})),
+        ),
         // Sources.
         (
             "a hub",

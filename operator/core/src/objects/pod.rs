@@ -64,6 +64,8 @@ pub struct Slot {
     pub attempt: u32,
     /// How many of them failed in a row.
     pub failures: u32,
+    /// `rollout.attempt` of the spec.
+    pub rollout_attempt: u32,
     /// Nodes, best first.
     pub nodes: Vec<String>,
     /// Nodes whose kubelet refused the pods before.
@@ -160,6 +162,12 @@ pub fn engine_pod(
     }
     annotations.insert(names::ATTEMPT.into(), slot.attempt.to_string());
     annotations.insert(names::FAILURES.into(), slot.failures.to_string());
+    if slot.rollout_attempt > 0 {
+        annotations.insert(
+            names::ROLLOUT_ATTEMPT.into(),
+            slot.rollout_attempt.to_string(),
+        );
+    }
     annotations.insert(names::PLANNED_NODES.into(), slot.nodes.join(","));
     if !slot.refused.is_empty() {
         annotations.insert(names::REFUSED_NODES.into(), slot.refused.join(","));
@@ -218,7 +226,7 @@ pub fn engine_pod(
         volume_mounts: Some(mounts),
         ..container(valid, settings)
     };
-    let drain = i64::from(valid.drain_timeout_seconds);
+    let drain = i64::from(valid.rollout.drain_timeout_seconds);
     Pod {
         metadata,
         spec: Some(PodSpec {

@@ -56,6 +56,8 @@ pub struct Faults {
     pub rescaled: u64,
     /// The user changes something that forces new pods.
     pub revised: u64,
+    /// Of the revisions that users make, so many per mille never answer: their pods crash.
+    pub bad_revision: u64,
     /// The user deletes a ModelDeployment, and creates it again.
     pub recreated: u64,
 }
@@ -83,6 +85,7 @@ impl Faults {
             meddled: 10,
             rescaled: 10,
             revised: 5,
+            bad_revision: 250,
             recreated: 2,
         }
     }
@@ -92,6 +95,7 @@ impl World {
     /// Chance strikes.
     pub fn happen(&mut self, faults: &Faults) {
         self.pace.slow_kubelet = faults.slow_kubelet;
+        self.bad_revision = faults.bad_revision;
         if self.chance(faults.silent_api) && self.silent_until.is_none() {
             let seconds = 3 + self.chance.below(SILENT_SECONDS_MAX);
             self.tell(format!("the API server is silent for {seconds} s"));

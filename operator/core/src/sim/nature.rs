@@ -22,6 +22,9 @@ const COLLECT_SECONDS: u64 = 40;
 /// Requests that a busy replica may have, less one.
 const REQUESTS_MAX: u64 = 4;
 
+/// Restarts in place that are told of.
+const RESTARTS_TOLD: i32 = 6;
+
 /// How long things take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pace {
@@ -267,6 +270,10 @@ impl World {
             });
             return;
         }
+        if self.is_bad(view.label(names::REVISION)) {
+            self.crash(key);
+            return;
+        }
         if !view.ready {
             self.tell(format!("{} is ready", key.1));
             self.change_pod(key, |pod| {
@@ -276,6 +283,28 @@ impl World {
             });
         }
         self.sample(key, view.label(names::SERVING) == "true");
+    }
+
+    /// A pod of a bad revision ends, or is started again in place; which of them is in its name.
+    fn crash(&mut self, key: &Key) {
+        if key.1.bytes().map(u32::from).sum::<u32>() % 2 == 0 {
+            self.tell(format!("{} crashes for good", key.1));
+            self.end_pod(key, "");
+            return;
+        }
+        let (now, pause) = (self.now, self.pace.start_seconds_max);
+        self.change_pod(key, |pod| {
+            let status = pod.status.get_or_insert_default();
+            let containers = status.container_statuses.get_or_insert_default();
+            let restarts = containers.first().map_or(0, |one| one.restart_count);
+            // More would only take time.
+            if restarts < RESTARTS_TOLD {
+                *containers = vec![crashed(restarts + 1, now)];
+            }
+        });
+        if let Some(stored) = self.pods.get_mut(key) {
+            stored.ready_at = Some(later(now, pause));
+        }
     }
 
     /// Requests come to replicas that serve and run out in those that drain.
@@ -299,7 +328,7 @@ impl World {
         let at = self.now;
         if let Some(wish) = self.wishes.get_mut(&(key.0.clone(), owner)) {
             let samples = wish.samples.entry(key.1.clone()).or_default();
-            samples.previous = samples.latest.replace(LoadSample { at, report });
+            samples.take_load(LoadSample { at, report });
         }
     }
 
@@ -330,6 +359,22 @@ pub(super) fn later(now: Timestamp, seconds: u64) -> Timestamp {
     let seconds = i64::try_from(seconds).unwrap_or(0);
     now.checked_add(SignedDuration::from_secs(seconds))
         .unwrap_or(now)
+}
+
+fn crashed(restart_count: i32, now: Timestamp) -> ContainerStatus {
+    ContainerStatus {
+        restart_count,
+        last_state: Some(ContainerState {
+            terminated: Some(ContainerStateTerminated {
+                exit_code: 1,
+                reason: Some("Error".into()),
+                finished_at: Some(Time(now)),
+                ..ContainerStateTerminated::default()
+            }),
+            ..ContainerState::default()
+        }),
+        ..ContainerStatus::default()
+    }
 }
 
 fn set_condition(status: &mut PodStatus, kind: &str, holds: bool, now: Timestamp, message: &str) {

@@ -16,8 +16,9 @@ use crate::explain::{Standing, explain};
 use crate::names;
 use crate::plan::{Action, Kind, Object, Plan, Settings};
 use crate::replicas::{Replica, State, observe};
-use crate::snapshot::PodView;
+use crate::snapshot::{PodView, Snapshot};
 use crate::validate::validate;
+use operator_api::ModelDeploymentStatus;
 
 /// Times that one write may be repeated after the last fault.
 const REPEATS_MAX: usize = 6;
@@ -121,6 +122,17 @@ pub(super) fn write(
     else {
         return Ok(());
     };
+    if let Action::Create(Object::Pod(pod)) = action {
+        let annotations = pod.metadata.annotations.as_ref();
+        let failures = annotations.and_then(|all| all.get(names::FAILURES)?.parse::<u32>().ok());
+        let refused = annotations.is_some_and(|all| all.contains_key(names::REFUSED_NODES));
+        let budget = valid.rollout.restart_budget;
+        if !refused && failures.is_some_and(|failures| failures > budget) {
+            return Err(world.broken(format!(
+                "{action} after {failures:?} failures, {budget} are allowed"
+            )));
+        }
+    }
     if matches!(action, Action::Create(Object::Pod(pod)) if is_engine(pod)) {
         let is_counted = |pod: &PodView| {
             let answers = pod
@@ -132,7 +144,7 @@ pub(super) fn write(
         let pods = engines(world, key)
             .filter(|(_, pod)| is_counted(pod))
             .count();
-        let allowed = wanted.saturating_add(valid.surge_max);
+        let allowed = wanted.saturating_add(valid.rollout.surge_max);
         if u32::try_from(pods).unwrap_or(u32::MAX) > allowed {
             return Err(world.broken(format!("{pods} pods of {}, {allowed} are allowed", key.1)));
         }
@@ -151,7 +163,7 @@ pub(super) fn write(
             is_own && !is_back
         });
         let answering = u32::try_from(left + unseen.count()).unwrap_or(u32::MAX);
-        let promised = wanted.saturating_sub(valid.unavailable_max);
+        let promised = wanted.saturating_sub(valid.rollout.unavailable_max);
         if answering < promised {
             return Err(world.broken(format!(
                 "{answering} replicas of {} answer by our doing, {promised} are promised",
@@ -183,6 +195,64 @@ fn one_pod_per_index(world: &World, key: &Key) -> Result<(), Box<Broken>> {
         }
     }
     Ok(())
+}
+
+fn reason(status: &ModelDeploymentStatus, kind: &str) -> String {
+    let mut all = status.conditions.iter();
+    let found = all.find(|condition| condition.type_ == kind);
+    found.map_or(String::new(), |condition| condition.reason.clone())
+}
+
+/// Whether all wanted replicas answer, with the revisions that the rollout allows.
+fn is_complete(
+    world: &World,
+    snapshot: &Snapshot,
+    replicas: &[Replica<'_>],
+    wanted: usize,
+) -> bool {
+    let status = snapshot.deployment.status.clone().unwrap_or_default();
+    let ready = replicas.iter().filter(|replica| replica.is_ready()).count();
+    if ready != wanted || replicas.len() != wanted {
+        return false;
+    }
+    let target = status.rollout.and_then(|rollout| rollout.target_revision);
+    let target = target.unwrap_or_default();
+    let old = replicas
+        .iter()
+        .filter(|replica| replica.revision() != target)
+        .count();
+    let partition = snapshot.deployment.spec.rollout.partition.unwrap_or(0);
+    let partition = usize::try_from(partition).unwrap_or(0);
+    let status = snapshot.deployment.status.clone().unwrap_or_default();
+    match reason(&status, "Ready").as_str() {
+        "ScaledToZero" => wanted == 0,
+        "AllReplicasReady" => old == 0,
+        "PartitionReached" => old == partition.min(wanted),
+        // The way back is taken, and for a reason.
+        "RolledBack" => old == wanted && world.is_suspect(&target, snapshot),
+        _ => false,
+    }
+}
+
+/// Whether a revision that never answers was given up where there is no way back.
+fn gave_up(world: &World, snapshot: &Snapshot, replicas: &[Replica<'_>]) -> bool {
+    let status = snapshot.deployment.status.clone().unwrap_or_default();
+    let rollout = status.rollout.clone().unwrap_or_default();
+    let target = rollout.target_revision.unwrap_or_default();
+    let halts = snapshot.deployment.spec.rollout.on_failure == Some(operator_api::OnFailure::Halt);
+    let is_stuck = replicas.iter().any(|replica| {
+        replica.revision() == target
+            && matches!(replica.state, State::Failed { .. } | State::Failing { .. })
+    });
+    let told = matches!(
+        reason(&status, "Degraded").as_str(),
+        "RestartBudgetExhausted" | "ReplicasFailing" | "RolloutHalted"
+    );
+    let no_way_back = halts
+        || rollout.stable_revision.is_none()
+        || rollout.stable_revision == Some(target.clone());
+    told && (no_way_back && is_stuck || halts && rollout.failure.is_some())
+        && world.is_suspect(&target, snapshot)
 }
 
 /// Whether the world is as its users want it.
@@ -222,35 +292,19 @@ fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), Str
     let wanted = spec.replicas.or(least).unwrap_or(0);
     let wanted = usize::try_from(wanted).unwrap_or(0);
     let replicas = observe(&snapshot);
-    let ready = replicas
-        .iter()
-        .filter(|replica| replica.state == State::Ready)
-        .count();
     let revisions: BTreeSet<&str> = replicas.iter().map(Replica::revision).collect();
-    // One for the facts, one for each revision that runs; the current one has one too.
-    if snapshot.config_maps.len() > 2 + revisions.len() {
+    // One for the facts, one for each revision that runs; that of the spec and the last that all ran have one too.
+    if snapshot.config_maps.len() > 3 + revisions.len() {
         return Err(format!(
             "{} config maps are left over",
             snapshot.config_maps.len()
         ));
     }
     let status = snapshot.deployment.status.clone().unwrap_or_default();
-    let reason = |kind: &str| {
-        let mut all = status.conditions.iter();
-        all.find(|condition| condition.type_ == kind)
-            .map_or("", |condition| condition.reason.as_str())
-            .to_owned()
-    };
-    let complete = if wanted == 0 {
-        "ScaledToZero"
-    } else {
-        "AllReplicasReady"
-    };
-    if ready == wanted
-        && replicas.len() == wanted
-        && revisions.len() <= 1
-        && reason("Ready") == complete
-    {
+    if is_complete(world, &snapshot, &replicas, wanted) {
+        return Ok(());
+    }
+    if gave_up(world, &snapshot, &replicas) {
         return Ok(());
     }
     let states: Vec<String> = replicas
@@ -266,15 +320,18 @@ fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), Str
         .collect();
     let words = format!(
         "{wanted} replicas are wanted: {states:?}, Ready is {}",
-        reason("Ready")
+        reason(&status, "Ready")
     );
     if !matches!(
-        reason("Planned").as_str(),
+        reason(&status, "Planned").as_str(),
         "NoNodeFits" | "MemoryDoesNotFit" | "NotServedYet" | "GpuQuotaExceeded"
     ) {
-        return Err(format!("{words}, Planned is {}", reason("Planned")));
+        return Err(format!(
+            "{words}, Planned is {}",
+            reason(&status, "Planned")
+        ));
     }
-    if reason("Planned") == "GpuQuotaExceeded" {
+    if reason(&status, "Planned") == "GpuQuotaExceeded" {
         let needs = status.plan.as_ref().map_or(0, |plan| plan.gpus_per_replica);
         let needs = u64::try_from(needs).unwrap_or(0);
         let is_so = snapshot

@@ -128,6 +128,8 @@ pub struct World {
     pub(super) unsure: BTreeMap<Key, Option<Box<Pod>>>,
     /// Creates that take effect later, when nobody waits for them any more.
     pub(super) late: Vec<(Timestamp, Key, Pod)>,
+    /// Of all revisions, so many per mille never answer.
+    pub(super) bad_revision: u64,
     /// Until when a pod is not deleted because a create of it may still take effect.
     pub(super) held: BTreeMap<Key, Timestamp>,
     /// Names of quotas and the GPUs they allow, by namespace.
@@ -170,6 +172,7 @@ impl World {
             unsure: BTreeMap::new(),
             late: Vec::new(),
             held: BTreeMap::new(),
+            bad_revision: 0,
             quotas: BTreeMap::new(),
             lost: BTreeSet::new(),
             is_busy: true,
@@ -627,6 +630,21 @@ impl World {
             .filter(|pod| pod.view.node.is_some())
             .filter_map(|pod| pod.claim.as_ref());
         Cluster::new(nodes, claims)
+    }
+
+    /// Whether pods of a revision never answer; the same for all of its pods, and decided by the seed.
+    pub(super) fn is_bad(&self, revision: &str) -> bool {
+        let number = u64::from_str_radix(revision, 16).unwrap_or(0);
+        Seed(self.seed ^ number).below(1000) < self.bad_revision
+    }
+
+    /// Whether a revision may count as failed: its pods never answer, or start too slowly for the deadline.
+    pub(super) fn is_suspect(&self, revision: &str, snapshot: &Snapshot) -> bool {
+        let deadline = snapshot.deployment.spec.rollout.progress_deadline_seconds;
+        let longest = self.pace.start_seconds_max * self.pace.slow_factor;
+        self.is_bad(revision)
+            || deadline
+                .is_some_and(|seconds| i64::from(seconds) <= i64::try_from(longest).unwrap_or(0))
     }
 
     /// Whether a node is there and answers.

@@ -157,6 +157,7 @@ mod tests {
             startup: None,
             latest: Some(latest),
             previous: Some(previous),
+            ..PodSamples::default()
         }
     }
 

@@ -85,6 +85,21 @@ fn random_wish(dice: &mut Seed, index: u64, on_gpus: bool) -> ModelDeployment {
             "stabilization": {"scaleDownSeconds": 30},
         });
     }
+    match dice.below(6) {
+        0 => spec["rollout"]["partition"] = json!(1 + dice.below(2)),
+        1 => {
+            spec["rollout"]["steps"] = json!([
+                {"percent": 25, "holdSeconds": 10 + dice.below(60)},
+                {"percent": 60, "holdSeconds": dice.below(100)},
+            ]);
+        }
+        2 => spec["rollout"]["onFailure"] = json!("Halt"),
+        _ => {}
+    }
+    if dice.below(3) == 0 {
+        spec["rollout"]["progressDeadlineSeconds"] = json!(60 + dice.below(300));
+    }
+    spec["rollout"]["restartBudget"] = json!(2 + dice.below(6));
     if on_gpus {
         spec["accelerator"] = json!({"type": "nvidia"});
         let tensor = *dice.of(&[0, 1, 2, 4]).unwrap();
@@ -139,6 +154,7 @@ fn random_faults(dice: &mut Seed) -> Faults {
         5 => Faults {
             rescaled: 60,
             revised: 40,
+            bad_revision: 400,
             recreated: 15,
             meddled: 60,
             ..all

@@ -361,7 +361,7 @@ impl Story {
         let name = self.name_of(index);
         let at = self.snapshot.now;
         let samples: &mut PodSamples = self.snapshot.samples.entry(name).or_default();
-        samples.previous = samples.latest.replace(LoadSample { at, report });
+        samples.take_load(LoadSample { at, report });
         self
     }
 
