@@ -347,8 +347,8 @@ fn reference(key: &Key, uid: &str) -> ObjectReference {
     ObjectReference {
         api_version: Some(format!("{}/{}", operator_api::GROUP, operator_api::VERSION)),
         kind: Some(operator_api::KIND.into()),
-        namespace: Some(key.namespace.clone()),
-        name: Some(key.name.clone()),
+        namespace: Some(key.namespace.to_string()),
+        name: Some(key.name.to_string()),
         uid: Some(uid.to_string()),
         ..ObjectReference::default()
     }

@@ -461,6 +461,11 @@ pub struct Placement {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<Topology>,
 
+    /// Prefers spot nodes, once enough replicas run on others. Absent: no node is preferred for its
+    /// price.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spot: Option<Spot>,
+
     /// Priority class of the pods.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
@@ -469,6 +474,17 @@ pub struct Placement {
     /// Who binds pods to nodes: `scheduler` or `direct`. Defaults to `scheduler`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub binding: Option<Binding>,
+}
+
+/// Use of spot nodes: cheaper, and taken away at short notice.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Spot {
+    /// Replicas that are placed on nodes that are not spot; only those beyond go to spot nodes.
+    /// Defaults to 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 10000))]
+    pub on_demand_min: Option<i32>,
 }
 
 /// Who binds pods to nodes.

@@ -298,8 +298,12 @@ fn node_groups(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Vec<NodeGro
     let mut in_use = Vec::new();
     let mut fitting = Vec::new();
     let mut reasons: Vec<(&str, WhyNot)> = Vec::new();
+    let held_back = spot_held_back(snapshot, plan, wish);
     for node in room.nodes() {
         match placement::why_not(node, wish, &room) {
+            None if crate::spot::is_spot(node) && held_back.is_some() => {
+                reasons.extend(held_back.clone().map(|why| (node.name.as_str(), why)));
+            }
             None => fitting.push(node.name.clone()),
             Some(_) if wish.own.contains_key(&node.name) => in_use.push(node.name.clone()),
             Some(reason) => reasons.push((&node.name, reason)),
@@ -329,6 +333,22 @@ fn node_groups(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Vec<NodeGro
             }),
     );
     groups
+}
+
+/// Why spot nodes are not for the next replica; none when they are.
+fn spot_held_back(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Option<WhyNot> {
+    let wanted = plan
+        .status
+        .wanted_replicas
+        .and_then(|number| u32::try_from(number).ok());
+    let least = wish.placement.on_demand_min?.min(wanted.unwrap_or(0));
+    let is_on_demand = |node: &str| {
+        let node = snapshot.cluster.nodes.get(node);
+        node.is_some_and(|node| !crate::spot::is_spot(node))
+    };
+    let own = wish.own.iter().filter(|(node, _)| is_on_demand(node));
+    let there: usize = own.map(|(_, count)| count).sum();
+    (u32::try_from(there).unwrap_or(u32::MAX) < least).then_some(WhyNot::Spot(least))
 }
 
 fn first(mut nodes: Vec<String>) -> Vec<String> {

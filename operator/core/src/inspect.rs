@@ -167,10 +167,7 @@ fn from_inspection(
         return start(0, "an inspection pod is being created");
     };
     let attempt = pod.number(names::ATTEMPT);
-    let is_current = pod
-        .annotations
-        .get(names::INSPECT_INPUTS)
-        .map(String::as_str)
+    let is_current = pod.annotations.get(names::INSPECT_INPUTS)
         == Some(objects::inspect_inputs(valid, settings).as_str());
     if pod.deleting || !is_current {
         let mut next = start(attempt.saturating_add(1), "the inspection is started again");

@@ -75,6 +75,8 @@ pub enum WhyNot {
     },
     /// It runs as many pods as it may.
     Pods,
+    /// It is spot, and too few replicas are on other nodes.
+    Spot(u32),
 }
 
 impl WhyNot {
@@ -150,6 +152,9 @@ impl WhyNot {
                     needs.saturating_sub(*has)
                 )
             }
+            Self::Spot(_) => {
+                "free an on-demand node, or lower spec.placement.spot.onDemandMin".into()
+            }
             Self::Pods => "fewer pods on it, or a higher maxPods of its kubelet".into(),
         }
     }
@@ -192,6 +197,10 @@ impl fmt::Display for WhyNot {
                 human_bytes(*has)
             ),
             Self::Cpu { needs, has } => write!(f, "too little CPU: needs {needs}m, {has}m free"),
+            Self::Spot(least) => write!(
+                f,
+                "spot, and spec.placement.spot.onDemandMin = {least} replicas belong on other nodes"
+            ),
             Self::Pods => f.write_str("runs as many pods as it may"),
         }
     }
@@ -423,7 +432,7 @@ pub fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
 /// # Errors
 /// When none can: why not, for each node.
 pub fn offer(wish: &Wish<'_>, room: &Room<'_>) -> Result<Vec<String>, Vec<WhyNot>> {
-    Offers::new(wish, room).best(&[])
+    Offers::new(wish, room).best(&[], None)
 }
 
 /// Nodes on offer to replicas that are alike, kept in order while replicas take them, so that a
@@ -470,11 +479,16 @@ impl Offers {
         }
     }
 
-    /// Nodes for the next replica, best first; those in `refused` come last.
+    /// Nodes for the next replica, best first; those in `refused` come last. With `on_demand_min` no
+    /// spot node is among them: so many replicas belong elsewhere.
     ///
     /// # Errors
     /// When there is none: why not, for each node.
-    pub fn best(&self, refused: &[String]) -> Result<Vec<String>, Vec<WhyNot>> {
+    pub fn best(
+        &self,
+        refused: &[String],
+        on_demand_min: Option<u32>,
+    ) -> Result<Vec<String>, Vec<WhyNot>> {
         let mut domains: Vec<(usize, &BTreeSet<Rank>)> = self
             .fitting
             .iter()
@@ -487,7 +501,10 @@ impl Offers {
             let reach = OFFERED_NODES_MAX + refused.len();
             let mut ranks: Vec<&Rank> = alike
                 .iter()
-                .flat_map(|(_, ranks)| ranks.iter().take(reach))
+                .flat_map(|(_, ranks)| {
+                    let allowed = |rank: &&Rank| on_demand_min.is_none() || rank.pricey;
+                    ranks.iter().filter(allowed).take(reach)
+                })
                 .collect();
             ranks.sort();
             for rank in ranks {
@@ -505,7 +522,9 @@ impl Offers {
         best.append(&mut last);
         best.truncate(OFFERED_NODES_MAX);
         if best.is_empty() {
-            return Err(self.why_not.values().cloned().collect());
+            let held_back = self.fitting.values().flatten();
+            let spot = held_back.filter_map(|_| Some(WhyNot::Spot(on_demand_min?)));
+            return Err(self.why_not.values().cloned().chain(spot).collect());
         }
         Ok(best)
     }
@@ -550,12 +569,14 @@ pub fn fault(node: &NodeView, gpus: u32, placement: &ValidPlacement) -> Option<S
     node.faults.first().cloned().or(tainted)
 }
 
-/// Order of nodes of one domain: those without recent failures and without taints to avoid come
-/// first; GPU replicas are packed so that whole nodes stay free, CPU replicas go where most is free
+/// Order of nodes of one domain: those without recent failures, spot nodes where they are preferred,
+/// and those without taints to avoid come first; GPU replicas are packed so that whole nodes stay free, CPU replicas go where most is free
 /// and away from GPUs.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
     failed_here: bool,
+    /// Not spot, where spot is preferred.
+    pricey: bool,
     tainted: bool,
     own: usize,
     first: u64,
@@ -574,6 +595,7 @@ pub fn rank(node: &NodeView, wish: &Wish<'_>, room: &Room<'_>) -> Rank {
     };
     Rank {
         failed_here: wish.avoid.contains(&node.name),
+        pricey: wish.placement.on_demand_min.is_some() && !crate::spot::is_spot(node),
         tainted: !node.taints.is_empty(),
         own,
         first,

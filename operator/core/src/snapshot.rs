@@ -17,6 +17,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use operator_api::ModelDeployment;
 use operator_api::quantity::parse_millis;
 
+use crate::marks::Marks;
 use crate::names;
 use crate::plan::{Action, Object, Plan};
 use crate::resources::{NVIDIA_GPU, Resources};
@@ -115,10 +116,10 @@ pub struct PodView {
     pub name: String,
     /// Uid, a precondition of deletes and patches.
     pub uid: String,
-    /// Labels.
-    pub labels: BTreeMap<String, String>,
-    /// Annotations under `cachalot.dev/`.
-    pub annotations: BTreeMap<String, String>,
+    /// Labels that we gave.
+    pub labels: Marks,
+    /// Annotations that we gave.
+    pub annotations: Marks,
     /// Creation time.
     pub created: Option<Timestamp>,
     /// Whether it is being deleted.
@@ -272,8 +273,8 @@ impl PodView {
         Self {
             name: metadata.name.clone().unwrap_or_default(),
             uid: metadata.uid.clone().unwrap_or_default(),
-            labels: metadata.labels.clone().unwrap_or_default(),
-            annotations: own_annotations(pod),
+            labels: Marks::of(metadata.labels.as_ref()),
+            annotations: Marks::of(metadata.annotations.as_ref()),
             created: metadata.creation_timestamp.as_ref().map(|time| time.0),
             deleting: metadata.deletion_timestamp.is_some(),
             phase: status.map_or(PodPhase::Pending, phase),
@@ -294,7 +295,7 @@ impl PodView {
 
     /// A label's value, empty when absent.
     pub fn label(&self, key: &str) -> &str {
-        self.labels.get(key).map_or("", String::as_str)
+        self.labels.get(key).unwrap_or_default()
     }
 
     /// An annotation read as a number, 0 when absent or malformed.
@@ -338,16 +339,6 @@ impl PodView {
     pub fn is_finished(&self) -> bool {
         matches!(self.phase, PodPhase::Succeeded | PodPhase::Failed)
     }
-}
-
-fn own_annotations(pod: &Pod) -> BTreeMap<String, String> {
-    pod.metadata
-        .annotations
-        .iter()
-        .flatten()
-        .filter(|(key, _)| key.starts_with("cachalot.dev/"))
-        .map(|(key, value)| (key.clone(), value.clone()))
-        .collect()
 }
 
 fn condition<'a>(

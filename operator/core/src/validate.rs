@@ -158,6 +158,8 @@ pub struct ValidPlacement {
     pub tolerations: Vec<Toleration>,
     /// Label to spread over.
     pub spread_by: Option<String>,
+    /// Replicas kept off spot nodes, which the others prefer; none when price does not matter.
+    pub on_demand_min: Option<u32>,
     /// Priority class.
     pub priority_class: Option<String>,
     /// Who binds pods to nodes.
@@ -477,6 +479,7 @@ fn valid_placement(rules: &mut Rules, given: &Placement) -> ValidPlacement {
         node_selector,
         tolerations,
         topology,
+        spot,
         priority_class_name,
         binding,
     } = given;
@@ -537,6 +540,10 @@ fn valid_placement(rules: &mut Rules, given: &Placement) -> ValidPlacement {
         node_selector: node_selector.clone(),
         tolerations: tolerations.clone(),
         spread_by,
+        on_demand_min: spot.as_ref().map(|spot| {
+            let field = "spec.placement.spot.onDemandMin";
+            rules.number(field, spot.on_demand_min, (0, 10_000), 0)
+        }),
         priority_class: rules.name(
             "spec.placement.priorityClassName",
             priority_class_name.as_deref(),

@@ -22,25 +22,25 @@ fn pod(found: Found, revision: &str) -> PodView {
     let mut pod = PodView {
         uid: format!("uid-{name}"),
         name,
-        labels: [
-            (names::COMPONENT, names::ENGINE),
-            (names::REVISION, revision),
-            (names::SERVING, "true"),
-        ]
-        .map(|(key, value)| (key.to_owned(), value.to_owned()))
-        .into(),
-        annotations: [
-            (names::ATTEMPT, attempt.to_string()),
-            (names::FAILURES, attempt.to_string()),
-            (names::PLANNED_NODES, "a,b".to_owned()),
-        ]
-        .map(|(key, value)| (key.to_owned(), value))
-        .into(),
         created: Some(ago(600)),
         node: Some("a".into()),
         ..PodView::default()
     };
-    pod.labels.insert(names::REPLICA.into(), index.to_string());
+    for (key, value) in [
+        (names::COMPONENT, names::ENGINE),
+        (names::REVISION, revision),
+        (names::SERVING, "true"),
+        (names::REPLICA, &index.to_string()),
+    ] {
+        pod.labels.insert(key, value.to_owned());
+    }
+    for (key, value) in [
+        (names::ATTEMPT, attempt.to_string()),
+        (names::FAILURES, attempt.to_string()),
+        (names::PLANNED_NODES, "a,b".to_owned()),
+    ] {
+        pod.annotations.insert(key, value);
+    }
     match state {
         0 | 1 => answers(&mut pod),
         2 => starts(&mut pod),
@@ -57,13 +57,13 @@ fn pod(found: Found, revision: &str) -> PodView {
         }
         8 => {
             answers(&mut pod);
-            pod.labels.insert(names::SERVING.into(), "false".into());
+            pod.labels.insert(names::SERVING, "false".into());
             pod.annotations
-                .insert(names::DRAIN_SINCE.into(), ago(20).to_string());
+                .insert(names::DRAIN_SINCE, ago(20).to_string());
         }
         _ => {
             // Labels that someone has broken.
-            pod.labels.insert(names::REPLICA.into(), "many".into());
+            pod.labels.insert(names::REPLICA, "many".into());
             pod.phase = PodPhase::Unknown;
         }
     }

@@ -352,8 +352,8 @@ proptest! {
         let mut room = Room::new(cluster);
         let mut kept = Offers::new(&wish, &room);
         loop {
-            let best = kept.best(&refused);
-            prop_assert_eq!(&best, &Offers::new(&wish, &room).best(&refused));
+            let best = kept.best(&refused, None);
+            prop_assert_eq!(&best, &Offers::new(&wish, &room).best(&refused, None));
             let zone_of = |name: &str| cluster.nodes[name].label("zone").to_owned();
             let count = |node: &str| match is_spread {
                 false => 0,
@@ -388,4 +388,106 @@ proptest! {
             kept.take(&node, &before, &wish, &room);
         }
     }
+}
+
+fn spot(name: &str) -> Node {
+    let label = json!({"metadata": {"labels": {"karpenter.sh/capacity-type": "spot"}}});
+    with(h200x8(name), label)
+}
+
+/// Nodes of live engine pods, in order.
+fn nodes_of(story: &Story) -> Vec<String> {
+    let pods = story.snapshot.pods.iter();
+    let engines =
+        pods.filter(|pod| pod.label("cachalot.dev/component") == "engine" && !pod.deleting);
+    let mut nodes: Vec<String> = engines.filter_map(|pod| pod.node.clone()).collect();
+    nodes.sort();
+    nodes
+}
+
+/// One replica takes a whole node; two nodes are on demand and four are spot.
+fn on_spot(spec: Value) -> Story {
+    let nodes = ["s0", "s1", "s2", "s3"].map(spot).into_iter();
+    story(r1(spec)).on(nodes.chain([h200x8("d0"), h200x8("d1")]))
+}
+
+#[test]
+fn every_cloud_says_in_its_own_words_that_a_node_is_spot() {
+    for (key, value, expected) in [
+        ("karpenter.sh/capacity-type", "spot", true),
+        ("karpenter.sh/capacity-type", "on-demand", false),
+        ("eks.amazonaws.com/capacityType", "SPOT", true),
+        ("eks.amazonaws.com/capacityType", "ON_DEMAND", false),
+        ("cloud.google.com/gke-spot", "true", true),
+        ("cloud.google.com/gke-preemptible", "true", true),
+        ("cloud.google.com/gke-provisioning", "standard", false),
+        ("kubernetes.azure.com/scalesetpriority", "spot", true),
+    ] {
+        let node = with(h200x8("a"), json!({"metadata": {"labels": {key: value}}}));
+        let view = operator_core::NodeView::of(&node);
+        assert_eq!(
+            operator_core::spot::is_spot(&view),
+            expected,
+            "{key}={value}"
+        );
+    }
+}
+
+#[test]
+fn so_many_replicas_as_asked_stay_off_spot_nodes_and_the_others_prefer_them() {
+    let spec = |least: i32| json!({"replicas": 4, "placement": {"spot": {"onDemandMin": least}}});
+    assert_eq!(
+        nodes_of(&on_spot(spec(0)).running()),
+        ["s0", "s1", "s2", "s3"]
+    );
+    assert_eq!(
+        nodes_of(&on_spot(spec(1)).running()),
+        ["d0", "s0", "s1", "s2"]
+    );
+    // Without the field price does not matter.
+    assert_eq!(
+        nodes_of(&on_spot(json!({"replicas": 4})).running()),
+        ["d0", "d1", "s0", "s1"]
+    );
+    // No room on demand: the others are placed, and the reason says what is missing.
+    let plan = on_spot(spec(3)).plan();
+    let (status, reason, message) = condition(&plan, "Planned");
+    assert_eq!((status.as_str(), reason.as_str()), ("False", "NoNodeFits"));
+    assert!(
+        message.contains(
+            "4 nodes: spot, and spec.placement.spot.onDemandMin = 3 replicas belong on other nodes"
+        ),
+        "{message}"
+    );
+}
+
+#[test]
+fn neither_a_rollout_nor_a_smaller_number_takes_the_replicas_off_demand_nodes() {
+    let story = on_spot(
+        json!({"replicas": 3, "placement": {"spot": {"onDemandMin": 1}},
+        "rollout": {"maxSurge": 2}}),
+    )
+    .running();
+    assert_eq!(nodes_of(&story), ["d0", "s0", "s1"]);
+    let rolled = story
+        .clone()
+        .edited(json!({"context": {"maxTokens": 8192}}));
+    let mut rolled = rolled;
+    for _ in 0..40 {
+        let plan = rolled.plan();
+        rolled = rolled.after(&plan, answers).swept().later(130);
+    }
+    assert_eq!(condition(&rolled.plan(), "Ready").1, "AllReplicasReady");
+    let on_demand = nodes_of(&rolled)
+        .iter()
+        .filter(|node| node.starts_with('d'))
+        .count();
+    assert_eq!((on_demand, nodes_of(&rolled).len()), (1, 3));
+
+    let mut fewer = story.edited(json!({"replicas": 1}));
+    for _ in 0..10 {
+        let plan = fewer.plan();
+        fewer = fewer.after(&plan, answers).swept().later(130);
+    }
+    assert_eq!(nodes_of(&fewer), ["d0"]);
 }

@@ -457,7 +457,7 @@ fn a_refused_pod_moves_only_when_another_node_has_room() {
             message: "0/2 nodes are available".into(),
         };
         pod.annotations
-            .insert("cachalot.dev/planned-nodes".into(), "a".into());
+            .insert("cachalot.dev/planned-nodes", "a".into());
     };
     let full = story.after(&plan, refuse).taken("a", 8).later(20);
     assert_eq!(

@@ -214,6 +214,18 @@ fn table() -> Vec<(&'static str, Refused, &'static str, Value)> {
             "maxErrorIncreasePercent = 101",
             spec(json!({"rollout": {"analysis": {"maxErrorIncreasePercent": 101}}})),
         ),
+        (
+            "no spot nodes at all",
+            Everywhere,
+            "onDemandMin = -1",
+            spec(json!({"placement": {"spot": {"onDemandMin": -1}}})),
+        ),
+        (
+            "spot nodes beyond two replicas",
+            Never,
+            "",
+            spec(json!({"placement": {"spot": {"onDemandMin": 2}}})),
+        ),
         // Sources.
         (
             "a hub",

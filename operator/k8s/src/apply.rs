@@ -93,7 +93,7 @@ impl Unsure {
         else {
             return None;
         };
-        let until = *lock(&self.held).get(&Key::new(namespace, name))?;
+        let until = *lock(&self.held).get(&Key::new(namespace, name.as_str()))?;
         let left = until.saturating_duration_since(Instant::now());
         (!left.is_zero()).then_some(left)
     }

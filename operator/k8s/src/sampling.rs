@@ -106,14 +106,17 @@ impl Sampler {
 
     /// The samples of a ModelDeployment's pods, by pod name.
     pub fn of(&self, deployment: &Key) -> BTreeMap<String, PodSamples> {
-        let prefix = Key::new(&deployment.namespace, format!("{}-", deployment.name));
+        let prefix = Key::new(
+            Arc::clone(&deployment.namespace),
+            format!("{}-", deployment.name),
+        );
         self.lock()
             .pods
             .range(&prefix..)
             .take_while(|(key, _)| {
-                key.namespace == prefix.namespace && key.name.starts_with(&prefix.name)
+                key.namespace == prefix.namespace && key.name.starts_with(&*prefix.name)
             })
-            .map(|(key, sampled)| (key.name.clone(), sampled.samples.clone()))
+            .map(|(key, sampled)| (key.name.to_string(), sampled.samples.clone()))
             .collect()
     }
 
@@ -180,13 +183,13 @@ impl Sampler {
             }
             sampled.asking = true;
             let target = Target {
-                pod: key.name.clone(),
+                pod: key.name.to_string(),
                 address: address.to_string(),
                 port: u16::try_from(names::ENGINE_PORT).unwrap_or(8000),
             };
             due.push((
                 key.clone(),
-                Key::new(&key.namespace, &child.deployment),
+                Key::new(Arc::clone(&key.namespace), &*child.deployment),
                 target,
             ));
         }
@@ -322,7 +325,7 @@ fn asks(pod: &PodView) -> Option<&str> {
 }
 
 fn is_draining(pod: &PodView) -> bool {
-    pod.annotations.contains_key(names::DRAIN_SINCE)
+    pod.annotations.get(names::DRAIN_SINCE).is_some()
 }
 
 impl Sampled {

@@ -27,18 +27,19 @@ use serde::de::DeserializeOwned;
 
 use crate::retry::jitter;
 
-/// Namespace and name; the namespace of cluster-wide objects is empty.
+/// Namespace and name; the namespace of cluster-wide objects is empty. Shared: a pod's key is held in several places, and
+/// there are ten thousand of them.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
     /// Namespace.
-    pub namespace: String,
+    pub namespace: Arc<str>,
     /// Name.
-    pub name: String,
+    pub name: Arc<str>,
 }
 
 impl Key {
     /// A key from its two parts.
-    pub fn new(namespace: impl Into<String>, name: impl Into<String>) -> Self {
+    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
         Key {
             namespace: namespace.into(),
             name: name.into(),
@@ -214,6 +215,9 @@ impl<V: PartialEq> Mirror<V> {
     }
 }
 
+/// Objects asked for at once while a list is read: a page is held as text and as whole objects before it is made small.
+const PAGE: u32 = 100;
+
 /// Keeps `mirror` equal to the cluster until dropped. `trim` makes the small value, or none for objects that do not
 /// matter; `changed` is told of every difference, from this task, and must not block.
 pub async fn follow<K, V>(
@@ -226,6 +230,7 @@ pub async fn follow<K, V>(
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
     V: PartialEq,
 {
+    let config = config.page_size(PAGE);
     let events = watcher::watcher(api, config).backoff(Pauses::default());
     let mut events = std::pin::pin!(events);
     let mut listed = HashSet::new();
@@ -494,7 +499,7 @@ mod tests {
             mirror
                 .read()
                 .keys()
-                .map(|key| key.name.as_str())
+                .map(|key| &*key.name)
                 .collect::<Vec<_>>(),
             ["b"]
         );

@@ -148,10 +148,10 @@ impl World {
             demand,
         } = seen;
         let pods = children(&self.pods, key, |pod| {
-            (pod.deployment == key.name).then(|| Arc::clone(&pod.view))
+            (*pod.deployment == *key.name).then(|| Arc::clone(&pod.view))
         });
         let config_maps = children(&self.config_maps, key, |map| {
-            (map.deployment == key.name).then(|| Arc::clone(&map.view))
+            (*map.deployment == *key.name).then(|| Arc::clone(&map.view))
         });
         Snapshot {
             now,
@@ -173,7 +173,7 @@ impl World {
         self.quotas
             .read()
             .range::<Key, _>((Bound::Included(&first), Bound::Unbounded))
-            .take_while(|(key, _)| key.namespace == namespace)
+            .take_while(|(key, _)| *key.namespace == *namespace)
             .filter_map(|(_, entry)| entry.as_ref().ok().map(Arc::clone))
             .collect()
     }
@@ -219,7 +219,7 @@ impl World {
     pub fn read_node(&self, node: Node) {
         let name = node.metadata.name.clone().unwrap_or_default();
         watch::write_through(&self.nodes, node, |node| Ok(Some(NodeView::of(&node))));
-        let view = self.nodes.get(&Key::new("", &name)).and_then(Result::ok);
+        let view = self.nodes.get(&Key::new("", &*name)).and_then(Result::ok);
         lock(&self.ledger).set_node(&name, view);
     }
 
@@ -403,8 +403,8 @@ impl World {
                 .iter()
                 .filter_map(|(pod, entry)| {
                     let child = entry.as_ref().ok()?;
-                    (child.view.node.as_deref() == Some(&key.name))
-                        .then(|| Key::new(&pod.namespace, &child.deployment))
+                    (child.view.node.as_deref() == Some(&*key.name))
+                        .then(|| Key::new(Arc::clone(&pod.namespace), &*child.deployment))
                 })
                 .collect::<BTreeSet<_>>();
             self.wakes.add(on_it);
@@ -416,7 +416,7 @@ impl World {
             [before, after]
                 .into_iter()
                 .flatten()
-                .map(|name| Key::new(&key.namespace, name)),
+                .map(|name| Key::new(Arc::clone(&key.namespace), name)),
         );
     }
 
@@ -429,12 +429,12 @@ impl World {
 
 /// Children of a ModelDeployment: all are named `<its name>-…`, so they lie together in the mirror.
 fn children<V, T>(mirror: &Mirror<V>, owner: &Key, pick: impl Fn(&V) -> Option<T>) -> Vec<T> {
-    let prefix = Key::new(&owner.namespace, format!("{}-", owner.name));
+    let prefix = Key::new(Arc::clone(&owner.namespace), format!("{}-", owner.name));
     mirror
         .read()
         .range::<Key, _>((Bound::Included(&prefix), Bound::Unbounded))
         .take_while(|(key, _)| {
-            key.namespace == prefix.namespace && key.name.starts_with(&prefix.name)
+            key.namespace == prefix.namespace && key.name.starts_with(&*prefix.name)
         })
         .filter_map(|(_, entry)| pick(entry.as_ref().ok()?))
         .collect()

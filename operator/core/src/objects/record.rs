@@ -45,6 +45,7 @@ pub fn record(
     };
     spec.placement.binding = None;
     spec.placement.topology = None;
+    spec.placement.spot = None;
     names::canonical(serde_json::json!(Record {
         spec,
         engine_image: settings.engine_image.clone(),
@@ -70,6 +71,7 @@ pub fn recorded(snapshot: &Snapshot, current: &ValidDeployment, revision: &str) 
         .placement
         .spread_by
         .clone_from(&current.placement.spread_by);
+    valid.placement.on_demand_min = current.placement.on_demand_min;
     let settings = Settings {
         engine_image: record.engine_image,
         image_pull_policy: record.image_pull_policy,

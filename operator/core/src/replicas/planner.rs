@@ -1,7 +1,7 @@
 //! The moves of one plan, made in order: what is lost goes, what drains leaves, what is missing starts,
 //! what is too many retires. Each takes what those before it gave and gave away into account.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use operator_api::Binding;
@@ -26,6 +26,8 @@ pub(super) struct Planner<'a> {
     wishes: Vec<Wish<'a>>,
     /// Pods that this plan removes or takes back, by name.
     gone: BTreeSet<&'a str>,
+    /// Pods that this plan creates on nodes that are not spot.
+    on_demand: u32,
     /// GPUs of the pods that this plan creates.
     gpus_granted: u64,
     /// Nodes for new replicas of each side, once one is asked for.
@@ -48,6 +50,7 @@ impl<'a> Planner<'a> {
                 .map(|side| wish(side, replicas))
                 .collect(),
             gone: BTreeSet::new(),
+            on_demand: 0,
             gpus_granted: 0,
             offers: vec![None; given.sides.len()],
             taken_back: vec![0; given.sides.len()],
@@ -371,9 +374,10 @@ impl<'a> Planner<'a> {
             moves.over_quota = Some(words);
             return false;
         }
+        let on_demand_min = self.lacks_on_demand();
         let (wish, room) = (&self.wishes[index], &self.room);
         let offers = self.offers[index].get_or_insert_with(|| Offers::new(wish, room));
-        match offers.best(&slot.refused) {
+        match offers.best(&slot.refused, on_demand_min) {
             Ok(nodes) => slot.nodes = nodes,
             Err(why_not) => {
                 moves.why_not = why_not;
@@ -385,6 +389,7 @@ impl<'a> Planner<'a> {
         }
         self.gpus_granted += u64::from(side.layout.gpus());
         if let Some(node) = slot.nodes.first() {
+            self.on_demand += u32::from(self.is_on_demand(node));
             self.take(index, node);
             moves.nodes.push(node.clone());
         }
@@ -403,6 +408,64 @@ impl<'a> Planner<'a> {
             .actions
             .push(Action::Create(Object::Pod(Box::new(pod))));
         true
+    }
+
+    /// Whether a node is there and not spot.
+    fn is_on_demand(&self, node: &str) -> bool {
+        let node = self.given.snapshot.cluster.nodes.get(node);
+        node.is_some_and(|node| !crate::spot::is_spot(node))
+    }
+
+    /// Whether a live replica is on a node that is not spot, or planned for one.
+    fn stands_on_demand(&self, replica: &Replica<'_>) -> bool {
+        let planned = replica.pod.planned_nodes();
+        let node = replica.pod.node.as_deref().or(planned.first().copied());
+        node.is_some_and(|node| self.is_on_demand(node))
+    }
+
+    /// The least number of replicas on other nodes than spot, while too few are there.
+    fn lacks_on_demand(&self) -> Option<u32> {
+        let least = self.given.valid.placement.on_demand_min?;
+        let least = least.min(self.given.wanted);
+        (self.on_demand_there() < least).then_some(least)
+    }
+
+    /// Replicas that stay and are not on spot nodes; those that a rollout replaces do not count.
+    fn on_demand_there(&self) -> u32 {
+        let sides = self.given.sides.iter().enumerate();
+        let there = sides.map(|(index, side)| {
+            let stand = |replica: &Replica<'_>| {
+                self.is_current_on(index, replica) && self.stands_on_demand(replica)
+            };
+            self.count(stand).min(side.wanted)
+        });
+        there.sum::<u32>() + self.on_demand
+    }
+
+    /// Of the replicas in the order in which they leave: the ones that cost most first, where price
+    /// matters, but none that keeps the least number off spot nodes before one that does not.
+    fn by_price(&self, leaving: &mut [&'a Replica<'a>]) {
+        let Some(least) = self.given.valid.placement.on_demand_min else {
+            return;
+        };
+        let mut surplus = self.on_demand_there().saturating_sub(least);
+        let mut order = BTreeMap::new();
+        for replica in leaving.iter() {
+            let rank = match (self.stands_on_demand(replica), surplus) {
+                (true, 0) => 2,
+                (true, _) => {
+                    surplus -= 1;
+                    0
+                }
+                (false, _) => 1,
+            };
+            order.insert(replica.pod.name.as_str(), rank);
+        }
+        // Stable: what does not answer still goes before what does.
+        leaving.sort_by_key(|replica| {
+            let rank = order.get(replica.pod.name.as_str()).copied();
+            (replica.is_ready(), rank)
+        });
     }
 
     /// A replica of a side that is created takes a node.
@@ -458,6 +521,7 @@ impl<'a> Planner<'a> {
             .collect();
         let mut leaving: Vec<&'a Replica<'a>> = self.live().collect();
         leaving.sort_by_cached_key(|replica| self.retirement_order(replica));
+        self.by_price(&mut leaving);
         for replica in leaving {
             let side = self.side(replica).filter(|_| self.is_current(replica));
             if side.is_some_and(|side| excess[side] == 0) {

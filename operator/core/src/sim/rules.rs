@@ -248,7 +248,14 @@ fn gave_up(world: &World, snapshot: &Snapshot, replicas: &[Replica<'_>]) -> bool
         reason(&status, "Degraded").as_str(),
         "RestartBudgetExhausted" | "ReplicasFailing" | "RolloutHalted"
     );
+    // Someone may have removed what made the revision before.
+    let has_record = rollout.stable_revision.as_ref().is_some_and(|stable| {
+        let name = format!("-{stable}");
+        let mut maps = snapshot.config_maps.iter();
+        maps.any(|map| map.name.ends_with(&name))
+    });
     let no_way_back = halts
+        || !has_record
         || rollout.stable_revision.is_none()
         || rollout.stable_revision == Some(target.clone());
     told && (no_way_back && is_stuck || halts && rollout.failure.is_some())

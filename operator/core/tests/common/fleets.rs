@@ -51,6 +51,14 @@ fn quota(gpus: u64) -> ResourceQuota {
 fn random_node(dice: &mut Seed, index: u64, on_gpus: bool) -> Node {
     let name = format!("node-{index}");
     let zone = json!({"metadata": {"labels": {"topology.kubernetes.io/zone": format!("zone-{}", dice.below(2))}}});
+    let zone = if dice.below(3) == 0 {
+        with(
+            zone,
+            json!({"metadata": {"labels": {"cloud.google.com/gke-spot": "true"}}}),
+        )
+    } else {
+        zone
+    };
     if on_gpus {
         let gpus = *dice.of(&[1, 2, 4, 8]).unwrap();
         let (product, memory_mib) = *dice
@@ -110,6 +118,9 @@ fn random_wish(dice: &mut Seed, index: u64, on_gpus: bool) -> ModelDeployment {
     spec["placement"] = json!({});
     if dice.below(4) == 0 {
         spec["placement"]["topology"] = json!({"spreadBy": "topology.kubernetes.io/zone"});
+    }
+    if dice.below(5) == 0 {
+        spec["placement"]["spot"] = json!({"onDemandMin": dice.below(3)});
     }
     if dice.below(3) == 0 {
         spec["placement"]["binding"] = json!("direct");

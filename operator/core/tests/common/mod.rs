@@ -291,10 +291,12 @@ impl Story {
                 annotations,
                 ..
             } => self.pod(name, |pod| {
-                pod.labels.extend(labels.clone());
+                for (key, value) in labels {
+                    pod.labels.insert(key, value.clone());
+                }
                 for (key, value) in annotations {
                     match value {
-                        Some(value) => pod.annotations.insert(key.clone(), value.clone()),
+                        Some(value) => pod.annotations.insert(key, value.clone()),
                         None => pod.annotations.remove(key),
                     };
                 }
