@@ -20,8 +20,9 @@ use crate::weights::{Matrix, Values};
 const COLUMN_TILE_FEW: usize = 32;
 /// The same under many: rounding the activations of a tile is then a few hundredths of its work.
 const COLUMN_TILE_MANY: usize = 128;
-/// Weight rows of a tile of integers: whole blocks, and as many bytes.
-const INTEGER_TILE_FEW: usize = 64;
+/// Weight rows of a tile of integers under few activation rows: whole blocks, and enough to make up for quantising the
+/// activations once for each tile.
+const INTEGER_TILE_FEW: usize = 128;
 /// The same under many activation rows.
 const INTEGER_TILE_MANY: usize = 256;
 /// Activation rows of a tile of integers.

@@ -17,7 +17,7 @@ pub use quantity::Quantity;
 pub use spec::{
     Accelerator, AcceleratorType, Autoscaling, AutoscalingTargets, Binding, ConfigMapReference,
     Context, Model, ModelDeployment, ModelDeploymentSpec, Parallelism, Placement, Precision,
-    Rollout, SecretReference, Stabilization, Topology,
+    Quantization, Rollout, SecretReference, Stabilization, Topology,
 };
 pub use status::{
     AutoscalingStatus, LoadProgress, ModelDeploymentStatus, PendingScale, Performance, Phase,
