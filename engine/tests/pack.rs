@@ -1,5 +1,8 @@
 //! `engine pack` as a user runs it.
 
+// A helper is no test, and may unwrap all the same.
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -21,7 +24,13 @@ fn text(bytes: &[u8]) -> String {
 fn packed() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     let (from, to) = (model(), dir.path());
-    let arguments = ["pack", "--model", from.to_str().unwrap(), "--output", to.to_str().unwrap()];
+    let arguments = [
+        "pack",
+        "--model",
+        from.to_str().unwrap(),
+        "--output",
+        to.to_str().unwrap(),
+    ];
     let output = engine(&[&arguments[..], &["--quantization", "int8"]].concat());
     assert!(output.status.success(), "{}", text(&output.stderr));
     dir
@@ -34,7 +43,13 @@ fn a_packed_directory_plans_and_inspects_like_the_model_it_came_from() {
     assert!(dir.path().join("tokenizer.json").is_file());
     assert!(!dir.path().join("model.safetensors").exists());
     let plan = |arguments: &[&str]| {
-        let output = engine(&[&["plan", "--device", "cpu", "--output", "json", "--model"], arguments].concat());
+        let output = engine(
+            &[
+                &["plan", "--device", "cpu", "--output", "json", "--model"],
+                arguments,
+            ]
+            .concat(),
+        );
         assert!(output.status.success(), "{}", text(&output.stderr));
         text(&output.stdout)
     };
@@ -45,7 +60,11 @@ fn a_packed_directory_plans_and_inspects_like_the_model_it_came_from() {
     assert_ne!(plan(&[from]), expected);
     let output = engine(&["inspect", "--model", packed]);
     assert!(output.status.success());
-    assert!(text(&output.stdout).contains("\"quantization\":\"int8\""), "{}", text(&output.stdout));
+    assert!(
+        text(&output.stdout).contains("\"quantization\":\"int8\""),
+        "{}",
+        text(&output.stdout)
+    );
 }
 
 #[test]
@@ -62,7 +81,11 @@ fn a_flipped_byte_is_found_by_verify_and_by_nothing_else() {
     std::fs::write(&path, bytes).unwrap();
     let output = engine(&["pack", "--verify", packed]);
     assert!(!output.status.success());
-    assert!(text(&output.stderr).contains("has the digest"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("has the digest"),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]
@@ -72,17 +95,37 @@ fn mistakes_are_named() {
     let elsewhere = tempfile::tempdir().unwrap();
     let other = elsewhere.path().to_str().unwrap();
     for (arguments, expected) in [
-        (&["pack", "--model", packed, "--output", other][..], "is packed already"),
+        (
+            &["pack", "--model", packed, "--output", other][..],
+            "is packed already",
+        ),
         (&["pack", "--verify", other], "cannot read"),
         (&["pack", "--model", packed], "--output"),
-        (&["plan", "--device", "cuda", "--model", packed], "packed for the CPU"),
+        (
+            &["plan", "--device", "cuda", "--model", packed],
+            "packed for the CPU",
+        ),
     ] {
         let output = engine(arguments);
         assert!(!output.status.success());
-        assert!(text(&output.stderr).contains(expected), "{}", text(&output.stderr));
+        assert!(
+            text(&output.stderr).contains(expected),
+            "{}",
+            text(&output.stderr)
+        );
     }
     let from = model();
     let from = from.to_str().unwrap();
-    let output = engine(&["plan", "--device", "cpu", "--dtype", "float32", "--quantization", "int4", "--model", from]);
+    let output = engine(&[
+        "plan",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--quantization",
+        "int4",
+        "--model",
+        from,
+    ]);
     assert!(text(&output.stderr).contains("quantization = int4: must be none with dtype float32"));
 }
