@@ -17,9 +17,10 @@ use crate::weights::{Matrix, Values, Weights};
 const COLUMN_TILE: usize = PANEL;
 /// Activation rows of a tile: they stay in the second-level cache while the weights pass.
 const ROW_TILE: usize = 128;
-/// Weight rows of a tile of integers under few activation rows: whole blocks.
-const INTEGER_TILE_FEW: usize = 64;
-/// The same under many: quantising the activations of a tile is then a few hundredths of its work.
+/// Weight rows of a tile of integers under few activation rows: whole blocks, and enough to make up for quantising the
+/// activations once for each tile.
+const INTEGER_TILE_FEW: usize = 128;
+/// The same under many activation rows.
 const INTEGER_TILE_MANY: usize = 256;
 /// Activation rows that are many.
 const INTEGER_MANY: usize = 16;

@@ -85,6 +85,9 @@ pub(crate) struct Packer {
     part_rows: usize,
     lines: Vec<Line>,
     next: usize,
+    /// Of the row that is being quantised.
+    stored: Vec<u8>,
+    scales: Vec<f32>,
 }
 
 impl Packer {
@@ -98,33 +101,36 @@ impl Packer {
             part_rows,
             lines: vec![Line::ZERO; blocks * block_lines(format, columns)],
             next: 0,
+            stored: Vec::with_capacity(columns),
+            scales: Vec::new(),
         }
     }
 
     /// Quantises the next row.
     pub fn push(&mut self, row: &[f32]) {
+        let mut stored = std::mem::take(&mut self.stored);
+        let mut scales = std::mem::take(&mut self.scales);
+        stored.clear();
+        scales.clear();
         match self.format {
             IntegerFormat::Int8 => {
-                let scale = scale8(row);
-                let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-                let stored = |at: usize| (row[at] * inverse).round_ties_even().clamp(-127.0, 127.0);
-                self.put(|_| scale, |at| (stored(at) + 128.0) as u8);
+                scales.push(scale8(row));
+                round_into(row, scales[0], -127.0, 127.0, 128, &mut stored);
             }
             IntegerFormat::Int4 { group } => {
-                let group = group as usize;
-                let scales: Vec<f32> = row.chunks(group).map(scale4).collect();
-                let stored = |at: usize| {
-                    let scale = scales[at / group];
-                    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-                    (row[at] * inverse).round_ties_even().clamp(-8.0, 7.0)
-                };
-                self.put(|group| scales[group], |at| (stored(at) + 8.0) as u8);
+                for values in row.chunks(group as usize) {
+                    let scale = scale4(values);
+                    scales.push(scale);
+                    round_into(values, scale, -8.0, 7.0, 8, &mut stored);
+                }
             }
         }
+        self.put(&scales, &stored);
+        (self.stored, self.scales) = (stored, scales);
     }
 
     /// Takes the next row as it is: the scale of each group (one for eight bits) and each column's stored value.
-    pub fn put(&mut self, scale: impl Fn(usize) -> f32, stored: impl Fn(usize) -> u8) {
+    pub fn put(&mut self, scales: &[f32], stored: &[u8]) {
         let (part, row) = (self.next / self.part_rows, self.next % self.part_rows);
         let blocks = part * self.part_rows.div_ceil(BLOCK) + row / BLOCK;
         let lines = block_lines(self.format, self.columns);
@@ -135,20 +141,23 @@ impl Packer {
         };
         match self.format {
             IntegerFormat::Int8 => {
-                set(&mut block[0], scale(0));
-                for at in 0..self.columns {
-                    block[1 + at / 4].0[lane + at % 4] = stored(at);
+                set(&mut block[0], scales[0]);
+                for (line, four) in block[1..].iter_mut().zip(stored.chunks(4)) {
+                    line.0[lane..lane + four.len()].copy_from_slice(four);
                 }
             }
             IntegerFormat::Int4 { group } => {
-                let group = group as usize;
                 let mut rest = block;
-                for (number, first) in (0..self.columns).step_by(group).enumerate() {
-                    let count = group.min(self.columns - first);
-                    let (here, later) = rest.split_at_mut(1 + count.div_ceil(8));
-                    set(&mut here[0], scale(number));
-                    for at in 0..count {
-                        here[1 + at / 8].0[lane + at % 4] |= stored(first + at) << (at % 8 / 4 * 4);
+                for (scale, values) in scales.iter().zip(stored.chunks(group as usize)) {
+                    let (here, later) = rest.split_at_mut(1 + values.len().div_ceil(8));
+                    set(&mut here[0], *scale);
+                    for (line, eight) in here[1..].iter_mut().zip(values.chunks(8)) {
+                        let bytes = &mut line.0[lane..lane + 4];
+                        let (low, high) = eight.split_at(eight.len().min(4));
+                        bytes[..low.len()].copy_from_slice(low);
+                        for (byte, value) in bytes.iter_mut().zip(high) {
+                            *byte |= value << 4;
+                        }
                     }
                     rest = later;
                 }
@@ -166,6 +175,17 @@ impl Packer {
             lines: self.lines.into(),
         }
     }
+}
+
+/// Appends the integers nearest to `values / scale`, ties to even, plus `offset`.
+fn round_into(values: &[f32], scale: f32, lowest: f32, highest: f32, offset: u8, to: &mut Vec<u8>) {
+    // 1.5 * 2^23: a sum with it ends in the rounded integer, in two's complement. Rounding by name is a call.
+    const MAGIC: f32 = 12_582_912.0;
+    let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
+    to.extend(values.iter().map(|value| {
+        let rounded = (value * inverse).clamp(lowest, highest) + MAGIC;
+        (rounded.to_bits() as u8).wrapping_add(offset)
+    }));
 }
 
 /// The scale that puts the largest magnitude on 127; a NaN where the row holds something that is no number, so that its

@@ -73,9 +73,7 @@ impl Matrix {
                 if matches!(tensor.dtype, FloatType::I8 | FloatType::I32) =>
             {
                 let mut packer = Packer::new(format, rows, columns, rows);
-                for_each_integer_row(tensor, |row| {
-                    packer.put(|group| row.scales[group], |at| row.stored[at]);
-                });
+                for_each_integer_row(tensor, |row| packer.put(row.scales, row.stored));
                 Values::Integer(packer.finish())
             }
             ResidentDtype::Integer(format, _) => {

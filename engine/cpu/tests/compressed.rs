@@ -1,6 +1,9 @@
 //! Checkpoints in the format of compressed-tensors, against transformers over the weights that its integers stand for
 //! (see `golden/make_compressed.py`).
 
+// A helper is no test, and may unwrap all the same.
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::path::Path;

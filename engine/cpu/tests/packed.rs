@@ -1,5 +1,8 @@
 //! Packed weights: the same answers, the same bytes as planned, pages shared with every other process that maps them.
 
+// A helper is no test, and may unwrap all the same.
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::path::Path;

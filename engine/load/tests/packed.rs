@@ -1,5 +1,8 @@
 //! Packed files that are not what they should be.
 
+// A helper is no test, and may unwrap all the same.
+#![allow(clippy::unwrap_used)]
+
 use engine_load::{
     LoadError, PACKED_FILE, PackedHeader, PackedModel, PackedWriter, Progress, Section,
 };

@@ -1,6 +1,6 @@
 //! Expected numbers are those of the published checkpoints and papers.
 
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
+use engine_spec::{Device, Dtype, ModelConfig, Packing, Parallelism, Quantization};
 
 use crate::{MemoryRequest, Misfit, ResidentDtype, memory_plan, resident_dtype};
 
@@ -377,4 +377,100 @@ fn drafts_without_a_layer_or_a_backend_for_them_are_refused() {
             "{text}"
         );
     }
+}
+
+#[test]
+fn integers_take_their_bits_and_scales() {
+    let weights = |quantization, config: &ModelConfig| {
+        let request = MemoryRequest {
+            device: Device::Cpu,
+            quantization,
+            ..on_gpus(1, None)
+        };
+        memory_plan(config, &request)
+            .unwrap()
+            .per_rank
+            .weights_bytes
+    };
+    // Llama 8B: an embedding of two bytes a weight, a head of one with a scale of four for each of its rows; of each layer
+    // 218,103,808 weights in 38,912 + 4096 * 2 + 2048 rows; norms of four bytes.
+    let (table, layer, rows) = (
+        128_256 * 4096,
+        218_103_808,
+        2 * 14_336 + 3 * 4096 + 2 * 1024,
+    );
+    let around = table * 2 + table + 128_256 * 4 + 65 * 4096 * 4;
+    let llama = llama_8b();
+    assert_eq!(
+        weights(Quantization::Int8, &llama),
+        around + 32 * (layer + rows * 4)
+    );
+    // Half a byte, and four bytes for 64 of them.
+    assert_eq!(
+        weights(Quantization::Int4, &llama),
+        around + 32 * (layer / 2 + layer / 64 * 4)
+    );
+    // R1 at four bits fits into half a terabyte with room: 4.5 bits of 671 B weights.
+    let r1 = weights(Quantization::Int4, &r1()) as f64;
+    assert!((377e9..383e9).contains(&r1), "{r1}");
+}
+
+#[test]
+fn integers_of_the_files_leave_head_and_embedding_wide() {
+    let text = r#"{"model_type":"llama","vocab_size":128256,"intermediate_size":14336,"num_key_value_heads":8,
+        "quantization_config":{"quant_method":"compressed-tensors","format":"pack-quantized","config_groups":{"group_0":{
+        "targets":["Linear"],"weights":{"num_bits":4,"type":"int","symmetric":true,"strategy":"group","group_size":128}}}}}"#;
+    let config = ModelConfig::from_hf_json(text).unwrap();
+    let request = MemoryRequest {
+        device: Device::Cpu,
+        max_model_len: None,
+        ..on_gpus(1, None)
+    };
+    let plan = memory_plan(&config, &request).unwrap();
+    let layer = 218_103_808;
+    let wide = 2 * 128_256 * 4096 * 2 + 65 * 4096 * 4;
+    assert_eq!(
+        plan.per_rank.weights_bytes,
+        wide + 32 * (layer / 2 + layer / 128 * 4)
+    );
+    // The GPU has no integer products and widens.
+    let plan = memory_plan(
+        &config,
+        &MemoryRequest {
+            device: Device::Nvidia,
+            ..request
+        },
+    )
+    .unwrap();
+    assert_eq!(plan.resident, ResidentDtype::Bfloat16);
+}
+
+#[test]
+fn a_gpu_has_no_integers_and_no_packed_weights_and_says_so() {
+    let request = MemoryRequest {
+        quantization: Quantization::Int8,
+        ..on_gpus(8, None)
+    };
+    let misfit = memory_plan(&r1(), &request).unwrap_err();
+    assert_eq!(misfit, Misfit::NoIntegers(Quantization::Int8));
+    assert!(
+        misfit
+            .to_string()
+            .contains("quantization = int8: the GPU backend"),
+        "{misfit}"
+    );
+    let mut packed = r1();
+    packed.packed = Some(Packing {
+        dtype: Dtype::Auto,
+        quantization: Quantization::Int4,
+    });
+    let misfit = memory_plan(&packed, &on_gpus(8, None)).unwrap_err();
+    assert_eq!(misfit, Misfit::Packed);
+    // On the CPU what was packed decides.
+    let device = Device::Cpu;
+    let resident = resident_dtype(Dtype::Auto, Quantization::None, &packed, device);
+    assert_eq!(
+        resident,
+        resident_dtype(Dtype::Auto, Quantization::Int4, &r1(), device)
+    );
 }

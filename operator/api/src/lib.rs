@@ -17,8 +17,8 @@ pub use quantity::Quantity;
 pub use spec::{
     Accelerator, AcceleratorType, Autoscaling, AutoscalingTargets, Binding, ConfigMapReference,
     Context, Model, ModelDeployment, ModelDeploymentSpec, OnFailure, Parallelism, Placement,
-    Precision, Rollout, RolloutAnalysis, RolloutStep, SecretReference, Spot, Stabilization,
-    Topology,
+    Precision, Quantization, Rollout, RolloutAnalysis, RolloutStep, SecretReference, Spot,
+    Stabilization, Topology,
 };
 pub use status::{
     AutoscalingStatus, LoadProgress, ModelDeploymentStatus, PendingScale, Performance, Phase,

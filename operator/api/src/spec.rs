@@ -53,7 +53,9 @@ use crate::template::PodTemplate;
     validation = Rule::new("has(self.replicas) != has(self.autoscaling)")
         .message("set exactly one of spec.replicas (a fixed number) and spec.autoscaling (a range)"),
     validation = Rule::new("self.accelerator.type != 'cpu' || !has(self.parallelism) || ((!has(self.parallelism.tensor) || self.parallelism.tensor == 1) && (!has(self.parallelism.expert) || self.parallelism.expert == 1))")
-        .message("the cpu accelerator runs one rank per replica; remove spec.parallelism or choose accelerator type nvidia")
+        .message("the cpu accelerator runs one rank per replica; remove spec.parallelism or choose accelerator type nvidia"),
+    validation = Rule::new("self.quantization == 'none' || (self.precision != 'float32' && self.accelerator.type == 'cpu')")
+        .message("spec.quantization makes integers on the cpu accelerator, with precision auto or bfloat16; set it to none or change those")
 )]
 pub struct ModelDeploymentSpec {
     /// The model to serve and where it comes from.
@@ -72,6 +74,10 @@ pub struct ModelDeploymentSpec {
     /// device can.
     #[serde(default)]
     pub precision: Precision,
+
+    /// Integers that the large matrices are made into when the weights are loaded, on the processors.
+    #[serde(default)]
+    pub quantization: Quantization,
 
     /// How much context and how many sequences one replica holds.
     #[serde(default)]
@@ -257,6 +263,19 @@ pub enum Precision {
     Float32,
     /// 16-bit brain floating point.
     Bfloat16,
+}
+
+/// Integers that weights are made into.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// As the weights are stored.
+    #[default]
+    None,
+    /// Eight bits, a scale for each output row.
+    Int8,
+    /// Four bits, a scale for each 64 columns.
+    Int4,
 }
 
 /// How much context and how many sequences one replica holds.

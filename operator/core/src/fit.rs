@@ -371,6 +371,7 @@ fn layout(
         DeviceKind::Gpu { .. } => Device::Nvidia,
     };
     engine.dtype = valid.dtype;
+    engine.quantization = valid.quantization;
     engine.parallelism = parallelism;
     engine.max_model_len = valid.max_model_len;
     engine.max_num_seqs = valid.max_num_seqs;

@@ -11,7 +11,7 @@ mod template;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use engine_spec::{Dtype, Parallelism};
+use engine_spec::{Dtype, Parallelism, Quantization};
 use k8s_openapi::api::core::v1::Toleration;
 use operator_api::{
     AcceleratorType, Autoscaling, Binding, ModelDeployment, ModelDeploymentSpec, Placement,
@@ -95,6 +95,8 @@ pub struct ValidDeployment {
     pub parallelism: Option<Parallelism>,
     /// Number format.
     pub dtype: Dtype,
+    /// Integer weights.
+    pub quantization: Quantization,
     /// Longest sequence, when given.
     pub max_model_len: Option<u32>,
     /// Sequences per replica.
@@ -229,6 +231,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         accelerator,
         parallelism,
         precision,
+        quantization,
         context,
         replicas,
         autoscaling,
@@ -246,6 +249,18 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
     let source = model::source(&mut rules, model);
     let accelerator = valid_accelerator(&mut rules, accelerator);
     let parallelism = valid_parallelism(&mut rules, parallelism.as_ref(), &accelerator);
+    let quantization = match quantization {
+        operator_api::Quantization::None => Quantization::None,
+        operator_api::Quantization::Int8 => Quantization::Int8,
+        operator_api::Quantization::Int4 => Quantization::Int4,
+    };
+    let on_cpu = matches!(accelerator, ValidAccelerator::Cpu);
+    rules.require(
+        quantization.is_none() || (on_cpu && *precision != Precision::Float32),
+        "spec.quantization",
+        &quantization,
+        "makes integers on the cpu accelerator, with precision auto or bfloat16; set it to none or change those",
+    );
     let max_model_len = context
         .max_tokens
         .map(|tokens| rules.number("spec.context.maxTokens", Some(tokens), (16, 1 << 24), 16));
@@ -288,6 +303,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
             Precision::Float32 => Dtype::Float32,
             Precision::Bfloat16 => Dtype::Bfloat16,
         },
+        quantization,
         max_model_len,
         max_num_seqs,
         scale,

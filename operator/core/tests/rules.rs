@@ -128,6 +128,32 @@ fn table() -> Vec<(&'static str, Refused, &'static str, Value)> {
         ),
         ("float32", Never, "", spec(json!({"precision": "float32"}))),
         (
+            "integers on the processors",
+            Never,
+            "",
+            spec(json!({"quantization": "int8", "accelerator": {"type": "cpu"}})),
+        ),
+        (
+            "integers beside float32",
+            Everywhere,
+            "quantization",
+            spec(
+                json!({"quantization": "int4", "precision": "float32", "accelerator": {"type": "cpu"}}),
+            ),
+        ),
+        (
+            "integers on a GPU",
+            Everywhere,
+            "quantization",
+            spec(json!({"quantization": "int8", "accelerator": {"type": "nvidia"}})),
+        ),
+        (
+            "an unknown quantization",
+            Everywhere,
+            "",
+            spec(json!({"quantization": "int2"})),
+        ),
+        (
             "an unknown accelerator",
             Everywhere,
             "",

@@ -171,7 +171,8 @@ fn extreme_bytes_do_not_saturate() {
         for sign in [1.0, -1.0] {
             let mut packer = Packer::new(format, columns, length, columns);
             // As a checkpoint may have it: the lowest integer everywhere.
-            (0..columns).for_each(|_| packer.put(|_| 1.0, |_| 0));
+            let (scales, lowest) = (vec![1.0; length], vec![0; length]);
+            (0..columns).for_each(|_| packer.put(&scales, &lowest));
             let weight = packer.finish();
             let input = vec![sign; length];
             let lowest = if format == IntegerFormat::Int8 {
