@@ -335,3 +335,108 @@ fn a_family_that_is_not_served_is_refused_with_those_that_are() {
     assert_eq!(error.reason, ModelFault::UnsupportedArchitecture);
     assert!(error.message.contains("qwen3_moe"), "{}", error.message);
 }
+
+fn tiny_r1() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../e2e/models/tiny-r1")
+}
+
+/// The names in a weight file.
+fn tensors(file: &Path) -> Vec<String> {
+    let bytes = std::fs::read(file).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Map<String, Value> =
+        serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let names = header.into_iter().map(|(name, _)| name);
+    names.filter(|name| name != "__metadata__").collect()
+}
+
+/// tiny-r1 with its prediction layer beside it, as a checkpoint of two files.
+fn tiny_r1_that_predicts() -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let mut map = serde_json::Map::new();
+    for (from, to) in [
+        ("model.safetensors", "trunk.safetensors"),
+        ("prediction/layer.safetensors", "layer.safetensors"),
+    ] {
+        std::fs::copy(tiny_r1().join(from), dir.path().join(to)).unwrap();
+        map.extend(
+            tensors(&dir.path().join(to))
+                .into_iter()
+                .map(|name| (name, to.into())),
+        );
+    }
+    let write = |name: &str, value: Value| {
+        std::fs::write(dir.path().join(name), value.to_string()).unwrap();
+    };
+    write("model.safetensors.index.json", json!({"weight_map": map}));
+    let text = std::fs::read_to_string(tiny_r1().join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    config["num_nextn_predict_layers"] = 1.into();
+    write("config.json", config);
+    for name in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ] {
+        std::fs::copy(tiny_r1().join(name), dir.path().join(name)).unwrap();
+    }
+    dir
+}
+
+#[test]
+fn a_trained_layer_foresees_most_tokens_and_changes_none() {
+    let dir = tiny_r1_that_predicts();
+    let questions = [
+        "What is 123 + 456?",
+        "What is 12 - 345?",
+        "What is 37 * 6?",
+        "How many r in \"strawberry\"?",
+    ];
+    let answers = |more: &[&str]| {
+        let common = [
+            "--model",
+            dir.path().to_str().unwrap(),
+            "--served-model-name",
+            "m",
+            "--device",
+            "cpu",
+        ];
+        let engine = Engine::start(&[&common[..], more].concat());
+        let mut answers = Vec::new();
+        for question in questions {
+            for temperature in [0.0, 0.6, 1.5] {
+                let request = json!({"model": "m", "temperature": temperature, "seed": 11, "max_tokens": 200,
+                    "messages": [{"role": "user", "content": question}], "logprobs": true, "top_logprobs": 2});
+                let (status, body) = engine
+                    .ask("POST", "/v1/chat/completions", Some(&request))
+                    .unwrap();
+                assert_eq!(status, 200, "{body}");
+                let answer: Value = serde_json::from_str(&body).unwrap();
+                answers.push((
+                    answer["choices"].clone(),
+                    answer["usage"]["completion_tokens"].clone(),
+                ));
+            }
+        }
+        let (_, metrics) = engine.ask("GET", "/metrics", None).unwrap();
+        (answers, metrics)
+    };
+    let (expected, _) = answers(&[]);
+    let content = expected[0].0[0]["message"]["content"].as_str().unwrap();
+    assert!(content.contains("579"), "{content}");
+    for drafts in ["1", "3"] {
+        let (found, metrics) = answers(&["--num-speculative-tokens", drafts]);
+        assert_eq!(found, expected, "{drafts} drafts");
+        let count = |name: &str| -> f64 {
+            let line = metrics.lines().find(|line| line.starts_with(name)).unwrap();
+            line.rsplit(' ').next().unwrap().parse().unwrap()
+        };
+        let steps = count("vllm:spec_decode_num_drafts_total");
+        let accepted = count("vllm:spec_decode_num_accepted_tokens_total");
+        println!(
+            "{drafts} drafts: {:.2} accepted in each of {steps} steps",
+            accepted / steps
+        );
+        assert!(accepted > 0.5 * steps, "{accepted} of {steps}");
+    }
+}

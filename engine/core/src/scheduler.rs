@@ -5,9 +5,10 @@
 //! waiting or finished sequence holds no block.
 //!
 //! Rules: every decoding sequence gets its token first, then its drafts, then unfinished prefills get chunks in order of
-//! arrival, then waiting sequences enter as [`crate::queue`] lets them. A sequence enters with the blocks of all its known tokens, so only
-//! decoding ever runs out of blocks; then the youngest running sequence of the lowest priority gives all of its blocks
-//! back and returns to the head of the queue, to compute its tokens again (most of them found in the prefix cache).
+//! arrival, then waiting sequences enter as [`crate::queue`] lets them. A sequence enters with the blocks of all its known
+//! tokens, so only decoding ever runs out of blocks; then the youngest running sequence of the lowest priority gives all of
+//! its blocks back and returns to the head of the queue, to compute its tokens again (most of them found in the prefix
+//! cache).
 //! Drafts are worth less than anything else: they take blocks that nobody holds, never more than half of what the decodes
 //! leave of the step while others have tokens to compute, and give all back that was rejected.
 //!
