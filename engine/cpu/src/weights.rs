@@ -70,7 +70,7 @@ pub(crate) enum Weight {
 }
 
 /// All tensors of a model, by [`WeightId`].
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Weights(Vec<Weight>);
 
 impl Weights {

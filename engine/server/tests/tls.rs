@@ -241,6 +241,39 @@ fn plain_http_to_a_tls_port_is_told_so() {
     });
 }
 
+/// The frames by which a server begins HTTP/2.
+fn settings(mut stream: impl Read) -> [u8; 9] {
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).unwrap();
+    head
+}
+
+#[test]
+fn http2_is_spoken_with_and_without_tls_however_its_beginning_is_cut() {
+    const BEGINNING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    const SETTINGS: u8 = 4;
+    let plain = Server::start(options(), Backend::quick());
+    for cut in [1, 2, 3, 24] {
+        let mut stream = TcpStream::connect(plain.address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        stream.write_all(&BEGINNING[..cut]).unwrap();
+        // Long enough for the server to look at the first piece alone; right either way.
+        std::thread::sleep(Duration::from_millis(20));
+        stream.write_all(&BEGINNING[cut..]).unwrap();
+        assert_eq!(settings(&stream)[3], SETTINGS, "{cut}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let options = with_tls(write(folder.path(), &authority.issue()));
+    let server = start(options, &authority, Backend::quick());
+    let mut stream = connect(server.address, &authority.pem(), None, b"h2").unwrap();
+    stream.write_all(BEGINNING).unwrap();
+    assert_eq!(settings(stream)[3], SETTINGS);
+}
+
 #[test]
 fn a_client_that_says_nothing_gives_its_connection_back() {
     let folder = tempfile::tempdir().unwrap();
