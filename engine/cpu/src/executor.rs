@@ -67,6 +67,14 @@ struct Staged {
     weights: Weights,
 }
 
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // Of two versions only one is left, and the process must not go on holding memory for two.
+        drop(std::mem::take(&mut self.weights));
+        return_free_memory();
+    }
+}
+
 /// Bytes that an executor has allocated, to be compared with its plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AllocatedBytes {

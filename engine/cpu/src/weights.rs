@@ -148,7 +148,7 @@ impl Weight {
 }
 
 /// All tensors of a model, by [`WeightId`].
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Weights(Vec<Weight>);
 
 impl Weights {
