@@ -147,6 +147,6 @@ def write(place, model, config, family):
         else:
             tensors[key] = tensor.float() if key.endswith("e_score_correction_bias") else tensor.contiguous()
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    fields = json.loads(config.to_json_string(use_diff=False))
+    fields = json.loads(config.to_json_string(use_diff=True))
     fields |= {"architectures": [family + "ForCausalLM"], "model_type": "deepseek_" + family[-2:].lower(), "dtype": "bfloat16"}
     (place / "config.json").write_text(json.dumps(fields))

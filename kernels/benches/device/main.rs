@@ -203,7 +203,9 @@ fn main() -> ExitCode {
                 .map_err(|error| error.to_string()),
             None => Err("no driver, and no C++ compiler for the emulated one".into()),
         },
-        _ => Err("usage: device driver | outputs FILE | compare FILE FILE | speed [--small]".into()),
+        _ => {
+            Err("usage: device driver | outputs FILE | compare FILE FILE | speed [--small]".into())
+        }
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
