@@ -109,12 +109,12 @@ def tests(check):
 
 def emulator(check):
     """The same inputs on the device and on the emulator, value by value: what the emulator's reading of the manuals is worth."""
-    mine, other = check.out / "device.bin", check.out / "emulator.bin"
-    for path, driver in ((mine, check.driver), (other, str(HERE / "emulated/libcuda.so.1"))):
-        done = check.run([HERE / "device", "outputs", path], 60, driver)
-        if done.returncode:
-            raise RuntimeError(f"{path.name}: {last_line(done.stderr)}")
-    found = check.json([HERE / "device", "compare", mine, other], 20)
+    mine = check.out / "device.bin"
+    done = check.run([HERE / "device", "outputs", mine], 60)
+    if done.returncode:
+        raise RuntimeError(last_line(done.stderr))
+    # The emulator's were made with the bundle: its inputs depend on the cases' names alone.
+    found = check.json([HERE / "device", "compare", mine, HERE / "emulator.bin"], 20)
     bad = []
     for output in found["outputs"]:
         if "error" in output or not output["same_length"]:
@@ -124,7 +124,6 @@ def emulator(check):
         elif output["relative_difference"] > DIFFERENCE_MAX:
             bad.append(output["name"])
     mine.unlink()
-    other.unlink()
     return {"ok": not bad and not found["missing"], "outputs": found["outputs"], "bad": bad,
             "error": f"{len(bad)} outputs differ" if bad else None}
 
