@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that a machine with a GPU needs for the check, in one archive: programs, the emulated driver, golden models,
-# shapes and scripts; the fatbins are in the programs. `make gpu-bundle` runs this; it needs no CUDA.
+# Everything that a machine with a GPU needs for the check, in one archive: programs, the emulated driver and its outputs,
+# golden models, shapes and scripts; the fatbins are in the programs. `make gpu-bundle` runs this; it needs no CUDA.
 #
 #   kernels/check/bundle.sh [FILE]
 set -euo pipefail
@@ -33,12 +33,14 @@ strip "$folder/ops" "$folder/device" "$folder/gpu-check"
 "$device" driver >"$folder/emulated/path"
 cp "$(cat "$folder/emulated/path")" "$folder/emulated/libcuda.so.1"
 rm "$folder/emulated/path"
+# The emulator's outputs, so that the machine with the GPU need not run it.
+KERNELS_DRIVER="$folder/emulated/libcuda.so.1" "$folder/device" outputs "$folder/emulator.bin"
 for model in engine/cpu/tests/golden/*-cuda; do
   name=$(basename "$model")
   mkdir "$folder/models/$name"
   cp "$model/config.json" "$model/golden.json" "$model"/*.safetensors* "$folder/models/$name/"
 done
-cp kernels/check/*.py "$folder/"
+cp kernels/check/{gpu_check,plots,torch_side}.py "$folder/"
 cp -r kernels/check/shapes "$folder/shapes"
 
 tar -C "$(dirname "$folder")" --owner 0 --group 0 -czf "$out" "$(basename "$folder")"

@@ -1,11 +1,15 @@
-"""What PyTorch says: this card's rates, PyTorch's times for the same work, and transformers' logits.
+"""What PyTorch says, as JSON: this card's rates, PyTorch's times for the same work, and transformers' logits.
 
-Everything is imported inside of the functions: where PyTorch is missing, only the lines that need it fail.
+    python3 torch_side.py bounds
+    python3 torch_side.py logits FOLDER      writes models there, and runs gpu-check beside this file on them
 """
 
 import json
+import pathlib
 import shutil
 import statistics
+import subprocess
+import sys
 
 
 def replay(torch, work, launches=24, replays=11):
@@ -147,6 +151,30 @@ def write(place, model, config, family):
         else:
             tensors[key] = tensor.float() if key.endswith("e_score_correction_bias") else tensor.contiguous()
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    fields = json.loads(config.to_json_string(use_diff=False))
+    fields = json.loads(config.to_json_string(use_diff=True))
     fields |= {"architectures": [family + "ForCausalLM"], "model_type": "deepseek_" + family[-2:].lower(), "dtype": "bfloat16"}
     (place / "config.json").write_text(json.dumps(fields))
+
+
+def backend(folder, prompts):
+    """The CUDA backend's logits."""
+    program = pathlib.Path(__file__).resolve().parent / "gpu-check"
+    done = subprocess.run([program, "logits", folder, prompts], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-300:])
+    return json.loads(done.stdout)
+
+
+def main():
+    match sys.argv[1:]:
+        case ["bounds"]:
+            found = bounds()
+        case ["logits", folder]:
+            found = logits(pathlib.Path(folder), backend)
+        case _:
+            sys.exit(__doc__)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -75,7 +75,8 @@ impl<'a> Builder<'a> {
     }
 
     fn repeat<T: Plain>(&mut self, pattern: &[T], count: usize) -> Address {
-        let values: Vec<T> = pattern.iter().copied().cycle().take(count).collect();
+        let mut values = pattern.repeat(count.div_ceil(pattern.len().max(1)));
+        values.truncate(count);
         self.values(&values)
     }
 

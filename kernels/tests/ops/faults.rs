@@ -104,7 +104,7 @@ fn kernels_take_the_arguments_that_the_host_sends() {
 }
 
 fn params_bytes(kernel: &str) -> usize {
-    let sizes: [(&str, usize); 16] = [
+    let sizes: [(&str, usize); 21] = [
         ("hopper_gemm_fp8", size_of::<params::HopperFp8GemmParams>()),
         ("copy_blocks", size_of::<params::CopyBlocksParams>()),
         ("hopper_gemm", size_of::<params::HopperGemmParams>()),
@@ -121,6 +121,11 @@ fn params_bytes(kernel: &str) -> usize {
         ("greedy", size_of::<params::GreedyParams>()),
         ("mla_cache_write", size_of::<params::CacheWriteParams>()),
         ("mla_prefill", size_of::<params::MlaPrefillParams>()),
+        ("gqa_cache_write", size_of::<params::GqaCacheWriteParams>()),
+        ("gqa_decode", size_of::<params::GqaDecodeParams>()),
+        ("sample_adjust", size_of::<params::SampleAdjustParams>()),
+        ("sample_f32", size_of::<params::SampleParams>()),
+        ("logprobs", size_of::<params::LogprobsParams>()),
     ];
     match kernel {
         "mla_combine_bf16" => size_of::<params::MlaCombineParams>(),

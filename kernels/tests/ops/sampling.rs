@@ -50,7 +50,7 @@ impl Adjust {
                         .iter()
                         .map(|token| (*token as i32, lab.random.float(50.0)))
                         .collect();
-                    biased.push((vocabulary as i32, 1.0)); // unknown: ignored
+                    biased.push((vocabulary as i32 + 3, 1.0)); // unknown, and the next row's first
                     biased
                 })
                 .collect(),
@@ -268,6 +268,16 @@ fn sampling_chooses_the_token_of_the_sorted_reference() {
                 let draw = [lab.random.next() as i64, index as i64, 1 << 33 | 77];
                 rows.push(Row(sampling, logits, draw));
             }
+            // The last row's last token: nothing lies behind it.
+            let mut logits = vec![-20.0; vocabulary];
+            logits[vocabulary - 1] = 20.0;
+            let sampling = Sampling {
+                temperature: 1.0,
+                top_p: 1.0,
+                min_p: 0.0,
+                top_k: 0,
+            };
+            rows.push(Row(sampling, logits, [9, 9, 9]));
             let got = sample(lab, &rows, vocabulary);
             for (Row(sampling, logits, draw), got) in rows.iter().zip(&got) {
                 let want = sampling.choose(logits, uniform(*draw));
