@@ -11,6 +11,8 @@ use thiserror::Error as ThisError;
 
 /// Instructions a template may run for one prompt; R1's template needs about 20 for a message.
 const FUEL: u64 = 5_000_000;
+/// Bytes of a prompt; a request has at most 8 MiB, and a template writes each message about once.
+const PROMPT_BYTES_MAX: usize = 64 << 20;
 const NAME: &str = "chat_template";
 
 /// Who speaks.
@@ -188,9 +190,38 @@ impl ChatTemplate {
         ] {
             set(name, token.clone().unwrap_or_default().into());
         }
-        template
-            .render(Value::from(Serde(&context)))
-            .map_err(refused)
+        let mut prompt = Prompt::default();
+        let rendered = template
+            .render_captured_to(Value::from(Serde(&context)), &mut prompt)
+            .map(drop);
+        if prompt.is_full {
+            let message = format!("the prompt would have more than {PROMPT_BYTES_MAX} bytes");
+            return Err(TemplateError::Refused(message));
+        }
+        rendered.map_err(refused)?;
+        String::from_utf8(prompt.bytes).map_err(|error| TemplateError::Refused(error.to_string()))
+    }
+}
+
+/// Takes what a template writes, up to a limit: fuel counts instructions, not bytes.
+#[derive(Default)]
+struct Prompt {
+    bytes: Vec<u8>,
+    is_full: bool,
+}
+
+impl std::io::Write for Prompt {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.bytes.len() + bytes.len() > PROMPT_BYTES_MAX {
+            self.is_full = true;
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -344,6 +375,19 @@ mod tests {
             render(source, &[]),
             Err(TemplateError::Refused(_))
         ));
+    }
+
+    #[test]
+    fn a_prompt_without_end_is_stopped() {
+        let source = "{% for a in range(9000) %}{{ messages[0].content }}{% endfor %}";
+        let long = message(Role::User, &"x".repeat(8 << 10));
+        let error = render(source, std::slice::from_ref(&long)).unwrap_err();
+        assert!(
+            error.to_string().contains("more than 67108864 bytes"),
+            "{error}"
+        );
+        let short = message(Role::User, "x");
+        assert_eq!(render(source, &[short]).unwrap().len(), 9000);
     }
 
     #[test]
