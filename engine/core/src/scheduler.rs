@@ -59,7 +59,7 @@ pub struct Scheduler {
     waiting: Queue,
     /// By priority, then in order of arrival.
     running: Vec<SequenceId>,
-    /// Entries of earlier batches, kept for their memory.
+    /// Entries of earlier batches, and of batches to come: each has room for the largest.
     spare: Vec<BatchEntry>,
     next_sequence: u64,
     draining: bool,
@@ -76,7 +76,7 @@ impl Scheduler {
             admission: Admission::default(),
             sequences: BTreeMap::new(),
             running: Vec::with_capacity(limits.max_num_seqs),
-            spare: Vec::with_capacity(limits.max_num_seqs),
+            spare: spare(&limits),
             next_sequence: 0,
             draining: false,
             counters: Counters::default(),
@@ -472,4 +472,16 @@ impl Scheduler {
             None
         }
     }
+}
+
+/// An entry for each sequence that may run, so that no step has to allocate one.
+fn spare(limits: &Limits) -> Vec<BatchEntry> {
+    let entry = || BatchEntry {
+        tokens: Vec::with_capacity(limits.max_num_batched_tokens.min(limits.max_model_len)),
+        blocks: Vec::with_capacity(limits.max_model_len.div_ceil(limits.block_size)),
+        ..Default::default()
+    };
+    std::iter::repeat_with(entry)
+        .take(limits.max_num_seqs)
+        .collect()
 }
