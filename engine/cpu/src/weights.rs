@@ -213,7 +213,7 @@ fn absorb(up: &Matrix, attention: &LatentAttention) -> Weight {
             let (key, value) = split_heads(values, attention);
             (Values::Bf16(key), Values::Bf16(value))
         }
-        packed @ Values::Packed(_) => (packed.clone(), packed.clone()),
+        Values::Packed(_) => unreachable!("a tensor is read row-major"),
     };
     let matrix = |rows, columns, values| Matrix {
         rows,

@@ -20,6 +20,8 @@ const DEPTH: usize = 160;
 const AHEAD: usize = 512;
 /// Rows of a tile of four registers of columns.
 const ROWS: usize = 6;
+/// Rows of a tile of one or two registers of columns.
+const ROWS_OF_FEW: usize = 8;
 
 /// A row of a product.
 #[derive(Clone, Copy)]
@@ -216,14 +218,12 @@ unsafe fn rows<P: Pairs, const C: usize, const RAGGED: bool>(
         };
         let mut row = 0;
         unsafe {
-            // Few columns: more rows fill the registers.
-            while C == 1 && row + 16 <= count {
-                tile::<P, 16, C, RAGGED>(operands, row, part, shape.step, ahead(row / 16, row));
-                row += 16;
-            }
-            while C == 2 && row + 12 <= count {
-                tile::<P, 12, C, RAGGED>(operands, row, part, shape.step, ahead(row / 12, row));
-                row += 12;
+            // Few columns: more rows hide the latency of the sums. With still more, their addresses would not fit into
+            // registers, and be read again at each step.
+            while C < 4 && row + ROWS_OF_FEW <= count {
+                let ahead = ahead(row / ROWS_OF_FEW, row);
+                tile::<P, ROWS_OF_FEW, C, RAGGED>(operands, row, part, shape.step, ahead);
+                row += ROWS_OF_FEW;
             }
             // A ragged panel is the last one of a matrix, if that: not worth the code of all heights.
             let highest = if RAGGED { 1 } else { ROWS };
