@@ -90,6 +90,11 @@ fn main() -> anyhow::Result<()> {
             "GOP/s",
         ));
     }
+    report.push(Row::plain(
+        "one wait for all threads",
+        wait_seconds(threads)? * 1e6,
+        "us",
+    ));
     report.push(scheduler::row()?);
     if let Some(program) = &arguments.engine {
         let weights = std::fs::metadata(dir.path().join("model.safetensors"))?.len();
@@ -113,6 +118,19 @@ fn main() -> anyhow::Result<()> {
     }
     drafts::measure(&config, threads, &mut report)?;
     report.finish(&arguments.out)
+}
+
+/// Seconds of a region in which each thread has nothing to do; a step has some ten a layer.
+fn wait_seconds(threads: usize) -> anyhow::Result<f64> {
+    const REGIONS: u32 = 10_000;
+    let mut pool = engine_cpu::Pool::new(threads)?;
+    median(|| {
+        let started = std::time::Instant::now();
+        for _ in 0..REGIONS {
+            pool.run(threads.max(2), &|_| ())?;
+        }
+        Ok(started.elapsed().as_secs_f64() / f64::from(REGIONS))
+    })
 }
 
 /// The middle one of [`RUNS`] results.

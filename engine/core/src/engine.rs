@@ -65,7 +65,9 @@ impl Engine {
         limits.validate()?;
         Ok(Self {
             scheduler: Scheduler::new(limits),
-            batch: Batch::default(),
+            batch: Batch {
+                entries: Vec::with_capacity(limits.max_num_seqs),
+            },
             logits: Logits::with_capacity(limits.vocabulary, limits.max_num_seqs),
             sampler: Sampler::default(),
             drafting: Drafting::default(),

@@ -82,7 +82,8 @@ pub struct AllocatedBytes {
     pub weights: u64,
     /// Cache.
     pub kv: u64,
-    /// Activations; logits belong to the caller.
+    /// Activations. Logits belong to the caller; what threads work in, some hundred kilobytes each, and the slots of a
+    /// split context, some megabytes, are not counted.
     pub workspace: u64,
 }
 

@@ -5,8 +5,8 @@
 //! threads enters, so the bytes of a row are the same alone and in company, in one chunk or in many.
 //!
 //! A float32 product walks the weight row once, as one sequential stream, with four sixteen-lane accumulators:
-//! element `k` goes to lane `k % 16` of accumulator `k / 16 % 4`. Bfloat16 weights have [`paired`]'s. Attention walks the context in chunks of
-//! [`CHUNK`] positions that begin at multiples of it.
+//! element `k` goes to lane `k % 16` of accumulator `k / 16 % 4`. Bfloat16 weights have [`panel`]'s chains. Attention
+//! walks the context in chunks of [`CHUNK`] positions that begin at multiples of it.
 
 #![allow(unsafe_code)]
 // Index loops over small register arrays read like the arithmetic they unroll to.

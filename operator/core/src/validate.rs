@@ -258,7 +258,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
     rules.require(
         quantization.is_none() || (on_cpu && *precision != Precision::Float32),
         "spec.quantization",
-        &quantization,
+        quantization,
         "makes integers on the cpu accelerator, with precision auto or bfloat16; set it to none or change those",
     );
     let max_model_len = context

@@ -11,7 +11,7 @@
 use half::bf16;
 
 use super::{CpuBackend, Step};
-use crate::compute::{Area, Shared};
+use crate::compute::{Area, Compute, Shared};
 use crate::kernels::attend::{
     AttendAll, AttendSplit, Cached, MergeSplits, Queries, Query, Running, SPLIT, scratch_length,
 };
@@ -218,43 +218,78 @@ impl CpuBackend {
                 });
             });
         }
-        let (sums, width) = (Shared(sums.as_mut_ptr()), heads.value_width);
-        let (splits, merged) = (Shared(splits.as_mut_ptr()), Shared(merged.as_mut_ptr()));
+        let slots = Slots {
+            sums: Shared(sums.as_mut_ptr()),
+            splits: Shared(splits.as_mut_ptr()),
+            merged: Shared(merged.as_mut_ptr()),
+        };
+        // SAFETY: the caller's promise; there are no more tasks than slots.
+        unsafe { slots.attend(&mut self.compute, &tasks, &scratch, context_max, work) }
+    }
+}
+
+/// Where splits wait to be merged: [`SLOTS`] of each.
+struct Slots {
+    sums: Shared<f32>,
+    splits: Shared<Running>,
+    merged: Shared<Running>,
+}
+
+impl Slots {
+    /// Attends split by split: as many together as there are slots.
+    ///
+    /// # Safety
+    /// As [`CpuBackend::attend_heads`]; at most [`SLOTS`] tasks; `scratch` is the calling thread's.
+    unsafe fn attend(
+        &self,
+        compute: &mut Compute,
+        tasks: &Tasks<'_>,
+        scratch: &(dyn Fn() -> *mut u32 + Sync),
+        context_max: usize,
+        work: usize,
+    ) -> Result<(), WorkerPanic> {
+        let Self {
+            sums,
+            splits,
+            merged,
+        } = *self;
+        let isa = compute.isa;
+        let stride = PANEL * tasks.heads.value_width;
+        let count = tasks.count();
         let all = context_max.div_ceil(SPLIT);
         let together = SLOTS / count;
         for first in (0..all).step_by(together) {
             let now = together.min(all - first);
-            self.compute.region(count * now, work, &|index| {
+            compute.region(count * now, work, &|index| {
                 tasks.with(index / now, |queries| {
                     let slot = index / now * together + index % now;
                     let attend = AttendSplit {
                         queries,
                         start: (first + index % now) * SPLIT,
                         scratch: scratch(),
-                        sums: sums.at(slot * PANEL * width),
+                        sums: sums.at(slot * stride),
                         running: splits.at(slot),
                     };
-                    // SAFETY: as above; each split has its own slot.
+                    // SAFETY: the caller's promise; each split has its own slot.
                     unsafe { isa.run_paired(attend) };
                 });
             })?;
-            self.compute
-                .region(count, count * now * PANEL * width, &|task| {
-                    tasks.with(task, |queries| {
-                        let slot = task * together;
-                        let merge = MergeSplits {
-                            queries,
-                            count: now,
-                            sums: sums.at(slot * PANEL * width),
-                            splits: splits.at(slot),
-                            running: merged.at(task),
-                            is_first: first == 0,
-                            is_last: first + now == all,
-                        };
-                        // SAFETY: as above.
-                        unsafe { isa.run_paired(merge) };
-                    });
-                })?;
+            compute.region(count, count * now * stride, &|task| {
+                tasks.with(task, |queries| {
+                    let slot = task * together;
+                    let merge = MergeSplits {
+                        queries,
+                        count: now,
+                        sums: sums.at(slot * stride),
+                        splits: splits.at(slot),
+                        running: merged.at(task),
+                        is_first: first == 0,
+                        is_last: first + now == all,
+                    };
+                    // SAFETY: as above; each task has its own outputs.
+                    unsafe { isa.run_paired(merge) };
+                });
+            })?;
         }
         Ok(())
     }

@@ -18,7 +18,7 @@
 use engine_core::BlockId;
 
 use super::paired::PairedKernel;
-use super::panel::{Multiply, Operands, Shape};
+use super::panel::{Multiply, Operands, Row, Shape};
 use super::{CHUNK, exp};
 use crate::lanes::{LANES, Lanes, PAIRED};
 use crate::packed::PANEL;
@@ -26,6 +26,7 @@ use crate::packed::PANEL;
 /// Positions whose softmax is computed apart from what comes before: enough to be worth a task, few enough that a long
 /// context occupies many threads.
 pub(crate) const SPLIT: usize = 512;
+const _: () = assert!(SPLIT.is_multiple_of(CHUNK));
 
 /// Where keys and values are cached: position `p` is number `p % block_size` of block `blocks[p / block_size]`.
 #[derive(Clone, Copy)]
@@ -363,22 +364,27 @@ impl Queries<'_> {
         running: &mut Running,
     ) {
         let end = context.min(start + SPLIT);
+        let mut keys = self.keys(start, context);
         for first in (start..end).step_by(CHUNK) {
-            let keys = self.keys(first, end);
+            // The next split's where this one ends.
+            let next = (first + CHUNK < context).then(|| self.keys(first + CHUNK, context));
             unsafe {
-                self.scores::<P>(&keys, scratch);
+                self.scores::<P>(&keys, next.as_ref(), scratch);
                 let mut rescale = [0.0f32; PANEL];
                 self.softmax::<P>(first, keys.count, scratch, running, &mut rescale);
                 self.add_values::<P>(&keys, scratch, sums, (first > start).then_some(&rescale));
             }
+            if let Some(next) = next {
+                keys = next;
+            }
         }
     }
 
-    /// The keys from `first` on, up to a chunk's end or `end`.
+    /// The keys from `first` on, up to a chunk's end or the context's.
     #[inline(always)]
-    fn keys(&self, first: usize, end: usize) -> Keys {
+    fn keys(&self, first: usize, context: usize) -> Keys {
         let cached = &self.cached;
-        let count = CHUNK.min(end - first);
+        let count = CHUNK.min(context - first);
         let mut keys = [std::ptr::null(); CHUNK];
         let (mut block, mut place) = (first / cached.block_size, first % cached.block_size);
         let start = |block: usize| cached.blocks[block].index() * cached.block_stride;
@@ -401,10 +407,11 @@ impl Queries<'_> {
     }
 
     #[inline(always)]
-    unsafe fn scores<P: Multiply>(&self, keys: &Keys, scratch: &Scratch) {
+    unsafe fn scores<P: Multiply>(&self, keys: &Keys, next: Option<&Keys>, scratch: &Scratch) {
         let width = self.width();
         let operands = Scores {
             keys,
+            next: next.unwrap_or(keys),
             scores: scratch.scores,
             width,
         };
@@ -413,6 +420,7 @@ impl Queries<'_> {
             step: 1,
             length: self.cached.key_width,
             width,
+            adds: false,
         };
         unsafe { P::multiply(&operands, scratch.queries, shape) };
     }
@@ -514,6 +522,7 @@ impl Queries<'_> {
                 step: self.width(),
                 length: 2 * pairs,
                 width: columns,
+                adds: before.is_some(),
             };
             unsafe {
                 self.pack_values::<P>(keys, first, columns, panel);
@@ -559,24 +568,22 @@ impl Queries<'_> {
 /// Keys by queries.
 struct Scores<'a> {
     keys: &'a Keys,
+    /// The next chunk's; meanwhile they come in.
+    next: &'a Keys,
     scores: *mut f32,
     width: usize,
 }
 
 impl Operands for Scores<'_> {
-    #[inline(always)]
-    fn row(&self, index: usize) -> *const u32 {
-        self.keys.at[index].cast()
+    fn gather(&self, first: usize, rows: &mut [Row]) {
+        for (row, position) in rows.iter_mut().zip(first..) {
+            row.from = self.keys.at[position].cast();
+            row.out = self.scores.wrapping_add(position * self.width);
+        }
     }
 
-    #[inline(always)]
-    fn out(&self, index: usize) -> *mut f32 {
-        self.scores.wrapping_add(index * self.width)
-    }
-
-    #[inline(always)]
-    fn before(&self, _: usize) -> Option<f32> {
-        None
+    fn ahead(&self, index: usize) -> Option<*const u32> {
+        Some(self.next.at[index].cast())
     }
 }
 
@@ -590,22 +597,15 @@ struct Values<'a> {
 }
 
 impl Operands for Values<'_> {
-    #[inline(always)]
-    fn row(&self, index: usize) -> *const u32 {
-        self.weights.wrapping_add(index)
-    }
-
-    #[inline(always)]
-    fn out(&self, index: usize) -> *mut f32 {
-        let start = match self.sums {
-            Some(sums) => sums.wrapping_add(index * self.queries.cached.value_width),
-            None => self.queries.lanes[index].out,
-        };
-        start.wrapping_add(self.first)
-    }
-
-    #[inline(always)]
-    fn before(&self, index: usize) -> Option<f32> {
-        self.before.map(|factors| factors[index])
+    fn gather(&self, first: usize, rows: &mut [Row]) {
+        for (row, lane) in rows.iter_mut().zip(first..) {
+            let start = match self.sums {
+                Some(sums) => sums.wrapping_add(lane * self.queries.cached.value_width),
+                None => self.queries.lanes[lane].out,
+            };
+            row.from = self.weights.wrapping_add(lane);
+            row.out = start.wrapping_add(self.first);
+            row.before = self.before.map_or(1.0, |factors| factors[lane]);
+        }
     }
 }

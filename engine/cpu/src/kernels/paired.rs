@@ -4,7 +4,7 @@
 
 #![allow(unsafe_code)]
 
-use super::panel::{Multiply, Operands, Shape};
+use super::panel::{Multiply, Operands, Row, Shape};
 use super::{Isa, Rows, load, silu_product};
 #[cfg(target_arch = "x86_64")]
 use crate::lanes::{Avx2Pairs, Avx512Bf16Pairs, Avx512Pairs};
@@ -50,6 +50,7 @@ impl PairedKernel for PairedProduct<'_> {
                 step: 1,
                 length: self.length,
                 width: PANEL.min(self.height - column),
+                adds: false,
             };
             unsafe { P::multiply(&columns, self.weight.add(column * pairs), shape) };
         }
@@ -63,26 +64,14 @@ struct Columns<'a> {
 }
 
 impl Operands for Columns<'_> {
-    #[inline(always)]
-    fn row(&self, index: usize) -> *const u32 {
-        let row = self.of.rows.get(self.of.indices.start + index);
-        self.of
-            .input
-            .wrapping_add(row * self.of.input_stride)
-            .cast()
-    }
-
-    #[inline(always)]
-    fn out(&self, index: usize) -> *mut f32 {
-        let index = self.of.indices.start + index;
-        self.of
-            .out
-            .wrapping_add(index * self.of.out_stride + self.first)
-    }
-
-    #[inline(always)]
-    fn before(&self, _: usize) -> Option<f32> {
-        None
+    fn gather(&self, first: usize, rows: &mut [Row]) {
+        let of = self.of;
+        for (row, index) in rows.iter_mut().zip(of.indices.start + first..) {
+            let from = of.rows.get(index) * of.input_stride;
+            let to = index * of.out_stride + self.first;
+            row.from = of.input.wrapping_add(from).cast();
+            row.out = of.out.wrapping_add(to);
+        }
     }
 }
 

@@ -20,15 +20,29 @@ const DEPTH: usize = 160;
 const AHEAD: usize = 512;
 /// Rows of a tile of four registers of columns.
 const ROWS: usize = 6;
+/// Rows of a tile of one or two registers of columns.
+const ROWS_OF_FEW: usize = 8;
+
+/// A row of a product.
+#[derive(Clone, Copy)]
+pub(crate) struct Row {
+    /// First pair.
+    pub from: *const u32,
+    /// Where the results go.
+    pub out: *mut f32,
+    /// Factor on what is there already, if [`Shape::adds`].
+    pub before: f32,
+}
 
 /// What a product reads and writes, besides the panel.
 pub(crate) trait Operands {
-    /// First pair of a row.
-    fn row(&self, index: usize) -> *const u32;
-    /// Where a row's results go.
-    fn out(&self, index: usize) -> *mut f32;
-    /// Factor on what is there already; absent where nothing is.
-    fn before(&self, index: usize) -> Option<f32>;
+    /// The rows from `first` on.
+    fn gather(&self, first: usize, rows: &mut [Row]);
+    /// What to ask the memory for, line by line, while the rows from this one on are multiplied; absent where that is
+    /// for the panel to say.
+    fn ahead(&self, _index: usize) -> Option<*const u32> {
+        None
+    }
 }
 
 /// Shape of a product.
@@ -42,6 +56,8 @@ pub(crate) struct Shape {
     pub length: usize,
     /// Columns: at most [`PANEL`].
     pub width: usize,
+    /// Whether the product is added to what is there.
+    pub adds: bool,
 }
 
 /// A panel's pairs from some depth on.
@@ -53,13 +69,56 @@ struct Part {
     end: usize,
     /// The last pair has one element.
     half: bool,
-    /// Pairs, in all columns, to ask the memory for ahead of use.
-    ahead: usize,
+    /// There are sums to go on from.
+    adds: bool,
+}
+
+/// What a tile asks the memory for, at each of its steps: a line for each register of columns.
+#[derive(Clone, Copy)]
+struct Ahead {
+    start: *const u32,
+    /// From a step's lines to the next one's.
+    step: usize,
+    /// From a line to the next one of the step.
+    line: usize,
+}
+
+impl Ahead {
+    /// For the `index`-th tile of rows. The first one reads the panel's part from memory, and asks for what follows a bit
+    /// later. The next four each ask for a quarter of the next part; further ones have nothing to ask for.
+    #[inline(always)]
+    fn new(part: Part, index: usize) -> Self {
+        let start = part.panel.wrapping_add(part.first * part.width);
+        let depth = part.end - part.first;
+        match index {
+            0 => Self {
+                start: start.wrapping_add(AHEAD),
+                step: part.width,
+                line: LANES,
+            },
+            1..=4 => Self {
+                start: start.wrapping_add(depth * (part.width + (index - 1) * LANES)),
+                step: LANES,
+                line: 0,
+            },
+            _ => Self::nothing(start),
+        }
+    }
+
+    /// The same line again and again, which is there already.
+    #[inline(always)]
+    fn nothing(start: *const u32) -> Self {
+        Self {
+            start,
+            step: 0,
+            line: 0,
+        }
+    }
 }
 
 /// Pairs with the micro-kernel, compiled once for each instruction set.
 pub(crate) trait Multiply: Pairs {
-    /// `out[row][column] = out[row][column] * before[row] + row · column` for all rows and the panel's columns.
+    /// `out = out * before + row · column`, or without what was there before, for all rows and the panel's columns.
     ///
     /// # Safety
     /// The operands' pointers hold what the shape says, `panel` has `width` columns of `length` elements.
@@ -139,28 +198,32 @@ unsafe fn rows<P: Pairs, const C: usize, const RAGGED: bool>(
     let depth = pairs.div_ceil(pairs.div_ceil(DEPTH));
     for first in (0..pairs).step_by(depth) {
         let end = pairs.min(first + depth);
-        let mut part = Part {
+        let part = Part {
             panel,
             width,
             first,
             end,
             half: end == pairs && length % 2 == 1,
-            ahead: AHEAD,
+            adds: shape.adds || first > 0,
         };
-        if count > ROWS {
-            // The first rows bring in what all rows will need next.
-            part.ahead = depth * width;
-        }
+        // The operands' wish, once, else the panel's.
+        let ahead = |index: usize, row: usize| match operands.ahead(row) {
+            Some(start) if first == 0 => Ahead {
+                start,
+                step: LANES,
+                line: 0,
+            },
+            Some(start) => Ahead::nothing(start),
+            None => Ahead::new(part, index),
+        };
         let mut row = 0;
         unsafe {
-            // Few columns: more rows fill the registers.
-            while C == 1 && row + 16 <= count {
-                tile::<P, 16, C, RAGGED>(operands, row, part, shape.step);
-                row += 16;
-            }
-            while C == 2 && row + 12 <= count {
-                tile::<P, 12, C, RAGGED>(operands, row, part, shape.step);
-                row += 12;
+            // Few columns: more rows hide the latency of the sums. With still more, their addresses would not fit into
+            // registers, and be read again at each step.
+            while C < 4 && row + ROWS_OF_FEW <= count {
+                let ahead = ahead(row / ROWS_OF_FEW, row);
+                tile::<P, ROWS_OF_FEW, C, RAGGED>(operands, row, part, shape.step, ahead);
+                row += ROWS_OF_FEW;
             }
             // A ragged panel is the last one of a matrix, if that: not worth the code of all heights.
             let highest = if RAGGED { 1 } else { ROWS };
@@ -170,13 +233,14 @@ unsafe fn rows<P: Pairs, const C: usize, const RAGGED: bool>(
             for index in 0..tiles {
                 let (row, next) = (index * rest / tiles, (index + 1) * rest / tiles);
                 let at = start + row;
+                let (step, ahead) = (shape.step, ahead(index, at));
                 match next - row {
-                    2 if !RAGGED => tile::<P, 2, C, RAGGED>(operands, at, part, shape.step),
-                    3 if !RAGGED => tile::<P, 3, C, RAGGED>(operands, at, part, shape.step),
-                    4 if !RAGGED => tile::<P, 4, C, RAGGED>(operands, at, part, shape.step),
-                    5 if !RAGGED => tile::<P, 5, C, RAGGED>(operands, at, part, shape.step),
-                    ROWS if !RAGGED => tile::<P, ROWS, C, RAGGED>(operands, at, part, shape.step),
-                    _ => tile::<P, 1, C, RAGGED>(operands, at, part, shape.step),
+                    2 if !RAGGED => tile::<P, 2, C, RAGGED>(operands, at, part, step, ahead),
+                    3 if !RAGGED => tile::<P, 3, C, RAGGED>(operands, at, part, step, ahead),
+                    4 if !RAGGED => tile::<P, 4, C, RAGGED>(operands, at, part, step, ahead),
+                    5 if !RAGGED => tile::<P, 5, C, RAGGED>(operands, at, part, step, ahead),
+                    ROWS if !RAGGED => tile::<P, ROWS, C, RAGGED>(operands, at, part, step, ahead),
+                    _ => tile::<P, 1, C, RAGGED>(operands, at, part, step, ahead),
                 }
             }
         }
@@ -190,21 +254,25 @@ unsafe fn tile<P: Pairs, const R: usize, const C: usize, const RAGGED: bool>(
     row: usize,
     part: Part,
     step: usize,
+    ahead: Ahead,
 ) {
     unsafe {
+        let nothing = Row {
+            from: std::ptr::null(),
+            out: std::ptr::null_mut(),
+            before: 1.0,
+        };
+        let mut rows = [nothing; R];
+        operands.gather(row, &mut rows);
         let mut sums = [[P::zero(); C]; R];
-        for r in 0..R {
-            let out = operands.out(row + r);
-            let factor = if part.first > 0 {
-                Some(1.0)
-            } else {
-                operands.before(row + r)
-            };
-            if let Some(factor) = factor {
+        if part.adds {
+            for r in 0..R {
+                // What an earlier part has put down is taken up as it is.
+                let factor = if part.first > 0 { 1.0 } else { rows[r].before };
                 let factor = P::Wide::splat(factor);
                 for c in 0..C {
                     let held = columns::<RAGGED>(part.width, c);
-                    let from = out.wrapping_add(c * LANES).cast_const();
+                    let from = rows[r].out.wrapping_add(c * LANES).cast_const();
                     let old = if held == LANES {
                         P::Wide::load(from)
                     } else {
@@ -214,23 +282,18 @@ unsafe fn tile<P: Pairs, const R: usize, const C: usize, const RAGGED: bool>(
                 }
             }
         }
-        let mut rows = [std::ptr::null::<u32>(); R];
-        for r in 0..R {
-            rows[r] = operands.row(row + r);
-        }
         let mut at = part.first;
         while at + usize::from(part.half) < part.end {
-            add::<P, R, C, RAGGED, false>(&mut sums, &rows, step, part, at);
+            add::<P, R, C, RAGGED, false>(&mut sums, &rows, step, part, at, ahead);
             at += 1;
         }
         if part.half {
-            add::<P, R, C, RAGGED, true>(&mut sums, &rows, step, part, at);
+            add::<P, R, C, RAGGED, true>(&mut sums, &rows, step, part, at, ahead);
         }
         for r in 0..R {
-            let out = operands.out(row + r);
             for c in 0..C {
                 let held = columns::<RAGGED>(part.width, c);
-                let to = out.wrapping_add(c * LANES);
+                let to = rows[r].out.wrapping_add(c * LANES);
                 if held == LANES {
                     sums[r][c].wide().store(to);
                 } else {
@@ -245,17 +308,19 @@ unsafe fn tile<P: Pairs, const R: usize, const C: usize, const RAGGED: bool>(
 #[inline(always)]
 unsafe fn add<P: Pairs, const R: usize, const C: usize, const RAGGED: bool, const HALF: bool>(
     sums: &mut [[P; C]; R],
-    rows: &[*const u32; R],
+    rows: &[Row; R],
     step: usize,
     part: Part,
     at: usize,
+    ahead: Ahead,
 ) {
     unsafe {
         let from = part.panel.add(at * part.width);
+        let ahead_of_step = (at - part.first) * ahead.step;
         let mut factors = [P::splat(0); C];
         for c in 0..C {
             let from = from.wrapping_add(c * LANES);
-            prefetch(from.wrapping_add(part.ahead));
+            prefetch(ahead.start.wrapping_add(ahead_of_step + c * ahead.line));
             let held = columns::<RAGGED>(part.width, c);
             factors[c] = if held == LANES {
                 P::load(from.cast())
@@ -264,7 +329,7 @@ unsafe fn add<P: Pairs, const R: usize, const C: usize, const RAGGED: bool, cons
             };
         }
         for r in 0..R {
-            let pair = rows[r].add(at * step);
+            let pair = rows[r].from.add(at * step);
             let value = if HALF {
                 P::splat(u32::from(pair.cast::<u16>().read_unaligned()))
             } else {

@@ -8,6 +8,7 @@
 //! 1e-38, far outside of what a model computes with.
 
 #![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop)] // as in the kernels
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
