@@ -27,9 +27,9 @@ def goal_of(row):
 def main():
     report = json.loads((FOLDER / "engine.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.4), width_ratios=[1.2, 1, 1])
-
     held = [row for row in report["rows"] if row["ratio"] is not None]
+    figure, axes = pyplot.subplots(1, 3, figsize=(11, max(3.4, 0.5 * len(held))), width_ratios=[1.2, 1, 1])
+
     axes[0].barh(range(len(held)), [row["ratio"] for row in held], color=OURS, height=0.55)
     for place, row in enumerate(held):
         axes[0].text(row["ratio"], place, f" {row['ratio']:.2f}", va="center")
@@ -42,13 +42,13 @@ def main():
 
     by_batch = points(rows, r"decode of a batch of (\d+), bfloat16, context 256")
     axes[1].plot(*zip(*by_batch), "o-", color=OURS)
-    label(axes[1], by_batch, "sequences at once", "decode, tokens/s, context 256")
+    label(axes[1], by_batch, "sequences at once", "decode in bfloat16, tokens/s, context 256")
 
     by_context = points(rows, r"decode of 1 sequence, bfloat16, context (\d+)")
     axes[2].plot(*zip(*by_context), "o-", color=OURS)
-    label(axes[2], by_context, "tokens of context", "decode, tokens/s, one sequence")
+    label(axes[2], by_context, "tokens of context", "decode in bfloat16, tokens/s, one sequence")
 
-    figure.suptitle(f"{report['machine']}, 245 M parameter DeepSeek-V3 shape, bfloat16", x=0.01, ha="left")
+    figure.suptitle(f"{report['machine']}, 245 M parameter DeepSeek-V3 shape", x=0.01, ha="left")
     figure.tight_layout()
     figure.savefig(FOLDER / "engine.svg", metadata={"Date": None})
 
