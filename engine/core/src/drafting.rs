@@ -8,19 +8,43 @@
 //! Surprise: nothing depends on a draft but time. One that cannot be made (no block, no room, a logit that is not finite) is
 //! left out.
 
-use crate::batch::{BatchEntry, DraftBatch, ExecuteError, Executor, Logits, SequenceId};
+use crate::batch::{
+    Batch, BatchEntry, BlockId, DraftBatch, ExecuteError, Executor, Logits, SequenceId, TokenId,
+};
+use crate::limits::Limits;
 use crate::sampling::{SampleContext, Sampler};
-use crate::scheduler::Scheduler;
+use crate::scheduler::{Scheduler, spare_entry};
 use crate::sequence::Sequence;
 
 /// The passes after a step.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Drafting {
     pass: DraftBatch,
     next: DraftBatch,
+    /// Entries for passes to come, with room for any chunk; enough for two passes.
+    spare: Vec<BatchEntry>,
 }
 
 impl Drafting {
+    /// No pass, and room for all that the limits allow.
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let entries = match limits.draft_tokens {
+            0 => 0,
+            _ => limits.max_num_seqs,
+        };
+        let pass = || DraftBatch {
+            batch: Batch {
+                entries: Vec::with_capacity(entries),
+            },
+            rows: Vec::with_capacity(entries),
+        };
+        Self {
+            pass: pass(),
+            next: pass(),
+            spare: (0..2 * entries).map(|_| spare_entry(limits)).collect(),
+        }
+    }
+
     /// Adds to the first pass the `kept` positions of a step's entry, whose tokens began at `row` of the step; `goes_on` says
     /// that the sequence was given a token and may have drafts after it.
     pub(crate) fn follow(
@@ -44,14 +68,16 @@ impl Drafting {
             return;
         }
         self.pass.rows.push(row);
-        self.pass.batch.entries.push(BatchEntry {
-            sequence: id,
-            tokens: tokens.to_vec(),
-            start: entry.start,
-            blocks: entry.blocks.clone(),
-            wants_logits: goes_on && room > 0,
-            drafts: 0,
-        });
+        self.pass.batch.entries.push(fill(
+            self.spare.pop().unwrap_or_default(),
+            BatchEntryParts {
+                sequence: id,
+                tokens,
+                start: entry.start,
+                blocks: &entry.blocks,
+                wants_logits: goes_on && room > 0,
+            },
+        ));
     }
 
     /// Runs the passes and leaves each sequence's drafts with it.
@@ -79,7 +105,7 @@ impl Drafting {
                 let goes_on = match &drafted {
                     Ok(()) => {
                         draft(sampler, logits.row(row), sequence)
-                            && go_on(scheduler, id, row, &mut self.next)
+                            && go_on(scheduler, id, row, &mut self.next, &mut self.spare)
                     }
                     Err(_) => {
                         sequence.drafts.clear();
@@ -92,6 +118,7 @@ impl Drafting {
                 }
             }
             std::mem::swap(&mut self.pass, &mut self.next);
+            self.spare.append(&mut self.next.batch.entries);
             self.next.clear();
             drafted?;
         }
@@ -116,7 +143,13 @@ fn draft(sampler: &mut Sampler, row: &[f32], sequence: &mut Sequence) -> bool {
 }
 
 /// Lets a sequence draft another token after its last draft, if one may follow and has a place.
-fn go_on(scheduler: &mut Scheduler, id: SequenceId, row: usize, next: &mut DraftBatch) -> bool {
+fn go_on(
+    scheduler: &mut Scheduler,
+    id: SequenceId,
+    row: usize,
+    next: &mut DraftBatch,
+    spare: &mut Vec<BatchEntry>,
+) -> bool {
     let room = scheduler.draft_room(id);
     let drafts = scheduler.sequences[&id].drafts.len();
     // The layer's entry for a draft lies where the token before it does.
@@ -125,13 +158,45 @@ fn go_on(scheduler: &mut Scheduler, id: SequenceId, row: usize, next: &mut Draft
     }
     let sequence = &scheduler.sequences[&id];
     next.rows.push(row);
-    next.batch.entries.push(BatchEntry {
-        sequence: id,
-        tokens: sequence.drafts[drafts - 1..].to_vec(),
-        start: sequence.computed + drafts - 1,
-        blocks: sequence.blocks.clone(),
-        wants_logits: true,
-        drafts: 0,
-    });
+    next.batch.entries.push(fill(
+        spare.pop().unwrap_or_default(),
+        BatchEntryParts {
+            sequence: id,
+            tokens: &sequence.drafts[drafts - 1..],
+            start: sequence.computed + drafts - 1,
+            blocks: &sequence.blocks,
+            wants_logits: true,
+        },
+    ));
     true
+}
+
+/// An entry of a pass, before it has memory of its own.
+struct BatchEntryParts<'a> {
+    sequence: SequenceId,
+    tokens: &'a [TokenId],
+    start: usize,
+    blocks: &'a [BlockId],
+    wants_logits: bool,
+}
+
+/// The entry in the memory of an earlier one.
+fn fill(spare: BatchEntry, parts: BatchEntryParts<'_>) -> BatchEntry {
+    let BatchEntry {
+        mut tokens,
+        mut blocks,
+        ..
+    } = spare;
+    tokens.clear();
+    tokens.extend_from_slice(parts.tokens);
+    blocks.clear();
+    blocks.extend_from_slice(parts.blocks);
+    BatchEntry {
+        sequence: parts.sequence,
+        tokens,
+        start: parts.start,
+        blocks,
+        wants_logits: parts.wants_logits,
+        drafts: 0,
+    }
 }

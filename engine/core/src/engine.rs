@@ -68,9 +68,12 @@ impl Engine {
             batch: Batch {
                 entries: Vec::with_capacity(limits.max_num_seqs),
             },
-            logits: Logits::with_capacity(limits.vocabulary, limits.max_num_seqs),
+            logits: Logits::with_capacity(
+                limits.vocabulary,
+                limits.max_num_seqs * (1 + limits.draft_tokens),
+            ),
             sampler: Sampler::default(),
-            drafting: Drafting::default(),
+            drafting: Drafting::new(&limits),
         })
     }
 

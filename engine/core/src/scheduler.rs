@@ -59,7 +59,7 @@ pub struct Admission {
 }
 
 /// An entry that never grows.
-fn spare_entry(limits: &Limits) -> BatchEntry {
+pub(crate) fn spare_entry(limits: &Limits) -> BatchEntry {
     let positions = limits.max_model_len + limits.draft_tokens;
     BatchEntry {
         tokens: Vec::with_capacity(limits.max_num_batched_tokens.min(positions)),

@@ -69,7 +69,7 @@ impl Sequence {
             computed: 0,
             blocks: Vec::with_capacity(blocks),
             chain: Vec::with_capacity(blocks),
-            drafts: Vec::new(),
+            drafts: Vec::with_capacity(limits.draft_tokens),
             published: 0,
             started: false,
             root,

@@ -99,18 +99,20 @@ fn integers(format: IntegerFormat) -> ResidentDtype {
 fn no_step_allocates_on_any_thread() {
     // The counter counts.
     assert!(allocations(|| drop(std::hint::black_box(Box::new(1)))) > 0);
-    for (model, resident) in [
-        ("v3-groups", ResidentDtype::Bfloat16),
-        ("v3-groups", ResidentDtype::Float32),
-        ("qwen2", ResidentDtype::Bfloat16),
-        ("qwen3-moe", ResidentDtype::Bfloat16),
-        ("qwen3-moe", ResidentDtype::Float32),
-        ("v3-groups", integers(IntegerFormat::Int8)),
-        ("qwen3-moe", integers(IntegerFormat::Int4 { group: 64 })),
+    for (model, resident, drafts) in [
+        ("v3-groups", ResidentDtype::Bfloat16, 0),
+        ("v3-groups", ResidentDtype::Float32, 0),
+        ("qwen2", ResidentDtype::Bfloat16, 0),
+        ("qwen3-moe", ResidentDtype::Bfloat16, 0),
+        ("qwen3-moe", ResidentDtype::Float32, 0),
+        ("v3-groups", integers(IntegerFormat::Int8), 0),
+        ("qwen3-moe", integers(IntegerFormat::Int4 { group: 64 }), 0),
+        ("v3-mtp", ResidentDtype::Bfloat16, 2),
     ] {
         let mut limits = limits(resident);
         limits.kv_blocks = 128;
         limits.threads = 3;
+        limits.draft_tokens = drafts;
         let mut executor = load(&folder(model), limits);
         let vocabulary = engine_core::Executor::vocabulary(&executor);
         let mut engine = Engine::new(Limits {
@@ -122,7 +124,7 @@ fn no_step_allocates_on_any_thread() {
             max_queued_requests: 8,
             block_size: limits.block_size,
             block_count: limits.kv_blocks,
-            draft_tokens: 0,
+            draft_tokens: drafts,
         })
         .unwrap();
         let mut events = Vec::with_capacity(64);
@@ -139,7 +141,7 @@ fn no_step_allocates_on_any_thread() {
                 });
                 assert!(
                     round == 0 || counted == 0,
-                    "{model} {resident:?}: step {steps} of round {round} allocated {counted} times"
+                    "{model} {resident:?}, {drafts} drafts: step {steps} of round {round} allocated {counted} times"
                 );
                 steps += 1;
             }
