@@ -79,6 +79,38 @@ fn decoding_gives_the_bytes_of_prefill() {
     }
 }
 
+/// Longer than two splits of a context: a prompt's rows each go through all of theirs, while a single row's are shared by
+/// the threads.
+#[test]
+fn a_long_context_gives_the_same_bytes_on_one_thread_and_split_over_many() {
+    const LENGTH: usize = 1100;
+    for model in ["v3-groups", "qwen2", "qwen3-moe"] {
+        let tokens: Vec<u32> = prompt(model).into_iter().cycle().take(LENGTH).collect();
+        let blocks: Vec<u32> = (0..LENGTH.div_ceil(8) as u32).rev().collect();
+        let long = |limits: &mut CpuLimits| {
+            limits.kv_blocks = blocks.len();
+            limits.model_len_max = LENGTH;
+            limits.batched_tokens_max = LENGTH;
+        };
+        let whole = |threads| {
+            let mut executor = with(model, |limits| {
+                long(limits);
+                limits.threads = threads;
+            });
+            let row = step(&mut executor, vec![entry(1, &tokens, 0, &blocks)]).remove(0);
+            (executor, bits(&row))
+        };
+        let (_, expected) = whole(1);
+        for threads in [1, 2, 4] {
+            let (mut executor, found) = whole(threads);
+            assert_eq!(found, expected, "{model}, {threads} threads");
+            let last = entry(1, &tokens[LENGTH - 1..], LENGTH - 1, &blocks);
+            let found = bits(&step(&mut executor, vec![last]).remove(0));
+            assert_eq!(found, expected, "{model}, {threads} threads, one row");
+        }
+    }
+}
+
 /// Several sequences over scattered blocks, cut into chunks and interleaved as a scheduler might.
 #[derive(Clone, Debug)]
 struct Schedule {
