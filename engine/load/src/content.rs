@@ -1,6 +1,7 @@
 //! The digest of what a model's weight files hold, for a replacement that must be the announced one.
 //!
-//! It is what `sha256sum *.safetensors | sha256sum` prints in the model's directory, so that anyone can compute it.
+//! It is what `sha256sum *.safetensors | sha256sum` prints in the model's directory, or the same of the one packed file,
+//! so that anyone can compute it.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use crate::LoadError;
 use crate::download::hex;
+use crate::packed::PACKED_FILE;
 use crate::progress::Progress;
 
 /// Bytes read at once.
@@ -28,11 +30,15 @@ pub fn content_digest(dir: &Path, progress: &Progress) -> Result<String, LoadErr
         .map_err(failed(dir))?
         .map(|entry| entry.map(|entry| entry.path()).map_err(failed(dir)))
         .collect::<Result<_, _>>()?;
-    files.retain(|path| path.extension().is_some_and(|e| e == "safetensors"));
+    let is_packed = files.iter().any(|path| path.ends_with(PACKED_FILE));
+    files.retain(|path| match is_packed {
+        true => path.ends_with(PACKED_FILE),
+        false => path.extension().is_some_and(|e| e == "safetensors"),
+    });
     files.sort();
     if files.is_empty() {
         return Err(LoadError::NotFound(format!(
-            "{} has no weight files (*.safetensors)",
+            "{} has no weight files (*.safetensors or {PACKED_FILE})",
             dir.display()
         )));
     }
@@ -80,5 +86,10 @@ mod tests {
         assert_eq!((progress.done(), progress.total()), (11, 11));
         std::fs::write(dir.path().join("b.safetensors"), b"beta!").unwrap();
         assert_ne!(content_digest(dir.path(), &progress).unwrap(), found);
+        // Where there is a packed file, it is what an engine reads.
+        std::fs::write(dir.path().join(PACKED_FILE), b"packed").unwrap();
+        let packed = content_digest(dir.path(), &progress).unwrap();
+        std::fs::write(dir.path().join("a.safetensors"), b"other").unwrap();
+        assert_eq!(content_digest(dir.path(), &progress).unwrap(), packed);
     }
 }
