@@ -346,8 +346,15 @@ fn spot_held_back(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Option<W
         let node = snapshot.cluster.nodes.get(node);
         node.is_some_and(|node| !crate::spot::is_spot(node))
     };
-    let own = wish.own.iter().filter(|(node, _)| is_on_demand(node));
-    let there: usize = own.map(|(_, count)| count).sum();
+    let revision = plan.status.revision.as_deref();
+    let standing = observe(snapshot).into_iter().filter(|replica| {
+        let planned = replica.pod.planned_nodes();
+        let node = replica.pod.node.as_deref().or(planned.first().copied());
+        replica.is_live() && Some(replica.revision()) == revision && node.is_some_and(is_on_demand)
+    });
+    let new =
+        created(plan).filter(|(_, nodes)| nodes.first().is_some_and(|node| is_on_demand(node)));
+    let there = standing.count() + new.count();
     (u32::try_from(there).unwrap_or(u32::MAX) < least).then_some(WhyNot::Spot(least))
 }
 

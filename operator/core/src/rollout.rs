@@ -232,7 +232,8 @@ fn failure(given: Given<'_>, stable: &str) -> Option<RolloutFailure> {
     for replica in of_revision(given.replicas, given.target.as_str()) {
         let pod = replica.pod;
         match &replica.state {
-            State::Failed { at, message } if !pod.is_refused_by_kubelet() => {
+            // What Kubernetes ended, by eviction or refusal, has a reason; that is not the revision's fault.
+            State::Failed { at, message } if pod.reason.is_empty() => {
                 let failures = failures_of(pod, *at);
                 if failures >= crashes_max {
                     let name = &pod.name;

@@ -244,6 +244,10 @@ fn gave_up(world: &World, snapshot: &Snapshot, replicas: &[Replica<'_>]) -> bool
         replica.revision() == target
             && matches!(replica.state, State::Failed { .. } | State::Failing { .. })
     });
+    // Evictions use the budget up as well; that it is not exceeded is a rule of every create.
+    if is_stuck && reason(&status, "Degraded") == "RestartBudgetExhausted" {
+        return true;
+    }
     let told = matches!(
         reason(&status, "Degraded").as_str(),
         "RestartBudgetExhausted" | "ReplicasFailing" | "RolloutHalted"
