@@ -84,7 +84,12 @@ fn decoding_gives_the_bytes_of_prefill() {
 #[test]
 fn a_long_context_gives_the_same_bytes_on_one_thread_and_split_over_many() {
     const LENGTH: usize = 1100;
-    for model in ["v3-groups", "qwen2", "qwen3-moe"] {
+    for (model, form) in [
+        ("v3-groups", ResidentDtype::Bfloat16),
+        ("v3-groups", INT8),
+        ("qwen2", ResidentDtype::Bfloat16),
+        ("qwen3-moe", ResidentDtype::Bfloat16),
+    ] {
         let tokens: Vec<u32> = prompt(model).into_iter().cycle().take(LENGTH).collect();
         let blocks: Vec<u32> = (0..LENGTH.div_ceil(8) as u32).rev().collect();
         let long = |limits: &mut CpuLimits| {
@@ -93,7 +98,7 @@ fn a_long_context_gives_the_same_bytes_on_one_thread_and_split_over_many() {
             limits.batched_tokens_max = LENGTH;
         };
         let whole = |threads| {
-            let mut executor = with(model, |limits| {
+            let mut executor = with(model, form, |limits| {
                 long(limits);
                 limits.threads = threads;
             });

@@ -71,6 +71,11 @@ pub fn steer(given: Given<'_>) -> Steering {
         return settled(given);
     };
     let mut memory = remembered(given);
+    let returns = given.rollout.on_failure == OnFailure::Rollback && given.can_return;
+    if memory.failure.is_some() && !returns && is_complete(given) {
+        // It was halted, not taken back, and answers everywhere after all.
+        return settled(given);
+    }
     if memory.failure.is_none() {
         memory.failure = failure(given, &stable);
     }
@@ -81,7 +86,6 @@ pub fn steer(given: Given<'_>) -> Steering {
             "revision {target} failed: {}. Mend the spec, or raise spec.rollout.attempt to try it again",
             failure.message
         );
-        let returns = given.rollout.on_failure == OnFailure::Rollback && given.can_return;
         let (target_max, reason) = match () {
             () if returns => (0, Reason::RolledBack),
             () if given.can_return => (current.min(given.wanted), Reason::RolloutHalted),
@@ -101,11 +105,6 @@ pub fn steer(given: Given<'_>) -> Steering {
 
 /// Nothing to exchange; what runs everywhere and answers becomes the stable revision.
 fn settled(given: Given<'_>) -> Steering {
-    let ready = count(given, |replica| replica.is_ready());
-    let live = given.replicas.iter().filter(|replica| replica.is_live());
-    let is_complete = given.wanted > 0
-        && ready >= given.wanted
-        && live.count() == usize::try_from(ready).unwrap_or(usize::MAX);
     let stable = given
         .before
         .and_then(|before| before.stable_revision.clone());
@@ -114,7 +113,7 @@ fn settled(given: Given<'_>) -> Steering {
         is_rolling: false,
         held: None,
         memory: RolloutStatus {
-            stable_revision: if is_complete {
+            stable_revision: if is_complete(given) {
                 Some(given.target.to_string())
             } else {
                 stable
@@ -124,6 +123,15 @@ fn settled(given: Given<'_>) -> Steering {
         },
         wake_seconds: None,
     }
+}
+
+/// Whether every wanted replica runs the target and answers, and no other one lives.
+fn is_complete(given: Given<'_>) -> bool {
+    let ready = count(given, |replica| replica.is_ready());
+    let live = given.replicas.iter().filter(|replica| replica.is_live());
+    given.wanted > 0
+        && ready >= given.wanted
+        && live.count() == usize::try_from(ready).unwrap_or(usize::MAX)
 }
 
 /// What is remembered about this target; another one starts anew.
@@ -170,11 +178,8 @@ fn limited(given: Given<'_>, mut memory: RolloutStatus, current: u32) -> Steerin
             ),
         });
     }
-    if target_max >= given.wanted && ready >= given.wanted {
-        let live = given.replicas.iter().filter(|replica| replica.is_live());
-        if given.wanted > 0 && live.count() == usize::try_from(ready).unwrap_or(usize::MAX) {
-            memory.stable_revision = Some(given.target.to_string());
-        }
+    if target_max >= given.wanted && is_complete(given) {
+        memory.stable_revision = Some(given.target.to_string());
     }
     Steering {
         target_max,
