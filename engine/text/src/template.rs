@@ -14,6 +14,8 @@ const FUEL: u64 = 5_000_000;
 /// Bytes of a prompt; a request has at most 8 MiB, and a template writes each message about once.
 const PROMPT_BYTES_MAX: usize = 64 << 20;
 const NAME: &str = "chat_template";
+/// Room for the deepest nesting that minijinja's recursive parser lets through (150 expressions, each of several frames).
+const STACK_BYTES: usize = 32 << 20;
 
 /// Who speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -138,12 +140,14 @@ impl ChatTemplate {
         );
         environment.add_filter("tojson", to_json);
         let arguments_as_object = writes_arguments_as_json(&source);
-        environment
-            .add_template_owned(NAME, source)
-            .map_err(|error| TemplateError::Invalid(describe(&error)))?;
-        let knows_tools = environment
-            .get_template(NAME)
-            .is_ok_and(|template| template.undeclared_variables(false).contains("tools"));
+        let knows_tools = with_deep_stack(|| {
+            environment
+                .add_template_owned(NAME, source)
+                .map_err(|error| TemplateError::Invalid(describe(&error)))?;
+            // This reads the source again.
+            let read = environment.get_template(NAME);
+            Ok(read.is_ok_and(|template| template.undeclared_variables(false).contains("tools")))
+        })?;
         Ok(Self {
             knows_tools,
             arguments_as_object,
@@ -208,6 +212,21 @@ impl ChatTemplate {
 struct Prompt {
     bytes: Vec<u8>,
     is_full: bool,
+}
+
+/// Runs `task` on a stack that no template overflows.
+fn with_deep_stack<T: Send>(
+    task: impl FnOnce() -> Result<T, TemplateError> + Send,
+) -> Result<T, TemplateError> {
+    let invalid = |problem: String| TemplateError::Invalid(problem);
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .stack_size(STACK_BYTES)
+            .spawn_scoped(scope, task)
+            .map_err(|error| invalid(format!("no thread to read it on: {error}")))?
+            .join()
+            .unwrap_or_else(|_| Err(invalid("the template library panicked on it".to_owned())))
+    })
 }
 
 impl std::io::Write for Prompt {

@@ -251,6 +251,22 @@ fn with_halt_the_rollout_stops_and_what_runs_is_kept() {
     assert_eq!((of(&story, &old), of(&story, &new)), before);
 }
 
+#[test]
+fn a_halted_revision_that_answers_everywhere_after_all_is_the_stable_one() {
+    let story = four(json!({
+        "maxUnavailable": 4, "onFailure": "Halt", "progressDeadlineSeconds": 50
+    }));
+    let new = target(&story);
+    let story = pass(story, 70, &new, starts);
+    assert_eq!(condition(&story.plan(), "Progressing").1, "RolloutHalted");
+    assert_eq!(of(&story, &new), 4);
+    let story = pass(story, 10, &new, answers);
+    let plan = story.plan();
+    assert_eq!(condition(&plan, "Ready").1, "AllReplicasReady");
+    assert_eq!(stable(&plan), Some(new));
+    assert!(plan.status.rollout.unwrap().failure.is_none());
+}
+
 /// What the engine of a revision answers after so many seconds: requests, errors, seconds to the
 /// first token.
 fn measured(seconds: i64, errors: u64, ttft: f64) -> LoadReport {

@@ -6,7 +6,9 @@
 
 #![allow(clippy::unwrap_used)] // helpers of tests
 
+#[path = "../common/mod.rs"]
 mod common;
+mod template;
 
 use common::merge;
 use common::schema::refused_by_api_server;
@@ -23,6 +25,7 @@ enum Refused {
     InRust,
 }
 use Refused::{Everywhere, InRust, Never};
+use template::template_rows;
 
 /// A whole object: the quick start's, changed by `patch` at the root.
 fn object(patch: Value) -> Value {
@@ -477,181 +480,6 @@ fn table() -> Vec<(&'static str, Refused, &'static str, Value)> {
     ];
     rows.extend(template_rows());
     rows
-}
-
-fn template_rows() -> Vec<(&'static str, Refused, &'static str, Value)> {
-    let template = |patch: Value| spec(json!({"podTemplate": patch}));
-    let env = |patch: Value| template(json!({"env": [patch]}));
-    let tolerations = |patch: Value| spec(json!({"placement": {"tolerations": [patch]}}));
-    vec![
-        (
-            "labels",
-            Never,
-            "",
-            template(json!({"labels": {"team": "a", "example.com/x": ""}})),
-        ),
-        (
-            "our labels",
-            Everywhere,
-            "belong to the operator",
-            template(json!({"labels": {"cachalot.dev/serving": "true"}})),
-        ),
-        (
-            "a label with a space",
-            InRust,
-            "label value",
-            template(json!({"labels": {"team": "a b"}})),
-        ),
-        (
-            "our annotations",
-            Everywhere,
-            "belong to the operator",
-            template(json!({"annotations": {"cachalot.dev/x": ""}})),
-        ),
-        (
-            "environment",
-            Never,
-            "",
-            env(json!({"name": "RUST_LOG", "value": "debug"})),
-        ),
-        (
-            "environment from a secret",
-            Never,
-            "",
-            env(json!({"name": "A", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}})),
-        ),
-        (
-            "environment twice over",
-            Everywhere,
-            "not both",
-            env(
-                json!({"name": "A", "value": "x", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}),
-            ),
-        ),
-        (
-            "environment from nowhere",
-            Everywhere,
-            "exactly one of secretKeyRef",
-            env(json!({"name": "A", "valueFrom": {}})),
-        ),
-        (
-            "a variable with a dash",
-            Everywhere,
-            "must be letters",
-            env(json!({"name": "A-B", "value": "x"})),
-        ),
-        (
-            "resources",
-            Never,
-            "",
-            template(json!({"resources": {"requests": {"cpu": 2, "memory": "1Gi"}}})),
-        ),
-        (
-            "GPUs by hand",
-            Everywhere,
-            "accelerators are planned",
-            template(json!({"resources": {"limits": {"nvidia.com/gpu": 1}}})),
-        ),
-        (
-            "a request above its limit",
-            InRust,
-            "must not be above the limit",
-            template(
-                json!({"resources": {"requests": {"memory": "2Gi"}, "limits": {"memory": "1Gi"}}}),
-            ),
-        ),
-        (
-            "a bad quantity",
-            Everywhere,
-            "cpu = two",
-            template(json!({"resources": {"requests": {"cpu": "two"}}})),
-        ),
-        ("a volume", Never, "", volume(json!({}))),
-        (
-            "a volume of two sources",
-            Everywhere,
-            "exactly one of persistentVolumeClaim",
-            volume(json!({"secret": {"secretName": "s"}})),
-        ),
-        (
-            "a volume of none",
-            Everywhere,
-            "exactly one of persistentVolumeClaim",
-            volume(json!({"emptyDir": null})),
-        ),
-        (
-            "our volume",
-            Everywhere,
-            "belong to the operator",
-            volume(json!({"name": "tmp"})),
-        ),
-        (
-            "a relative mount",
-            Everywhere,
-            "absolute path",
-            volume(json!({"mountPath": "extra"})),
-        ),
-        (
-            "our mount",
-            InRust,
-            "belong to the operator",
-            volume(json!({"mountPath": "/etc/cachalot/x"})),
-        ),
-        (
-            "a node selector",
-            Never,
-            "",
-            spec(json!({"placement": {"nodeSelector": {"pool": "a"}}})),
-        ),
-        (
-            "a toleration",
-            Never,
-            "",
-            tolerations(json!({"key": "a", "operator": "Exists", "effect": "NoSchedule"})),
-        ),
-        (
-            "a toleration of a strange effect",
-            InRust,
-            "must be NoSchedule",
-            tolerations(json!({"key": "a", "effect": "Sometimes"})),
-        ),
-        (
-            "a spread",
-            Never,
-            "",
-            spec(json!({"placement": {"topology": {"spreadBy": "topology.kubernetes.io/zone"}}})),
-        ),
-        (
-            "a spread over nothing",
-            Everywhere,
-            "key of a node label",
-            spec(json!({"placement": {"topology": {"spreadBy": ""}}})),
-        ),
-        (
-            "a priority class",
-            Never,
-            "",
-            spec(json!({"placement": {"priorityClassName": "high"}})),
-        ),
-        (
-            "pods that the operator binds",
-            Never,
-            "",
-            spec(json!({"placement": {"binding": "direct"}})),
-        ),
-        (
-            "a priority that kube-scheduler would never see",
-            Everywhere,
-            "spec.placement.binding",
-            spec(json!({"placement": {"binding": "direct", "priorityClassName": "high"}})),
-        ),
-        (
-            "an empty image",
-            Everywhere,
-            "image reference",
-            template(json!({"image": ""})),
-        ),
-    ]
 }
 
 #[test]
