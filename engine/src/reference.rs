@@ -20,7 +20,8 @@ fn row(argument: &Arg) -> String {
     let choices: Vec<String> = argument
         .get_possible_values()
         .iter()
-        .filter(|choice| !choice.is_hide_set())
+        // A switch takes nothing.
+        .filter(|choice| !choice.is_hide_set() && argument.get_action().takes_values())
         .map(|choice| format!("`{}`", choice.get_name()))
         .collect();
     let takes = match (choices.is_empty(), value) {

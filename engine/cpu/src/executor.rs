@@ -271,10 +271,24 @@ pub fn pack(
     resident: ResidentDtype,
     progress: &Progress,
 ) -> Result<(), LoadError> {
-    let model = engine_model::build(config);
-    let checkpoint = Checkpoint::open(dir, config, &model)?;
+    // With the prediction layer where the files have it, so that drafts remain a choice of who serves.
+    let drafting = engine_model::build_to_draft(config);
+    let (model, checkpoint) = match Checkpoint::open(dir, config, &drafting) {
+        Ok(checkpoint) if drafting.prediction.is_some() => (drafting, checkpoint),
+        _ => {
+            let model = engine_model::build(config);
+            let checkpoint = Checkpoint::open(dir, config, &model)?;
+            (model, checkpoint)
+        }
+    };
     let mut pool = pool(available_threads())?;
-    packfile::write(path, config, &checkpoint, resident, &mut pool, progress)
+    let weights = packfile::Unpacked {
+        config,
+        model: &model,
+        source: &checkpoint,
+        dtype: resident,
+    };
+    packfile::write(path, weights, &mut pool, progress)
 }
 
 impl Executor for CpuExecutor {

@@ -123,6 +123,30 @@ fn a_packed_file_of_something_else_is_refused_with_the_way_out() {
 }
 
 #[test]
+fn a_prediction_layer_is_packed_and_used_when_it_is_asked_for() {
+    let (dir, config) = packed("v3-mtp", ResidentDtype::Bfloat16);
+    let plain = limits(ResidentDtype::Bfloat16);
+    let mut drafting = plain;
+    drafting.draft_tokens = 1;
+    for limits in [plain, drafting] {
+        let mut mapped = open(dir.path(), &config, limits).unwrap();
+        let mut converted = load(&folder("v3-mtp"), limits);
+        assert_eq!(mapped.allocated_bytes(), converted.allocated_bytes());
+        assert_eq!(
+            prefill(&mut mapped, &TOKENS),
+            prefill(&mut converted, &TOKENS)
+        );
+    }
+    // Files without the layer are packed without it.
+    let (dir, config) = packed("v3-groups", ResidentDtype::Bfloat16);
+    let message = open(dir.path(), &config, drafting).unwrap_err();
+    assert!(
+        message.contains("serve it without --num-speculative-tokens"),
+        "{message}"
+    );
+}
+
+#[test]
 fn one_flipped_byte_of_any_section_is_found() {
     let (dir, _) = packed("v3-groups", INT4);
     let path = dir.path().join(PACKED_FILE);
