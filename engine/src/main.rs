@@ -9,6 +9,7 @@ mod device;
 mod dummy;
 mod inspect;
 mod load;
+mod mapping;
 mod pack;
 mod plan;
 #[cfg(test)]
@@ -22,6 +23,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    mapping::watch();
     let cli = cli::Cli::parse();
     let result = match cli.command {
         cli::Command::Serve(arguments) => serve::run(*arguments),

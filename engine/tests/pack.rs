@@ -3,8 +3,14 @@
 // A helper is no test, and may unwrap all the same.
 #![allow(clippy::unwrap_used)]
 
+mod process;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Instant;
+
+use process::{Engine, PATIENCE};
+use serde_json::json;
 
 fn model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../e2e/models/tiny-r1")
@@ -85,6 +91,36 @@ fn a_flipped_byte_is_found_by_verify_and_by_nothing_else() {
         text(&output.stderr).contains("has the digest"),
         "{}",
         text(&output.stderr)
+    );
+}
+
+/// A disk that fails under the mapping looks the same.
+#[test]
+fn a_packed_file_that_is_cut_off_while_it_is_served_ends_the_engine_with_the_reason() {
+    let dir = packed();
+    let mut engine = Engine::start(&["--model", dir.path().to_str().unwrap()]);
+    assert!(!engine.text(&[1, 2, 3], 4).is_empty());
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(dir.path().join("model.packed"))
+        .unwrap();
+    file.set_len(4096).unwrap();
+    let request = json!({"prompt": [1, 2, 3], "max_tokens": 4});
+    let (status, _) = engine.ask("POST", "/v1/completions", "", Some(&request));
+    assert_eq!(status, 0, "nobody can answer");
+    let deadline = Instant::now() + PATIENCE;
+    let ended = loop {
+        if let Some(ended) = engine.child.try_wait().unwrap() {
+            break ended;
+        }
+        assert!(Instant::now() < deadline, "it goes on");
+        std::thread::yield_now();
+    };
+    assert_eq!(ended.code(), Some(74));
+    let log = engine.rest_of_log();
+    assert!(
+        log.contains("could not be read where it is mapped"),
+        "{log}"
     );
 }
 

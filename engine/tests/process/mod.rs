@@ -142,6 +142,11 @@ impl Engine {
         self.lines.try_iter().collect::<Vec<_>>().join("\n")
     }
 
+    /// What it said until it ended; it must have.
+    pub fn rest_of_log(&self) -> String {
+        self.lines.iter().collect::<Vec<_>>().join("\n")
+    }
+
     /// Status and body; 0 when nobody answers.
     pub fn ask(&self, method: &str, path: &str, head: &str, body: Option<&Value>) -> (u16, Value) {
         let exchange = || {
