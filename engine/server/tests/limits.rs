@@ -63,6 +63,10 @@ fn long_schema(bytes: usize) -> Value {
     json!({"description": "x".repeat(bytes - frame)})
 }
 
+fn format(schema: &Value) -> Value {
+    json!({"type": "json_schema", "json_schema": {"name": "s", "schema": schema}})
+}
+
 fn biases(count: u32) -> Value {
     let entries = (0..count).map(|token| (token.to_string(), json!(0.5)));
     Value::Object(entries.collect())
@@ -197,6 +201,26 @@ fn what_is_at_a_limit_is_taken_and_what_is_beyond_is_refused_by_name() {
             completion("frequency_penalty", json!(-2)),
             completion("frequency_penalty", json!(-2.1)),
             "frequency_penalty",
+        ),
+        (
+            completion("repetition_penalty", json!(10)),
+            completion("repetition_penalty", json!(10.1)),
+            "repetition_penalty",
+        ),
+        (
+            completion("repetition_penalty", json!(0.1)),
+            completion("repetition_penalty", json!(0)),
+            "repetition_penalty",
+        ),
+        (
+            chat("response_format", format(&long_schema(64 << 10))),
+            chat("response_format", format(&long_schema((64 << 10) + 1))),
+            "response_format.json_schema.schema",
+        ),
+        (
+            chat("response_format", format(&deep(32))),
+            chat("response_format", format(&deep(33))),
+            "response_format.json_schema.schema",
         ),
         (
             chat("tools", tool("f", &empty)),
