@@ -15,7 +15,8 @@ matplotlib.rcParams.update({"svg.hashsalt": "engine", "svg.fonttype": "none", "f
 from matplotlib import pyplot  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parents[2] / "docs" / "performance"
-OURS, THEIRS, BOUND = "#1f6f8b", "#b0b7bd", "#d1495b"
+OURS, BOUND = "#1f6f8b", "#d1495b"
+FORMS = {"bfloat16": OURS, "int8": "#e08e45", "int4": "#6a994e"}
 
 
 def goal_of(row):
@@ -24,32 +25,58 @@ def goal_of(row):
     return goal.get("least", goal.get("most", 0)) if goal.get("of") == "ratio" else 0
 
 
+SHORTER = {
+    "start of the process to its first token, against 1 s plus bytes over bandwidth": "start to first token, of 1 s + bytes/bandwidth",
+    "prefill, products only, against the peak, ": "prefill, of the dot product peak, ",
+    "decode of 1 sequence, weights read, against memory, ": "decode, of the read bandwidth, ",
+    "prefill of 512 tokens, ": "prefill, ",
+    "decode of 1 sequence, ": "decode, ",
+    "against llama.cpp's": "to llama.cpp's",
+    " of the time (forced)": "",
+}
+
+
+def short(name):
+    for long, shorter in SHORTER.items():
+        name = name.replace(long, shorter)
+    return name
+
+
 def main():
     report = json.loads((FOLDER / "engine.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     held = [row for row in report["rows"] if row["ratio"] is not None]
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, max(3.4, 0.5 * len(held))), width_ratios=[1.2, 1, 1])
+    figure = pyplot.figure(figsize=(11, max(4, 0.34 * len(held))), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=[1.3, 1])
+    bars = figure.add_subplot(grid[:, 0])
 
-    axes[0].barh(range(len(held)), [row["ratio"] for row in held], color=OURS, height=0.55)
+    bars.barh(range(len(held)), [row["ratio"] for row in held], color=OURS, height=0.6)
     for place, row in enumerate(held):
-        axes[0].text(row["ratio"], place, f" {row['ratio']:.2f}", va="center")
+        end = max(row["ratio"], goal_of(row))
+        bars.text(end, place, f"  {row['ratio']:.2f}", va="center")
         if goal_of(row):
-            axes[0].plot([goal_of(row)] * 2, [place - 0.4, place + 0.4], color=BOUND, lw=2)
-    axes[0].set_yticks(range(len(held)), [row["name"].replace(", ", ",\n") for row in held])
-    axes[0].invert_yaxis()
-    axes[0].set_xlim(0, max(max(row["ratio"], goal_of(row)) for row in held) * 1.2)
-    axes[0].set_title("of the reference (red: goal)", loc="left")
+            bars.plot([goal_of(row)] * 2, [place - 0.4, place + 0.4], color=BOUND, lw=2)
+    bars.set_yticks(range(len(held)), [short(row["name"]) for row in held])
+    bars.invert_yaxis()
+    bars.set_xlim(0, max(max(row["ratio"], goal_of(row)) for row in held) * 1.15)
+    bars.set_title("ratios (red: goal)", loc="left")
+    bars.spines[["top", "right"]].set_visible(False)
 
-    by_batch = points(rows, r"decode of a batch of (\d+), bfloat16, context 256")
-    axes[1].plot(*zip(*by_batch), "o-", color=OURS)
-    label(axes[1], by_batch, "sequences at once", "decode in bfloat16, tokens/s, context 256")
+    batches = figure.add_subplot(grid[0, 1])
+    for form, color in FORMS.items():
+        by_batch = points(rows, rf"decode of a batch of (\d+), {form}, context 256")
+        batches.plot(*zip(*by_batch), "o-", color=color, label=form)
+    batches.legend(frameon=False)
+    label(batches, by_batch, "sequences at once", "decode, tokens/s, context 256")
 
+    contexts = figure.add_subplot(grid[1, 1])
     by_context = points(rows, r"decode of 1 sequence, bfloat16, context (\d+)")
-    axes[2].plot(*zip(*by_context), "o-", color=OURS)
-    label(axes[2], by_context, "tokens of context", "decode in bfloat16, tokens/s, one sequence")
+    contexts.plot(*zip(*by_context), "o-", color=OURS)
+    for at, value in by_context:
+        contexts.text(at, value, f" {value:.0f}", va="bottom")
+    label(contexts, by_context, "tokens of context", "decode in bfloat16, tokens/s")
 
     figure.suptitle(f"{report['machine']}, 245 M parameter DeepSeek-V3 shape", x=0.01, ha="left")
-    figure.tight_layout()
     figure.savefig(FOLDER / "engine.svg", metadata={"Date": None})
 
 
@@ -62,9 +89,7 @@ def label(axis, points, x, title):
     axis.set_xscale("log", base=2)
     axis.set_xticks([point[0] for point in points], [str(point[0]) for point in points])
     axis.minorticks_off()
-    axis.set_ylim(0, max(point[1] for point in points) * 1.15)
-    for at, value in points:
-        axis.text(at, value, f"{value:.0f}\n", ha="center", va="bottom", linespacing=0.4)
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.1)
     axis.set_xlabel(x)
     axis.set_title(title, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
