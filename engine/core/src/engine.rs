@@ -72,7 +72,7 @@ impl Engine {
                 limits.vocabulary,
                 limits.max_num_seqs * (1 + limits.draft_tokens),
             ),
-            sampler: Sampler::default(),
+            sampler: Sampler::with_capacity(limits.vocabulary, limits.max_model_len),
             drafting: Drafting::new(&limits),
         })
     }

@@ -80,6 +80,10 @@ fn request(id: u64, vocabulary: usize) -> Request {
             temperature: if id.is_multiple_of(2) { 0.0 } else { 0.8 },
             top_p: 0.9,
             ignore_eos: true,
+            repetition_penalty: if id.is_multiple_of(4) { 1.2 } else { 1.0 },
+            presence_penalty: if id % 4 == 1 { 0.5 } else { 0.0 },
+            frequency_penalty: if id % 4 == 3 { 0.3 } else { 0.0 },
+            logit_bias: [(TokenId(3), 2.0)].into(),
             ..Default::default()
         },
         stop_tokens: Vec::new(),

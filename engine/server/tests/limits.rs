@@ -320,3 +320,34 @@ fn json_is_bounded_in_depth() {
     };
     assert_eq!((status(127), status(128)), (200, 400));
 }
+
+/// The first frame of a server names the streams that a connection may have at once (RFC 9113, 6.5.2).
+#[test]
+fn an_http2_connection_has_a_bounded_number_of_streams() {
+    const SETTINGS: u8 = 4;
+    const MAX_CONCURRENT_STREAMS: u16 = 3;
+    let server = server();
+    let mut stream = TcpStream::connect(server.address).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .unwrap();
+    // The preface, and empty settings of our own.
+    stream
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        .unwrap();
+    stream
+        .write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0])
+        .unwrap();
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).unwrap();
+    assert_eq!(head[3], SETTINGS);
+    let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+    let mut settings = vec![0; length];
+    stream.read_exact(&mut settings).unwrap();
+    let streams = settings.chunks(6).find_map(|setting| {
+        let name = u16::from_be_bytes([setting[0], setting[1]]);
+        let value = u32::from_be_bytes(setting[2..].try_into().unwrap());
+        (name == MAX_CONCURRENT_STREAMS).then_some(value)
+    });
+    assert_eq!(streams, Some(256));
+}
