@@ -274,12 +274,14 @@ pub fn pack(
     // With the prediction layer where the files have it, so that drafts remain a choice of who serves.
     let drafting = engine_model::build_to_draft(config);
     let (model, checkpoint) = match Checkpoint::open(dir, config, &drafting) {
-        Ok(checkpoint) if drafting.prediction.is_some() => (drafting, checkpoint),
-        _ => {
+        Ok(checkpoint) => (drafting, checkpoint),
+        // The layer is not there; whatever else is wrong with the files is an error.
+        Err(LoadError::Missing(_)) => {
             let model = engine_model::build(config);
             let checkpoint = Checkpoint::open(dir, config, &model)?;
             (model, checkpoint)
         }
+        Err(error) => return Err(error),
     };
     let mut pool = pool(available_threads())?;
     let weights = packfile::Unpacked {
