@@ -275,8 +275,8 @@ pub fn pack(
     let drafting = engine_model::build_to_draft(config);
     let (model, checkpoint) = match Checkpoint::open(dir, config, &drafting) {
         Ok(checkpoint) => (drafting, checkpoint),
-        // The layer is not there; whatever else is wrong with the files is an error.
-        Err(LoadError::Missing(_)) => {
+        // Whatever else is wrong with the files is an error, a layer of which a part is missing too.
+        Err(LoadError::NoPredictionLayer(_)) => {
             let model = engine_model::build(config);
             let checkpoint = Checkpoint::open(dir, config, &model)?;
             (model, checkpoint)

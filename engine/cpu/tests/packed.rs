@@ -147,6 +147,30 @@ fn a_prediction_layer_is_packed_and_used_when_it_is_asked_for() {
 }
 
 #[test]
+fn a_prediction_layer_that_lacks_a_tensor_is_not_left_out_in_silence() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = read_config(&folder("v3-mtp")).unwrap();
+    let stored = std::fs::read(folder("v3-mtp").join("model.safetensors")).unwrap();
+    for part in ["eh_proj", "enorm", "self_attn.o_proj"] {
+        // Another name of the same length, so that the header stays valid.
+        let name = format!("model.layers.{}.{part}.weight", config.layers);
+        let other = name.replace("model", "other");
+        let mut file = stored.clone();
+        let at = file
+            .windows(name.len())
+            .position(|bytes| bytes == name.as_bytes())
+            .unwrap_or_else(|| panic!("{name} is not in the file"));
+        file[at..at + name.len()].copy_from_slice(other.as_bytes());
+        std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
+        let path = dir.path().join(PACKED_FILE);
+        let (bf16, progress) = (ResidentDtype::Bfloat16, Progress::default());
+        let problem = engine_cpu::pack(dir.path(), &path, &config, bf16, &progress).unwrap_err();
+        assert!(problem.chain().contains(&name), "{}", problem.chain());
+        assert!(!path.exists(), "nothing is left behind");
+    }
+}
+
+#[test]
 fn one_flipped_byte_of_any_section_is_found() {
     let (dir, _) = packed("v3-groups", INT4);
     let path = dir.path().join(PACKED_FILE);

@@ -31,6 +31,9 @@ pub enum LoadError {
     /// A tensor or shard is absent.
     #[error("{0}")]
     Missing(String),
+    /// Drafts are asked for, and no tensor of a prediction layer is in the files.
+    #[error("{0}")]
+    NoPredictionLayer(String),
     /// A shard ends early.
     #[error("{file}: {problem}")]
     Truncated {
@@ -106,7 +109,7 @@ impl LoadError {
                 ..
             } => ModelFault::UnsupportedArchitecture,
             Self::Config { .. } => ModelFault::ModelConfigInvalid,
-            Self::Missing(_) => ModelFault::WeightsMissing,
+            Self::Missing(_) | Self::NoPredictionLayer(_) => ModelFault::WeightsMissing,
             Self::Truncated { .. } => ModelFault::WeightsTruncated,
             Self::Malformed { .. } | Self::Mismatch { .. } | Self::Corrupt { .. } => {
                 ModelFault::WeightsMismatch
