@@ -333,6 +333,16 @@ fn the_layer_is_read_with_and_without_copies_of_embedding_and_head_and_from_both
     });
     let text = load(dir.path());
     assert!(
+        text.contains(
+            "tensor model.layers.2.eh_proj.weight [72, 144], which config.json calls for"
+        ),
+        "{text}"
+    );
+    rename(&dir.path().join("model.safetensors"), |name| {
+        name.replace("model.layers.2.", "gone.")
+    });
+    let text = load(dir.path());
+    assert!(
         text.contains("model.layers.2.eh_proj.weight is not in the files"),
         "{text}"
     );
