@@ -44,7 +44,8 @@ reported Running and Ready, and do not compute.
 
 Each carries the annotation kwok.x-k8s.io/node=fake, by which KWOK knows it, and the taint
 kwok.x-k8s.io/node=fake:NoSchedule, so that only pods that tolerate it land there. Any Node manifest
-with that annotation works as well as this command; --print shows one.`
+with that annotation works as well as this command; --print shows one. Two annotations play faults: a pod
+with kubelab/never-ready never answers, and a node with kubelab/silent stays as its status says.`
 
 func simulateCommand(dir *string) *cobra.Command {
 	o := &simulateOptions{}
