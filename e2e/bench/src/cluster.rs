@@ -3,25 +3,32 @@
 //!
 //! The same control plane serves both, one after the other, in each run; the pods are those of the operator's plan.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use e2e::{Cluster, Lab};
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, DeleteParams, ListParams, PostParams};
+use operator_api::ModelDeployment;
 use operator_k8s::Client;
 
+use crate::operator::{Operator, newest_operator};
 use crate::planning;
 use bench_report::{Row, median};
 
+/// ModelDeployments of S8, which tells the story of a fleet of many models.
+const MODELS: u32 = 300;
 /// Creates under way at once by the bare client; other numbers were not measured.
 const CONCURRENCY: usize = 64;
 /// How long one run may take.
 const RUN_MAX: Duration = Duration::from_secs(600);
+/// What is still under way once all replicas are reported ready.
+const SETTLE: Duration = Duration::from_secs(5);
+/// How long the operator is watched while nothing changes.
+const IDLE: Duration = Duration::from_secs(10);
+const ACTIONS: &str = "cachalot_operator_actions_total";
 /// Name of the ModelDeployment.
 const NAME: &str = "fleet";
 
@@ -42,6 +49,12 @@ struct Run {
     pods_per_second: f64,
     resident_megabytes: f64,
     writes_per_pod: f64,
+    /// Processor time, the operator's start included.
+    millis_per_pod: f64,
+    /// Of one core, while nothing changes.
+    idle_percent: f64,
+    /// From the start of the process to its first look at everything, which changes nothing.
+    restart_seconds: f64,
 }
 
 impl Bench {
@@ -60,6 +73,7 @@ impl Bench {
         let folder = tempfile::tempdir()?;
         let mut bare = Vec::new();
         let mut runs = Vec::new();
+        let mut many = Vec::new();
         for run in 0..self.runs {
             let log = folder.path().join(format!("operator-{run}.log"));
             let operated = self
@@ -68,6 +82,8 @@ impl Bench {
             let templates = templates(&pods).await?;
             self.clear(&cluster, &pods).await?;
             let rate = self.create_bare(&pods, templates).await?;
+            self.clear(&cluster, &pods).await?;
+            many.push(self.many(&binary, &cluster, &client, &log).await?);
             self.clear(&cluster, &pods).await?;
             println!(
                 "run {run}: operator {:.0} pods/s, bare client {rate:.0} pods/s",
@@ -100,6 +116,31 @@ impl Bench {
                 "writes",
                 1.2,
             ),
+            Row::plain(
+                "S1: operator's processor time per pod created, its start included",
+                column(|run| run.millis_per_pod),
+                "ms",
+            ),
+            Row::below(
+                &format!("S6: restart with {replicas} pods to the first look that changes nothing"),
+                column(|run| run.restart_seconds),
+                "s",
+                3.0,
+            ),
+            Row::below(
+                &format!(
+                    "S7: operator's share of a core with {replicas} pods while nothing changes"
+                ),
+                column(|run| run.idle_percent),
+                "%",
+                1.0,
+            ),
+            Row::below(
+                &format!("S8: {MODELS} ModelDeployments applied at once, until all are Planned"),
+                median(many),
+                "s",
+                5.0,
+            ),
         ])
     }
 
@@ -114,7 +155,7 @@ impl Bench {
     ) -> Result<Run> {
         let operator = Operator::start(binary, cluster, log)?;
         operator.wait_leading().await?;
-        let wishes: Api<operator_api::ModelDeployment> = Api::namespaced(client.clone(), "default");
+        let wishes: Api<ModelDeployment> = Api::namespaced(client.clone(), "default");
         let mut wish = planning::deployment(NAME, self.replicas)?;
         wish.metadata.uid = None;
         wish.metadata.generation = None;
@@ -122,25 +163,69 @@ impl Bench {
         wishes.create(&PostParams::default(), &wish).await?;
         self.wait_count(pods, self.replicas).await?;
         let span = start.elapsed();
+        let used_seconds = operator.processor_seconds()?;
         // Status and budget may still be on their way.
         tokio::time::sleep(Duration::from_secs(2)).await;
         let metrics = operator.metrics()?;
-        let writes = metrics
-            .lines()
-            .filter(|line| line.starts_with("cachalot_operator_actions_total{"))
-            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
-            .sum::<f64>();
-        let resident = metrics
-            .lines()
-            .find_map(|line| line.strip_prefix("process_resident_memory_bytes "))
-            .and_then(|value| value.parse::<f64>().ok())
-            .context("the operator does not say how much memory it takes")?;
+        let writes = Operator::sum(&metrics, ACTIONS);
+        let resident_megabytes = Operator::resident_megabytes(&metrics)?;
+        wait_ready(&wishes, self.replicas).await?;
+        tokio::time::sleep(SETTLE).await;
+        let before = operator.processor_seconds()?;
+        let begin = Instant::now();
+        tokio::time::sleep(IDLE).await;
+        let used = operator.processor_seconds()? - before;
+        let idle_percent = 100.0 * used / begin.elapsed().as_secs_f64();
+        drop(operator);
+        let restart_seconds = restart(binary, cluster, log).await?;
         let replicas = f64::from(self.replicas);
         Ok(Run {
             pods_per_second: replicas / span.as_secs_f64(),
-            resident_megabytes: resident / 1e6,
+            resident_megabytes,
+            millis_per_pod: 1000.0 * used_seconds / replicas,
+            idle_percent,
+            restart_seconds,
             writes_per_pod: writes / replicas,
         })
+    }
+
+    /// Creates many ModelDeployments of one replica; seconds until all of them have a plan.
+    async fn many(
+        &self,
+        binary: &Path,
+        cluster: &Cluster,
+        client: &Client,
+        log: &Path,
+    ) -> Result<f64> {
+        let operator = Operator::start(binary, cluster, log)?;
+        operator.wait_leading().await?;
+        let wishes: Api<ModelDeployment> = Api::namespaced(client.clone(), "default");
+        let mut models = Vec::new();
+        for index in 0..MODELS {
+            let mut wish = planning::deployment(&format!("{NAME}-{index}"), 1)?;
+            wish.metadata.uid = None;
+            wish.metadata.generation = None;
+            models.push(wish);
+        }
+        let start = Instant::now();
+        let wishes = &wishes;
+        let mut calls = futures::stream::iter(models)
+            .map(|wish| async move { wishes.create(&PostParams::default(), &wish).await })
+            .buffer_unordered(CONCURRENCY);
+        while let Some(created) = calls.next().await {
+            created?;
+        }
+        loop {
+            let all = wishes.list(&ListParams::default()).await?;
+            let planned = all.iter().filter(|wish| is_planned(wish)).count();
+            if planned >= usize::try_from(MODELS)? {
+                return Ok(start.elapsed().as_secs_f64());
+            }
+            if start.elapsed() > RUN_MAX {
+                bail!("{planned} of {MODELS} are Planned after {RUN_MAX:?}");
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     /// Creates the same pods with nothing but a client; pods per second.
@@ -171,7 +256,7 @@ impl Bench {
 
     /// Removes the fleet, whoever made it.
     async fn clear(&self, cluster: &Cluster, pods: &Api<Pod>) -> Result<()> {
-        cluster.kubectl(&["delete", "mdep", NAME, "--ignore-not-found", "--wait=false"])?;
+        cluster.kubectl(&["delete", "mdep", "--all", "--wait=false"])?;
         let at_once = DeleteParams::default().grace_period(0);
         let start = Instant::now();
         loop {
@@ -187,6 +272,51 @@ impl Bench {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
     }
+}
+
+/// Waits until the status says that all replicas answer.
+async fn wait_ready(wishes: &Api<ModelDeployment>, replicas: u32) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        let status = wishes.get(NAME).await?.status.unwrap_or_default();
+        let ready = status.ready_replicas.unwrap_or(0);
+        if i64::from(ready) == i64::from(replicas) {
+            return Ok(());
+        }
+        if start.elapsed() > RUN_MAX {
+            bail!("{ready} of {replicas} are ready after {RUN_MAX:?}");
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+fn is_planned(wish: &ModelDeployment) -> bool {
+    let mut conditions = wish.status.iter().flat_map(|status| &status.conditions);
+    conditions.any(|condition| condition.type_ == "Planned" && condition.status == "True")
+}
+
+/// Starts the operator over a fleet that is as it should be; seconds until it has looked at all of it.
+async fn restart(binary: &Path, cluster: &Cluster, log: &Path) -> Result<f64> {
+    let start = Instant::now();
+    let operator = Operator::start(binary, cluster, log)?;
+    loop {
+        // It may not listen yet.
+        let metrics = operator.metrics().unwrap_or_default();
+        if Operator::sum(&metrics, "cachalot_operator_reconcile_total") >= 1.0 {
+            break;
+        }
+        if start.elapsed() > RUN_MAX {
+            bail!("the restarted operator looked at nothing in {RUN_MAX:?}");
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let actions = Operator::sum(&operator.metrics()?, ACTIONS);
+    if actions > 0.0 {
+        bail!("the restarted operator made {actions} writes to a fleet that was as it should be");
+    }
+    Ok(seconds)
 }
 
 /// How many pods there are: the first of them, and how many the API server says remain.
@@ -250,86 +380,5 @@ fn prepare(lab: &Lab, cluster: &Cluster, nodes: u32) -> Result<()> {
             bail!("the simulated nodes are not ready after {RUN_MAX:?}");
         }
         std::thread::sleep(Duration::from_secs(1));
-    }
-}
-
-fn newest_operator() -> Result<PathBuf> {
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| e2e::root().join("target"), PathBuf::from);
-    let built = target.join("release/operator");
-    if built.is_file() {
-        return Ok(built);
-    }
-    bail!(
-        "{}: build it with cargo build --release -p operator, or give --operator",
-        built.display()
-    )
-}
-
-/// A running operator; stopped when dropped.
-struct Operator {
-    child: Child,
-    log: PathBuf,
-}
-
-impl Operator {
-    fn start(binary: &Path, cluster: &Cluster, log: &Path) -> Result<Self> {
-        let child = Command::new(binary)
-            .args(["run", "--engine-image=localhost/cachalot-engine:dev"])
-            .args([
-                "--bind=127.0.0.1:0",
-                "--leader-elect=false",
-                "--scrape-timeout=200ms",
-            ])
-            .env("KUBECONFIG", cluster.kubeconfig())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(log)?)
-            .spawn()
-            .with_context(|| binary.display().to_string())?;
-        Ok(Self {
-            child,
-            log: log.to_path_buf(),
-        })
-    }
-
-    fn text(&self) -> String {
-        let bytes = std::fs::read(&self.log).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
-    }
-
-    async fn wait_leading(&self) -> Result<()> {
-        let start = Instant::now();
-        while !self.text().contains("leading") {
-            if start.elapsed() > Duration::from_secs(60) {
-                bail!("the operator does not lead: {}", self.text());
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        Ok(())
-    }
-
-    fn metrics(&self) -> Result<String> {
-        let text = self.text();
-        let address = text
-            .lines()
-            .find(|line| line.contains("operator started"))
-            .and_then(|line| line.split("127.0.0.1:").nth(1))
-            .map(|rest| {
-                rest.chars()
-                    .take_while(char::is_ascii_digit)
-                    .collect::<String>()
-            })
-            .context("the operator does not say where it listens")?;
-        let mut answer = ureq::get(format!("http://127.0.0.1:{address}/metrics")).call()?;
-        Ok(answer.body_mut().read_to_string()?)
-    }
-}
-
-impl Drop for Operator {
-    fn drop(&mut self) {
-        // Already gone is as good.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

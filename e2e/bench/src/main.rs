@@ -4,6 +4,7 @@
 //! that a slow machine slows both. Writes `docs/performance/fleet.json`.
 
 mod cluster;
+mod operator;
 mod planning;
 
 use std::path::PathBuf;

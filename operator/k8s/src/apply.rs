@@ -1,8 +1,8 @@
 //! Carries out the actions of a plan, in order, and tells the world what the API server answered.
 //!
-//! Creates that follow each other run concurrently with a slow start: one, two, four … up to [`CONCURRENCY_MAX`]. A
-//! quota or an admission rule that refuses the first pod is then met once and not a thousand times. The first failure
-//! ends the pass; whatever was done before it is harmless to repeat.
+//! Creates that follow each other run concurrently with a slow start: one, then one more for each that succeeded, up to
+//! [`CONCURRENCY_MAX`]. A quota or an admission rule that refuses the first pod is then met once and not a thousand times.
+//! The first failure ends the pass; whatever was done before it is harmless to repeat.
 //!
 //! A write to a pod whose answer was lost may have taken effect. Until the pod was read back nobody may plan for its
 //! ModelDeployment: a plan that does not know of a create gives its index away twice, one that does not know of a drain
@@ -14,6 +14,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use operator_api::{ModelDeployment, ModelDeploymentStatus};
@@ -187,50 +189,71 @@ impl Applier {
         let mut written = 0;
         let mut rest = actions;
         let mut width = 1;
-        while !rest.is_empty() {
+        while let Some(first) = rest.first() {
             let creates = rest
                 .iter()
                 .take_while(|action| matches!(action, Action::Create(_)))
                 .count();
-            let batch = creates.min(width).max(1);
-            let (now, later) = rest.split_at(batch);
-            let again = match self.unsure.held(namespace, &now[0]) {
-                None if self.is_refuted(&now[0]).await? => Some(STALE_PAUSE),
+            let (now, later) = rest.split_at(creates.max(1));
+            let again = match self.unsure.held(namespace, first) {
+                None if self.is_refuted(first).await? => Some(STALE_PAUSE),
                 held => held,
             };
             if again.is_some() {
                 self.give_up(namespace, rest);
                 return Ok(Outcome { written, again });
             }
-            let calls: Vec<_> = now
-                .iter()
-                .map(|action| self.one(namespace, action))
-                .collect();
-            let results = futures::future::join_all(calls).await;
-            let mut failed = None;
-            for applied in results {
-                told(&applied);
-                match applied.result {
-                    Ok(true) => written += 1,
-                    Ok(false) => {}
-                    Err(error) => failed = failed.or(Some(error)),
+            match self.run(namespace, now, &mut width, told).await {
+                (count, None) => written += count,
+                (_, Some(error)) => {
+                    self.give_up(namespace, later);
+                    return Err(error);
                 }
             }
-            if let Some(error) = failed {
-                self.give_up(namespace, later);
-                return Err(error);
+            if creates == 0 {
+                width = 1;
             }
-            width = if batch > 1 || creates > 0 {
-                (width * 2).min(CONCURRENCY_MAX)
-            } else {
-                1
-            };
             rest = later;
         }
         Ok(Outcome {
             written,
             again: None,
         })
+    }
+
+    /// Carries out actions of which the next ones do not wait for those before, at most `width` at once; each success lets
+    /// one more be under way. How many were written, and the first failure, after which no further one was begun.
+    async fn run(
+        &self,
+        namespace: &str,
+        actions: &[Action],
+        width: &mut usize,
+        told: &(dyn Fn(&Applied<'_>) + Sync),
+    ) -> (usize, Option<Error>) {
+        let (mut written, mut failed) = (0, None);
+        let mut calls = FuturesUnordered::new();
+        let mut waiting = actions.iter();
+        loop {
+            while failed.is_none()
+                && calls.len() < *width
+                && let Some(action) = waiting.next()
+            {
+                calls.push(self.one(namespace, action));
+            }
+            let Some(applied) = calls.next().await else {
+                break;
+            };
+            told(&applied);
+            match applied.result {
+                Ok(was_written) => {
+                    written += usize::from(was_written);
+                    *width = (*width + 1).min(CONCURRENCY_MAX);
+                }
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        self.give_up(namespace, waiting.as_slice());
+        (written, failed)
     }
 
     /// Counts what the pods to be created will take, before any of them exists.

@@ -1,0 +1,134 @@
+//! The operator as a process: started for a run, asked through its metrics, stopped with the run.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use e2e::Cluster;
+
+/// The newest operator that cargo built.
+pub fn newest_operator() -> Result<PathBuf> {
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| e2e::root().join("target"), PathBuf::from);
+    let built = target.join("release/operator");
+    if built.is_file() {
+        return Ok(built);
+    }
+    bail!(
+        "{}: build it with cargo build --release -p operator, or give --operator",
+        built.display()
+    )
+}
+
+/// A running operator; stopped when dropped.
+pub struct Operator {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Operator {
+    /// Starts it without leader election, on a port of its own.
+    pub fn start(binary: &Path, cluster: &Cluster, log: &Path) -> Result<Self> {
+        let child = Command::new(binary)
+            .args(["run", "--engine-image=localhost/cachalot-engine:dev"])
+            .args([
+                "--bind=127.0.0.1:0",
+                "--leader-elect=false",
+                "--scrape-timeout=200ms",
+            ])
+            .env("KUBECONFIG", cluster.kubeconfig())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(log)?)
+            .spawn()
+            .with_context(|| binary.display().to_string())?;
+        Ok(Self {
+            child,
+            log: log.to_path_buf(),
+        })
+    }
+
+    fn text(&self) -> String {
+        let bytes = std::fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Waits until it acts.
+    pub async fn wait_leading(&self) -> Result<()> {
+        let start = Instant::now();
+        while !self.text().contains("leading") {
+            if start.elapsed() > Duration::from_secs(60) {
+                bail!("the operator does not lead: {}", self.text());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    /// Sum of a metric over its labels; 0 while there is none.
+    pub fn sum(metrics: &str, name: &str) -> f64 {
+        metrics
+            .lines()
+            .filter(|line| {
+                line.strip_prefix(name)
+                    .is_some_and(|rest| rest.starts_with(['{', ' ']))
+            })
+            .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
+            .sum()
+    }
+
+    /// Processor seconds that it has used so far, from `/proc`.
+    pub fn processor_seconds(&self) -> Result<f64> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        // Fields 14 and 15, counted after the name, which may hold spaces; in hundredths of a second on Linux.
+        let fields = stat.rsplit(") ").next().unwrap_or_default();
+        let ticks: Vec<f64> = fields
+            .split_whitespace()
+            .skip(11)
+            .take(2)
+            .filter_map(|field| field.parse().ok())
+            .collect();
+        if ticks.len() < 2 {
+            bail!(
+                "/proc/{}/stat holds no processor times: {stat}",
+                self.child.id()
+            );
+        }
+        Ok(ticks.iter().sum::<f64>() / 100.0)
+    }
+
+    /// Resident megabytes, as it says itself.
+    pub fn resident_megabytes(metrics: &str) -> Result<f64> {
+        match Self::sum(metrics, "process_resident_memory_bytes") {
+            bytes if bytes > 0.0 => Ok(bytes / 1e6),
+            _ => bail!("the operator does not say how much memory it takes"),
+        }
+    }
+
+    /// Its exposition.
+    pub fn metrics(&self) -> Result<String> {
+        let text = self.text();
+        let address = text
+            .lines()
+            .find(|line| line.contains("operator started"))
+            .and_then(|line| line.split("127.0.0.1:").nth(1))
+            .map(|rest| {
+                rest.chars()
+                    .take_while(char::is_ascii_digit)
+                    .collect::<String>()
+            })
+            .context("the operator does not say where it listens")?;
+        let mut answer = ureq::get(format!("http://127.0.0.1:{address}/metrics")).call()?;
+        Ok(answer.body_mut().read_to_string()?)
+    }
+}
+
+impl Drop for Operator {
+    fn drop(&mut self) {
+        // Already gone is as good.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
