@@ -6,7 +6,8 @@ mod common;
 
 use common::*;
 use engine_spec::LoadReport;
-use operator_core::snapshot::{Scheduled, Terminated};
+use operator_core::snapshot::{PodView, Scheduled, Terminated};
+use operator_core::{names, replicas};
 use serde_json::json;
 
 fn busy(running: u32, waiting: u32) -> LoadReport {
@@ -444,6 +445,18 @@ fn replicas_of_a_silent_node_are_replaced_elsewhere() {
         story.snapshot.pods.last().unwrap().node.as_deref(),
         Some("a")
     );
+}
+
+#[test]
+fn failures_count_anew_after_ten_healthy_minutes() {
+    let story = three().running();
+    let mut pod = PodView::clone(&story.snapshot.pods[0]);
+    let created = story.snapshot.now;
+    pod.created = Some(created);
+    pod.annotations.insert(names::FAILURES, "4".to_owned());
+    let after = |seconds| created + jiff::SignedDuration::from_secs(seconds);
+    assert_eq!(replicas::failures_of(&pod, after(599)), 5);
+    assert_eq!(replicas::failures_of(&pod, after(600)), 1);
 }
 
 #[test]
