@@ -1,11 +1,12 @@
 //! Replicas over time, on simulated nodes: GPUs at fault, a node that falls silent, spot nodes, a rollout that stops at its
 //! partition, and one whose revision never answers.
 //!
-//! Every wait also looks at the promise of a rollout: never fewer replicas than are wanted.
+//! Where nothing but the operator takes replicas away, every look also asks for the promise of a rollout: never fewer
+//! replicas that answer than are wanted.
 #![cfg(feature = "lab")]
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use e2e::{Cluster, eventually};
 use serde_json::Value;
@@ -27,6 +28,12 @@ fn stand(nodes: usize) -> (Stand, control_plane::Operator) {
         .apply("default", &config_of_r1())
         .expect("the config");
     (stand, operator)
+}
+
+/// Applies `manifest` and waits until all of it answers.
+fn serve(cluster: &Cluster, manifest: &str) {
+    cluster.apply("default", manifest).expect("applied");
+    wait_condition(cluster, "default", "r1", "Ready", "True", MINUTE);
 }
 
 fn node(pod: &Value) -> String {
@@ -65,13 +72,8 @@ fn revisions(pods: &[Value]) -> BTreeMap<String, usize> {
 fn a_replica_on_gpus_at_fault_is_replaced_elsewhere_before_it_leaves() {
     let (stand, _operator) = stand(3);
     let cluster = &stand.cluster;
-    cluster
-        .apply(
-            "default",
-            &fleet("r1", "  replicas: 2\n  rollout: {drainTimeoutSeconds: 1}\n"),
-        )
-        .expect("applied");
-    wait_condition(cluster, "default", "r1", "Ready", "True", MINUTE);
+    let rollout = "  rollout: {drainTimeoutSeconds: 1}\n";
+    serve(cluster, &fleet("r1", &format!("  replicas: 2\n{rollout}")));
     let sick = node(&pods(cluster).expect("pods")[0]);
     cluster
         .kubectl(&[
@@ -113,10 +115,7 @@ fn a_replica_on_gpus_at_fault_is_replaced_elsewhere_before_it_leaves() {
 fn a_replica_on_a_node_that_falls_silent_is_given_up_and_placed_elsewhere() {
     let (stand, operator) = stand(3);
     let cluster = &stand.cluster;
-    cluster
-        .apply("default", &fleet("r1", "  replicas: 2\n"))
-        .expect("applied");
-    wait_condition(cluster, "default", "r1", "Ready", "True", MINUTE);
+    serve(cluster, &fleet("r1", "  replicas: 2\n"));
     let before = pods(cluster).expect("pods");
     let (silent, lost) = (node(&before[0]), before[0]["metadata"]["uid"].clone());
     // What the node lifecycle controller writes when a kubelet is no longer heard; nobody plays it any more.
@@ -170,9 +169,8 @@ fn spot_nodes_take_what_is_above_the_floor_on_other_nodes() {
         "  placement:\n",
         "  placement:\n    spot: {onDemandMin: 1}\n",
     );
-    cluster.apply("default", &manifest).expect("applied");
-    wait_condition(cluster, "default", "r1", "Ready", "True", MINUTE);
-    let mut nodes: Vec<String> = pods(cluster).expect("pods").iter().map(node).collect();
+    serve(cluster, &manifest);
+    let nodes: Vec<String> = pods(cluster).expect("pods").iter().map(node).collect();
     let on_demand: Vec<String> = nodes
         .iter()
         .filter(|n| !spot.contains(&n.as_str()))
@@ -185,7 +183,8 @@ fn spot_nodes_take_what_is_above_the_floor_on_other_nodes() {
         .kubectl(&["delete", "node", spot[0]])
         .expect("deleted");
     eventually("three replicas without it", 2 * MINUTE, || {
-        nodes = serving(cluster, 0)?.iter().map(node).collect();
+        // The one that was taken away is missed, no other.
+        let mut nodes: Vec<String> = serving(cluster, 2)?.iter().map(node).collect();
         nodes.sort();
         match nodes == ["gpu-0002", "gpu-0003", "gpu-0004"] {
             true => Ok(()),
@@ -203,38 +202,35 @@ fn a_rollout_stops_at_its_partition_and_goes_on_when_it_is_lifted() {
         let template = format!("  podTemplate: {{env: [{{name: NOTE, value: {variable}}}]}}\n");
         fleet("r1", &format!("  replicas: 3\n{rollout}{template}"))
     };
-    cluster
-        .apply("default", &spec(0, "first"))
-        .expect("applied");
-    wait_condition(cluster, "default", "r1", "Ready", "True", MINUTE);
+    serve(cluster, &spec(0, "first"));
     let old = revisions(&pods(cluster).expect("pods"));
     let (old, _) = old.first_key_value().expect("a revision");
 
     cluster
         .apply("default", &spec(2, "second"))
         .expect("applied");
-    let share = |number: usize| {
-        eventually(&format!("{number} of the old revision"), MINUTE, || {
-            let serving = serving(cluster, 3)?;
-            let revisions = revisions(&serving);
-            let kept = revisions.get(old).copied().unwrap_or(0);
-            match serving.len() == 3 && kept == number && pods(cluster)?.len() == 3 {
-                true => Ok(()),
-                false => Err(format!("{revisions:?}")),
-            }
-        });
+    let is_shared = |number: usize| {
+        let serving = serving(cluster, 3)?;
+        let revisions = revisions(&serving);
+        let kept = revisions.get(old).copied().unwrap_or(0);
+        match serving.len() == 3 && kept == number && pods(cluster)?.len() == 3 {
+            true => Ok(()),
+            false => Err(format!("{revisions:?}")),
+        }
     };
-    share(2);
+    eventually("one replica is of the new revision", MINUTE, || {
+        is_shared(2)
+    });
     // There it stays: looked at for longer than a replica takes.
-    let until = std::time::Instant::now() + Duration::from_secs(8);
-    while std::time::Instant::now() < until {
-        share(2);
+    let until = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < until {
+        is_shared(2).expect("the partition holds");
         std::thread::sleep(Duration::from_millis(500));
     }
     cluster
         .apply("default", &spec(0, "second"))
         .expect("applied");
-    share(0);
+    eventually("all are of the new revision", MINUTE, || is_shared(0));
     wait_condition(cluster, "default", "r1", "Ready", "True", SOON);
 }
 
@@ -242,19 +238,16 @@ fn a_rollout_stops_at_its_partition_and_goes_on_when_it_is_lifted() {
 fn a_revision_that_never_answers_is_rolled_back_and_no_replica_was_missed() {
     let (stand, operator) = stand(4);
     let cluster = &stand.cluster;
-    let spec = |annotations: &str, attempt: u32| {
-        let rollout = format!(
-            "  rollout: {{progressDeadlineSeconds: 10, drainTimeoutSeconds: 1, attempt: {attempt}}}\n"
-        );
-        fleet("r1", &format!("  replicas: 3\n{rollout}{annotations}"))
+    let spec = |template: &str| {
+        let rollout = "  rollout: {progressDeadlineSeconds: 10, drainTimeoutSeconds: 1}\n";
+        fleet("r1", &format!("  replicas: 3\n{rollout}{template}"))
     };
-    cluster.apply("default", &spec("", 0)).expect("applied");
-    wait_condition(cluster, "default", "r1", "Ready", "True", MINUTE);
+    serve(cluster, &spec(""));
     let before = pods(cluster).expect("pods");
     let good = revisions(&before);
 
     let stuck = "  podTemplate: {annotations: {kubelab/never-ready: \"\"}}\n";
-    cluster.apply("default", &spec(stuck, 0)).expect("applied");
+    cluster.apply("default", &spec(stuck)).expect("applied");
     eventually("the new revision is tried", MINUTE, || {
         serving(cluster, 3)?;
         let revisions = revisions(&pods(cluster)?);
@@ -292,7 +285,7 @@ fn a_revision_that_never_answers_is_rolled_back_and_no_replica_was_missed() {
 
     // Mended, it is rolled out.
     let mended = "  podTemplate: {annotations: {mended: \"yes\"}}\n";
-    cluster.apply("default", &spec(mended, 0)).expect("applied");
+    cluster.apply("default", &spec(mended)).expect("applied");
     eventually("the mended revision serves", 2 * MINUTE, || {
         serving(cluster, 3)?;
         let revisions = revisions(&pods(cluster)?);

@@ -455,41 +455,4 @@ pub fn action_label(action: &Action) -> &'static str {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn pods_in_doubt_are_found_by_their_owner() {
-        let unsure = Unsure::default();
-        for (namespace, pod) in [
-            ("d", "m-0-abc-0"),
-            ("d", "other-0-abc-0"),
-            ("e", "m-0-abc-0"),
-        ] {
-            unsure.add(namespace, pod, None);
-        }
-        let owner = Key::new("d", "m");
-        assert_eq!(unsure.of(&owner), [(Key::new("d", "m-0-abc-0"), None)]);
-        unsure.remove(&Key::new("d", "m-0-abc-0"));
-        assert!(unsure.of(&owner).is_empty());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_pod_whose_create_got_no_answer_is_not_deleted_before_the_api_server_gave_up() {
-        let unsure = Unsure::default();
-        let delete = |name: &str| Action::Delete {
-            kind: Kind::Pod,
-            name: name.into(),
-            uid: "u".into(),
-            if_silent: None,
-        };
-        unsure.add("d", "m-0-abc-0", Some(&Pod::default()));
-        unsure.add("d", "m-1-abc-0", None);
-        // Known by now, but a late create could still bring it back under its name.
-        unsure.remove(&Key::new("d", "m-0-abc-0"));
-        assert_eq!(unsure.held("d", &delete("m-0-abc-0")), Some(HOLD));
-        assert_eq!(unsure.held("d", &delete("m-1-abc-0")), None);
-        tokio::time::advance(HOLD).await;
-        assert_eq!(unsure.held("d", &delete("m-0-abc-0")), None);
-    }
-}
+mod tests;

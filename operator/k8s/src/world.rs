@@ -469,12 +469,12 @@ mod tests {
         .expect("a pod")
     }
 
-    fn used_gpus(world: &World, node: &str) -> u64 {
-        lock(&world.ledger)
-            .cluster
-            .used
-            .get(node)
-            .map_or(0, |used| used.gpus)
+    impl World {
+        /// GPUs of a node that are counted as taken.
+        pub(crate) fn used_gpus(&self, node: &str) -> u64 {
+            let used = &lock(&self.ledger).cluster.used;
+            used.get(node).map_or(0, |used| used.gpus)
+        }
     }
 
     #[test]
@@ -482,7 +482,7 @@ mod tests {
         let world = World::new();
         let key = Key::new("d", "m-0");
         world.assume("d", &pod("m-0", "m", "n1", "8"));
-        assert_eq!(used_gpus(&world, "n1"), 8);
+        assert_eq!(world.used_gpus("n1"), 8);
         world.wrote_pod(pod("m-0", "m", "n1", "8"));
         let child = child_pod(pod("m-0", "m", "n1", "8"))
             .expect("a pod")
@@ -492,13 +492,13 @@ mod tests {
             before: None,
             after: child.as_ref(),
         });
-        assert_eq!(used_gpus(&world, "n1"), 8);
+        assert_eq!(world.used_gpus("n1"), 8);
         world.pod_changed(Change {
             key: &key,
             before: child.as_ref(),
             after: None,
         });
-        assert_eq!(used_gpus(&world, "n1"), 0);
+        assert_eq!(world.used_gpus("n1"), 0);
     }
 
     #[test]
@@ -506,7 +506,7 @@ mod tests {
         let world = World::new();
         world.assume("d", &pod("m-0", "m", "n1", "8"));
         world.unassume("d", "m-0");
-        assert_eq!(used_gpus(&world, "n1"), 0);
+        assert_eq!(world.used_gpus("n1"), 0);
     }
 
     #[test]

@@ -1,0 +1,163 @@
+//! What an applier does where an API server is slow or refuses, which a real one does not do on demand.
+
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use http_body_util::Full;
+use hyper::body::Bytes;
+use hyper::{Request, Response};
+use kube::client::Body;
+
+use super::*;
+use crate::lease::Leadership;
+
+/// How an API server that was written for a test answers the create of a number: after how long, and with which status.
+type Answers = fn(usize) -> (Duration, u16);
+
+/// What such a server saw.
+#[derive(Default)]
+struct Seen {
+    asked: AtomicUsize,
+    under_way: AtomicUsize,
+    under_way_max: AtomicUsize,
+    last_asked: Mutex<Option<Instant>>,
+    first_refused: Mutex<Option<Instant>>,
+}
+
+/// An applier before that server.
+fn applier(answers: Answers) -> (Applier, Arc<World>, Arc<Seen>) {
+    let seen = Arc::new(Seen::default());
+    let told = Arc::clone(&seen);
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let seen = Arc::clone(&told);
+        async move {
+            let number = seen.asked.fetch_add(1, Ordering::Relaxed);
+            let now = seen.under_way.fetch_add(1, Ordering::Relaxed) + 1;
+            seen.under_way_max.fetch_max(now, Ordering::Relaxed);
+            *lock(&seen.last_asked) = Some(Instant::now());
+            let (after, status) = answers(number);
+            tokio::time::sleep(after).await;
+            seen.under_way.fetch_sub(1, Ordering::Relaxed);
+            let body = if status == 201 {
+                request.into_body().collect_bytes().await.expect("a pod")
+            } else {
+                lock(&seen.first_refused).get_or_insert_with(Instant::now);
+                let refusal = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status,
+                    "reason": "Forbidden", "message": "exceeded quota: requests.nvidia.com/gpu"});
+                Bytes::from(refusal.to_string())
+            };
+            let answer = Response::builder().status(status).body(Full::new(body));
+            Ok::<_, Infallible>(answer.expect("an answer"))
+        }
+    });
+    let client = kube::Client::new(service, "d");
+    let world = World::new();
+    let writer = Writer::new(client, Leadership::alone());
+    (Applier::new(writer, Arc::clone(&world)), world, seen)
+}
+
+/// Creates of pods that take one GPU of node `n1` each.
+fn creates(number: usize) -> Vec<Action> {
+    let pod = |index: usize| -> Pod {
+        serde_json::from_value(json!({
+            "metadata": {"name": format!("m-{index}-abc-0"), "namespace": "d", "labels": {
+                "app.kubernetes.io/managed-by": "cachalot", "cachalot.dev/model-deployment": "m"}},
+            "spec": {"nodeName": "n1", "containers": [
+                {"name": "engine", "resources": {"requests": {"nvidia.com/gpu": "1"}}}]},
+        }))
+        .expect("a pod")
+    };
+    (0..number)
+        .map(|index| Action::Create(Object::Pod(Box::new(pod(index)))))
+        .collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_create_holds_up_no_others_and_no_more_than_the_limit_are_under_way() {
+    let (applier, _, seen) = applier(|number| {
+        let is_slow = number % 10 == 0;
+        (Duration::from_millis(if is_slow { 1000 } else { 10 }), 201)
+    });
+    let start = Instant::now();
+    let outcome = applier.apply("d", &creates(1000), &|_| ()).await;
+    assert_eq!(outcome.expect("created").written, 1000);
+    assert_eq!(seen.under_way_max.load(Ordering::Relaxed), CONCURRENCY_MAX);
+    // 100 slow ones among 64 lanes are 1.6 s; waves of 64 would each take as long as their slowest, 16 s together.
+    assert!(
+        start.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_quota_is_met_once_and_what_was_counted_for_the_pods_is_given_back() {
+    let (applier, world, seen) = applier(|_| (Duration::from_millis(10), 403));
+    let actions = creates(100);
+    applier.assume("d", &actions);
+    assert_eq!(world.used_gpus("n1"), 100);
+    let error = applier
+        .apply("d", &actions, &|_| ())
+        .await
+        .expect_err("refused");
+    assert_eq!(error.category(), Category::Forbidden);
+    assert_eq!(seen.asked.load(Ordering::Relaxed), 1);
+    assert_eq!(world.used_gpus("n1"), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_begun_after_the_first_failure_and_those_under_way_are_heard_out() {
+    let (applier, world, seen) = applier(|number| match number {
+        50 => (Duration::from_millis(5), 403),
+        _ => (Duration::from_millis(10), 201),
+    });
+    let actions = creates(1000);
+    applier.assume("d", &actions);
+    applier
+        .apply("d", &actions, &|_| ())
+        .await
+        .expect_err("refused");
+    let asked = seen.asked.load(Ordering::Relaxed);
+    assert!((51..=50 + CONCURRENCY_MAX).contains(&asked), "{asked}");
+    assert!(*lock(&seen.last_asked) <= *lock(&seen.first_refused));
+    // All but the refused one exist, and only those are counted.
+    assert_eq!(
+        world.used_gpus("n1"),
+        u64::try_from(asked - 1).expect("small")
+    );
+}
+
+#[test]
+fn pods_in_doubt_are_found_by_their_owner() {
+    let unsure = Unsure::default();
+    for (namespace, pod) in [
+        ("d", "m-0-abc-0"),
+        ("d", "other-0-abc-0"),
+        ("e", "m-0-abc-0"),
+    ] {
+        unsure.add(namespace, pod, None);
+    }
+    let owner = Key::new("d", "m");
+    assert_eq!(unsure.of(&owner), [(Key::new("d", "m-0-abc-0"), None)]);
+    unsure.remove(&Key::new("d", "m-0-abc-0"));
+    assert!(unsure.of(&owner).is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_whose_create_got_no_answer_is_not_deleted_before_the_api_server_gave_up() {
+    let unsure = Unsure::default();
+    let delete = |name: &str| Action::Delete {
+        kind: Kind::Pod,
+        name: name.into(),
+        uid: "u".into(),
+        if_silent: None,
+    };
+    unsure.add("d", "m-0-abc-0", Some(&Pod::default()));
+    unsure.add("d", "m-1-abc-0", None);
+    // Known by now, but a late create could still bring it back under its name.
+    unsure.remove(&Key::new("d", "m-0-abc-0"));
+    assert_eq!(unsure.held("d", &delete("m-0-abc-0")), Some(HOLD));
+    assert_eq!(unsure.held("d", &delete("m-1-abc-0")), None);
+    tokio::time::advance(HOLD).await;
+    assert_eq!(unsure.held("d", &delete("m-0-abc-0")), None);
+}
