@@ -40,7 +40,7 @@ for model in engine/cpu/tests/golden/*-cuda; do
   mkdir "$folder/models/$name"
   cp "$model/config.json" "$model/golden.json" "$model"/*.safetensors* "$folder/models/$name/"
 done
-cp kernels/check/{gpu_check,plots,torch_side}.py "$folder/"
+cp kernels/check/{gpu_check,plots,torch_side,whole}.py "$folder/"
 cp -r kernels/check/shapes "$folder/shapes"
 
 tar -C "$(dirname "$folder")" --owner 0 --group 0 -czf "$out" "$(basename "$folder")"

@@ -19,6 +19,7 @@ import sys
 import time
 
 import plots
+import whole
 
 HERE = pathlib.Path(__file__).resolve().parent
 # What a bf16 or fp8 kernel may differ by between the device and the emulator, relative to the largest value: the order of
@@ -160,19 +161,48 @@ def speed(check):
     return {"ok": not bad, **found, "error": ", ".join(bad) or None}
 
 
+def decode(check, shape, words):
+    return check.json([HERE / "gpu-check", "model", shape, *words], 50)
+
+
+def config_of(name):
+    return json.loads((HERE / f"shapes/{name}.json").read_text())
+
+
 def model(check):
-    """Decode of a V2-Lite-shaped model, and of a slice of V3 of one dense and one mixed layer, from random weights."""
-    runs = {"v2-lite": ["512", "1", "8", "64", "256"], "v3-slice": ["512", "1", "8", "64"]}
-    if check.emulated:
-        runs = {"tiny": ["8", "1", "2"]}
-    found, bad = {}, []
-    for name, words in runs.items():
+    """Decode of a V2-Lite-shaped model from random weights, whole."""
+    name, words = ("tiny", ["8", "1", "2"]) if check.emulated else ("v2-lite", ["512", "1", "8", "64", "256"])
+    found = decode(check, HERE / f"shapes/{name}.json", words)
+    copy = check.lines.get("bounds", {}).get("copy_gb_per_s")
+    if copy and not check.emulated:
+        for line in found["decode"]:
+            line["share_of_bandwidth"] = whole.share_of_bandwidth(config_of(name), line, copy)
+    return {"ok": True, "models": {name: found}}
+
+
+def slices(check):
+    """Decode of three slices of V3's true width, and what they say about all 61 layers."""
+    name, words = ("tiny-v3", ["8", "1", "2"]) if check.emulated else ("v3", ["512", "1", "8", "64"])
+    config = config_of(name)
+    found, seconds = {}, {}
+    for slice_name, part in whole.slices(config).items():
+        shape = check.out / f"{name}-{slice_name}.json"
+        shape.write_text(json.dumps(part))
+        found[slice_name] = decode(check, shape, words)
+        shape.unlink()
+        for line in found[slice_name]["decode"]:
+            seconds.setdefault(line["batch"], {})[slice_name] = line["step_seconds"]
+    lines, bad = [], []
+    for batch, times in seconds.items():
         try:
-            found[name] = check.json([HERE / "gpu-check", "model", HERE / f"shapes/{name}.json", *words], 50)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            found[name] = {"error": str(error)}
-            bad.append(name)
-    return {"ok": not bad, "models": found, "error": ", ".join(bad) or None}
+            line = whole.extrapolate(config, times)
+            lines.append({"batch": batch, "context": int(words[0]), **line, "tokens_per_second": batch / line["step_seconds"]})
+        except ValueError as error:
+            lines.append({"batch": batch, "error": str(error)})
+            bad.append(f"batch {batch}: {error}")
+    # Over the emulated driver times mean nothing, so neither does their difference.
+    return {"ok": check.emulated or not bad, "layers": config["num_hidden_layers"], "slices": found, "whole": lines,
+            "error": "; ".join(bad) if bad and not check.emulated else None}
 
 
 def bounds(check):
@@ -201,7 +231,7 @@ def main():
     check = Check(arguments)
     # The emulator's reading of the hardware first: what it says decides how the others are read.
     for name, work in [("machine", machine), ("emulator", emulator), ("tests", tests), ("golden", golden), ("bounds", bounds),
-                       ("speed", speed), ("model", model), ("logits", transformers_logits),
+                       ("speed", speed), ("model", model), ("slices", slices), ("logits", transformers_logits),
                        ("memcheck", sanitizer("memcheck")), ("racecheck", sanitizer("racecheck"))]:
         check.line(name, lambda work=work: work(check))
     plots.write(check.out, check.lines, check.emulated)

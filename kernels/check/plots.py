@@ -33,6 +33,23 @@ def share_of_bound(case, copy, product):
     return bound / case["milliseconds"]
 
 
+def whole_models(lines, whole, layers):
+    """Tables of decode steps."""
+    table = ["", "| Model | Batch | Context | Step ms | Tokens/s | Of bandwidth |", "|---|---|---|---|---|---|"]
+    for model, found in lines.get("model", {}).get("models", {}).items():
+        for line in found.get("decode", []):
+            share = line.get("share_of_bandwidth")
+            table.append(f"| {model} | {line['batch']} | {line['context']} | {1e3 * line['step_seconds']:.4g} | "
+                         f"{line['tokens_per_second']:.4g} | {'' if share is None else f'{100 * share:.0f} %'} |")
+    if whole:
+        table += ["", f"All {layers} layers of V3 on one device that would hold them, from slices:", "",
+                  "| Batch | Dense layer ms | Mixed layer ms | Rest ms | Step ms | Tokens/s |", "|---|---|---|---|---|---|"]
+        for line in whole:
+            terms = " | ".join(f"{1e3 * line[f'{name}_seconds']:.4g}" for name in ["dense", "mixed", "fixed", "step"])
+            table.append(f"| {line['batch']} | {terms} | {line['tokens_per_second']:.4g} |")
+    return table
+
+
 def write(out, lines, emulated):
     mark = " (emulated driver: times mean nothing)" if emulated else ""
     bounds = lines.get("bounds", {})
@@ -45,6 +62,9 @@ def write(out, lines, emulated):
             (out / f"{name}.svg").write_text(bars(title + mark, rows, unit))
     decode = [(f"{model}, batch {line['batch']}", line["tokens_per_second"], None)
               for model, found in lines.get("model", {}).get("models", {}).items() for line in found.get("decode", [])]
+    layers = lines.get("slices", {}).get("layers")
+    whole = [line for line in lines.get("slices", {}).get("whole", []) if "error" not in line]
+    decode += [(f"v3, {layers} layers from slices, batch {line['batch']}", line["tokens_per_second"], None) for line in whole]
     if decode:
         (out / "decode.svg").write_text(bars("Decode" + mark, decode, "tokens/s"))
     theirs = bounds.get("torch", {})
@@ -59,4 +79,5 @@ def write(out, lines, emulated):
         torch_ms = theirs.get(case["name"])
         table.append(f"| {case['name']} | {case['milliseconds']:.4g} | {case['gb_per_s']:.4g} | {case['tflop_per_s']:.4g} | "
                      f"{'' if share is None else f'{100 * share:.0f} %'} | {'' if torch_ms is None else f'{torch_ms:.4g}'} |")
+    table += whole_models(lines, whole, layers)
     (out / "table.md").write_text("\n".join(table) + "\n")
