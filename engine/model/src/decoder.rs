@@ -73,6 +73,7 @@ pub(crate) fn build(
             ),
             layer: layer(config.layers, &mut tensors),
             final_norm: norm_of(&mut tensors, "shared_head.norm"),
+            prefix,
         }
     });
     Model {

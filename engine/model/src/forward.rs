@@ -38,6 +38,7 @@ pub fn predict<B: PredictionBackend>(
     backend: &mut B,
 ) -> Result<(), B::Error> {
     let Prediction {
+        prefix: _,
         token_norm,
         hidden_norm,
         join,

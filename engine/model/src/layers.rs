@@ -70,6 +70,8 @@ impl Model {
 /// not say. Further tokens come from the same layer, applied to what it left before.
 #[derive(Clone, Debug)]
 pub struct Prediction {
+    /// What the names of its tensors begin with.
+    pub prefix: String,
     /// Over the token's embedding.
     pub token_norm: Norm,
     /// Over the hidden state.
