@@ -13,7 +13,8 @@ pub mod model_config;
 mod published;
 
 pub use engine_config::{
-    Device, Dtype, EngineConfig, EngineConfigError, ModelSource, Parallelism, Quantization,
+    Device, Dtype, EngineConfig, EngineConfigError, ModelSource, NUM_SPECULATIVE_TOKENS_MAX,
+    Parallelism, Quantization,
 };
 pub use health::{LoadReport, StartupPhase, StartupReport};
 pub use inspect::{InspectError, InspectReport, ModelFacts, ModelFault};

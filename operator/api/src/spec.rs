@@ -83,6 +83,10 @@ pub struct ModelDeploymentSpec {
     #[serde(default)]
     pub context: Context,
 
+    /// Tokens that are drafted and verified together. Answers stay the same.
+    #[serde(default, skip_serializing_if = "Speculation::is_off")]
+    pub speculation: Speculation,
+
     /// Fixed number of replicas; written by `kubectl scale` and by a HorizontalPodAutoscaler.
     /// Excludes `autoscaling`. 0 stops the model and keeps its Service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -292,6 +296,24 @@ pub struct Context {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 4096))]
     pub max_concurrent_sequences: Option<i32>,
+}
+
+/// Tokens that are drafted and verified together.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Speculation {
+    /// Tokens that the model's own prediction layer (MTP of DeepSeek-V3 and R1) drafts for each sequence and step.
+    /// 0, the default, drafts none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 8))]
+    pub draft_tokens: Option<i32>,
+}
+
+impl Speculation {
+    /// Whether nothing is asked for.
+    pub fn is_off(&self) -> bool {
+        self.draft_tokens.unwrap_or(0) == 0
+    }
 }
 
 /// Range of replicas that follows demand.

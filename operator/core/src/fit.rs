@@ -147,6 +147,15 @@ pub fn layouts(
     facts: &ModelFacts,
     cluster: &Cluster,
 ) -> Result<Vec<Layout>, NoLayout> {
+    if valid.draft_tokens > 0 && !facts.config.can_predict() {
+        return Err(NoLayout {
+            reason: Reason::NotServedYet,
+            message: format!(
+                "spec.speculation.draftTokens = {}: {} models have no prediction layer to draft with; remove it",
+                valid.draft_tokens, facts.config.architecture
+            ),
+        });
+    }
     let ValidAccelerator::Nvidia {
         products,
         memory_bytes_min,
@@ -375,6 +384,7 @@ fn layout(
     engine.parallelism = parallelism;
     engine.max_model_len = valid.max_model_len;
     engine.max_num_seqs = valid.max_num_seqs;
+    engine.num_speculative_tokens = valid.draft_tokens;
     // One token per sequence must fit into a step.
     engine.max_num_batched_tokens = engine.max_num_batched_tokens.max(valid.max_num_seqs);
     engine.drain_timeout_seconds = valid.rollout.drain_timeout_seconds;

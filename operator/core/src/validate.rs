@@ -11,7 +11,7 @@ mod template;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use engine_spec::{Dtype, Parallelism, Quantization};
+use engine_spec::{Dtype, NUM_SPECULATIVE_TOKENS_MAX, Parallelism, Quantization};
 use k8s_openapi::api::core::v1::Toleration;
 use operator_api::{
     AcceleratorType, Autoscaling, Binding, ModelDeployment, ModelDeploymentSpec, Placement,
@@ -101,6 +101,8 @@ pub struct ValidDeployment {
     pub max_model_len: Option<u32>,
     /// Sequences per replica.
     pub max_num_seqs: u32,
+    /// Tokens drafted for each sequence and step.
+    pub draft_tokens: u32,
     /// How many replicas.
     pub scale: Scale,
     /// How replicas are exchanged.
@@ -233,6 +235,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         precision,
         quantization,
         context,
+        speculation,
         replicas,
         autoscaling,
         rollout,
@@ -270,6 +273,12 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         (1, 4096),
         MAX_NUM_SEQS_DEFAULT,
     );
+    let draft_tokens = rules.number(
+        "spec.speculation.draftTokens",
+        speculation.draft_tokens,
+        (0, NUM_SPECULATIVE_TOKENS_MAX),
+        0,
+    );
     let scale = valid_scale(&mut rules, *replicas, autoscaling.as_ref());
     let rollout = rollout::valid_rollout(&mut rules, rollout);
     let placement = valid_placement(&mut rules, placement);
@@ -306,6 +315,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         quantization,
         max_model_len,
         max_num_seqs,
+        draft_tokens,
         scale,
         rollout,
         placement,

@@ -151,6 +151,18 @@ fn table() -> Vec<(&'static str, Refused, &'static str, Value)> {
             spec(json!({"quantization": "int8", "accelerator": {"type": "nvidia"}})),
         ),
         (
+            "more drafts than are served",
+            Everywhere,
+            "draftTokens = 9: must be between 0 and 8",
+            spec(json!({"speculation": {"draftTokens": 9}})),
+        ),
+        (
+            "drafts",
+            Never,
+            "",
+            spec(json!({"speculation": {"draftTokens": 1}})),
+        ),
+        (
             "an unknown quantization",
             Everywhere,
             "",
