@@ -1,19 +1,21 @@
 //! The CUDA backend behind [`engine_core::Executor`].
 
 use std::path::Path;
+use std::sync::Arc;
 
-use engine_core::{Batch, BatchBounds, ExecuteError, Executor, Logits};
+use engine_core::{Batch, BatchBounds, ExecuteError, Executor, Logits, StagedWeights};
 use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
 use engine_memory::ResidentDtype;
 use engine_model::{Model, forward};
 use engine_spec::ModelConfig;
-use kernels::driver::{Arena, DriverError, Part, Stream};
+use kernels::driver::{Arena, Device, DriverError, Part, Stream};
 use kernels::plan::Unsupported;
 
 use crate::graphs::{GraphKey, Graphs};
 use crate::layout::{CudaLimits, Layout, Span};
 use crate::pass::Pass;
 use crate::shapes::{check_shapes, refusal};
+use crate::staged::Staged;
 use crate::step::{Inputs, Step};
 use crate::{CudaError, Gpu, weights};
 
@@ -31,6 +33,7 @@ pub struct AllocatedBytes {
 /// Runs batches on one GPU.
 #[derive(Debug)]
 pub struct CudaExecutor {
+    config: ModelConfig,
     model: Model,
     limits: CudaLimits,
     layout: Layout,
@@ -41,7 +44,24 @@ pub struct CudaExecutor {
     step: Step,
     stream: Stream,
     arena: Arena,
-    broken: Option<String>,
+    device: Arc<Device>,
+    broken: Option<Broken>,
+}
+
+/// Why no further step is run.
+#[derive(Debug)]
+enum Broken {
+    /// The weights gave logits that are not finite; others may not.
+    Weights(String),
+    /// The device is lost, or what is in its memory is of no version.
+    Device(String),
+}
+
+impl Broken {
+    fn fatal(&self) -> ExecuteError {
+        let (Self::Weights(reason) | Self::Device(reason)) = self;
+        ExecuteError::Fatal(reason.clone())
+    }
 }
 
 impl CudaExecutor {
@@ -68,7 +88,7 @@ impl CudaExecutor {
         // Shapes first: what no kernel takes needs no files.
         check_shapes(&model, &limits).map_err(|reason| LoadError::Backend(refusal(&reason)))?;
         let checkpoint = Checkpoint::open(dir, config, &model)?;
-        Self::with_weights(gpu, model, &checkpoint, limits, progress)
+        Self::with_weights(gpu, config, model, &checkpoint, limits, progress)
     }
 
     /// The same with random weights, for benchmarks; see [`Dummy`].
@@ -83,11 +103,30 @@ impl CudaExecutor {
         progress: &Progress,
     ) -> Result<Self, LoadError> {
         let model = engine_model::build(config);
-        Self::with_weights(gpu, model, &Dummy::new(config, seed), limits, progress)
+        let weights = Dummy::new(config, seed);
+        Self::with_weights(gpu, config, model, &weights, limits, progress)
+    }
+
+    /// Reads other weights of the same model into host memory, for an executor of these limits that has its own in use;
+    /// see [`Executor::exchange_weights`]. Takes as much host memory as the weights take on the device.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn stage(
+        dir: &Path,
+        config: &ModelConfig,
+        limits: &CudaLimits,
+        progress: &Progress,
+    ) -> Result<StagedWeights, LoadError> {
+        let model = engine_model::build(config);
+        let layout = Layout::new(&model, limits);
+        let staged = Staged::read(dir, config, &model, &layout, limits.resident, progress)?;
+        Ok(StagedWeights(Box::new(staged)))
     }
 
     fn with_weights(
         gpu: &Gpu,
+        config: &ModelConfig,
         model: Model,
         source: &dyn TensorSource,
         limits: CudaLimits,
@@ -105,7 +144,7 @@ impl CudaExecutor {
             )));
         }
         gpu.device.load(&launches).map_err(backend)?;
-        let executor = Self::allocate(gpu, model, limits, layout).map_err(backend)?;
+        let executor = Self::allocate(gpu, config, model, limits, layout).map_err(backend)?;
         let Self {
             model,
             layout,
@@ -118,6 +157,7 @@ impl CudaExecutor {
 
     fn allocate(
         gpu: &Gpu,
+        config: &ModelConfig,
         model: Model,
         limits: CudaLimits,
         layout: Layout,
@@ -147,11 +187,13 @@ impl CudaExecutor {
             whole: arena.part(0, arena.bytes())?,
             step: Step::new(limits.block_size, limits.table_length()),
             graphs: Graphs::new(),
+            config: config.clone(),
             model,
             limits,
             layout,
             stream,
             arena,
+            device: gpu.device.clone(),
             broken: None,
         })
     }
@@ -275,8 +317,8 @@ impl Executor for CudaExecutor {
     }
 
     fn execute(&mut self, batch: &Batch, logits: &mut Logits) -> Result<(), ExecuteError> {
-        if let Some(reason) = &self.broken {
-            return Err(ExecuteError::Fatal(reason.clone()));
+        if let Some(broken) = &self.broken {
+            return Err(broken.fatal());
         }
         logits.reset(self.model.vocabulary, 0);
         if batch.is_empty() {
@@ -286,14 +328,33 @@ impl Executor for CudaExecutor {
         let rows = batch.logits_rows();
         logits.reset(self.model.vocabulary, rows);
         self.step.prepare(batch);
-        let problem = match self.compute(rows, logits) {
-            Err(error) => error.to_string(),
+        let broken = match self.compute(rows, logits) {
+            Err(error) => Broken::Device(error.to_string()),
             Ok(()) if logits.as_mut_slice().iter().all(|value| value.is_finite()) => return Ok(()),
-            Ok(()) => {
-                "logits are not finite: the weights hold infinities or NaNs, or overflow".into()
-            }
+            Ok(()) => Broken::Weights(
+                "logits are not finite: the weights hold infinities or NaNs, or overflow".into(),
+            ),
         };
-        self.broken = Some(problem.clone());
-        Err(ExecuteError::Fatal(problem))
+        let error = broken.fatal();
+        self.broken = Some(broken);
+        Err(error)
+    }
+
+    /// Swaps the bytes on the device with those in host memory; see [`crate::staged`]. A device that fails on the way is
+    /// lost to both versions: every step after it is refused, and so are further weights.
+    fn exchange_weights(&mut self, staged: StagedWeights) -> Result<StagedWeights, StagedWeights> {
+        let mut staged = staged.0.downcast::<Staged>().map_err(StagedWeights)?;
+        let fits = staged.config == self.config && staged.resident == self.limits.resident;
+        if !fits || matches!(self.broken, Some(Broken::Device(_))) {
+            return Err(StagedWeights(staged));
+        }
+        let swapped = staged.swap(&self.device, &self.arena);
+        // Weights that made logits infinite are gone, or come back with the fault.
+        self.broken = swapped.err().map(|error| {
+            Broken::Device(format!(
+                "the weights could not be exchanged, neither version is whole: {error}"
+            ))
+        });
+        Ok(StagedWeights(staged))
     }
 }
