@@ -1,13 +1,16 @@
 //! Weights for `POST /v1/weights`: fetched, compared with what serves, verified, and loaded beside it.
 //!
 //! Invariant: both versions are in memory at once for a moment, so the memory plan of the serving engine stays as it is
-//! and the second set of weights is refused before it is read when there is no room for it.
+//! and the second set of weights is refused before it is read when there is no room for it. Beside a GPU that is host
+//! memory: the second version waits there and the exchange swaps both.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use engine_core::StagedWeights;
 use engine_cpu::{CpuExecutor, CpuLimits};
-use engine_load::{Progress, content_digest, read_config};
+use engine_cuda::{CudaExecutor, CudaLimits};
+use engine_load::{LoadError, Progress, content_digest, read_config};
 use engine_memory::MemoryPlan;
 use engine_server::{
     LoadFailure, LoadedWeights, UpdateHandle, WeightsLoader, WeightsOrigin, WeightsSource,
@@ -36,17 +39,15 @@ pub fn origin(
         revision: config.model.revision.clone(),
         digest: None,
     };
-    let loader = match (weights, serving.is_cpu) {
-        (Weights::Random(_), _) => Err("they are random numbers (--load-format dummy)".to_owned()),
-        (Weights::Files, false) => {
-            Err("the CUDA backend does not take other weights while it runs".to_owned())
-        }
-        (Weights::Files, true) => {
-            let limits = CpuLimits::from_plan(
-                &serving.plan,
-                config.max_num_seqs,
-                config.max_num_batched_tokens,
-            );
+    let loader = match weights {
+        Weights::Random(_) => Err("they are random numbers (--load-format dummy)".to_owned()),
+        Weights::Files => {
+            let Serving { model, plan, .. } = &serving;
+            let (sequences, tokens) = (config.max_num_seqs, config.max_num_batched_tokens);
+            let limits = match serving.is_cpu {
+                true => Backend::Cpu(CpuLimits::from_plan(plan, sequences, tokens)),
+                false => Backend::Cuda(CudaLimits::from_plan(model, plan, sequences, tokens)),
+            };
             let cache_dir = cache_dir.to_owned();
             let loader: WeightsLoader =
                 Arc::new(move |source, update| load(&serving, &limits, &cache_dir, source, update));
@@ -56,9 +57,29 @@ pub fn origin(
     WeightsOrigin { source, loader }
 }
 
+/// Whose form the weights take.
+enum Backend {
+    Cpu(CpuLimits),
+    Cuda(CudaLimits),
+}
+
+impl Backend {
+    fn stage(
+        &self,
+        directory: &Path,
+        model: &ModelConfig,
+        progress: &Progress,
+    ) -> Result<StagedWeights, LoadError> {
+        match self {
+            Self::Cpu(limits) => CpuExecutor::stage(directory, model, limits, progress),
+            Self::Cuda(limits) => CudaExecutor::stage(directory, model, limits, progress),
+        }
+    }
+}
+
 fn load(
     serving: &Serving,
-    limits: &CpuLimits,
+    backend: &Backend,
     cache_dir: &Path,
     source: &WeightsSource,
     update: &UpdateHandle,
@@ -84,7 +105,8 @@ fn load(
         return Err(failure("WeightsMismatch", message));
     }
     update.enter("loading", bytes_of(&progress));
-    let weights = CpuExecutor::stage(&directory, &serving.model, limits, &progress)
+    let weights = backend
+        .stage(&directory, &serving.model, &progress)
         .map_err(|error| from_load_error(&error))?;
     Ok(LoadedWeights { weights, digest })
 }
@@ -133,7 +155,7 @@ fn check_room(needed: u64, free: Option<u64>) -> Result<(), LoadFailure> {
     match free {
         Some(free) if free < needed => {
             let message = format!(
-                "the new weights need {needed} bytes beside those in use and {free} are free; \
+                "the new weights need {needed} bytes of host memory beside those in use and {free} are free; \
                  raise the memory limit by {} bytes, or start another replica",
                 needed - free
             );
@@ -172,7 +194,7 @@ mod tests {
         let error = check_room(100, Some(60)).unwrap_err();
         assert_eq!(error.reason, "DoesNotFit");
         assert!(
-            error.message.contains("need 100 bytes")
+            error.message.contains("need 100 bytes of host memory")
                 && error.message.contains("60 are free")
                 && error.message.contains("by 40 bytes"),
             "{}",

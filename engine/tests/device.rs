@@ -272,31 +272,16 @@ fn a_model_without_kernels_is_served_by_the_cpu_only_when_any_device_will_do() {
 }
 
 #[test]
-fn drafts_are_refused_on_a_gpu_and_leave_it_where_any_device_will_do() {
+fn drafts_of_a_checkpoint_without_the_layer_are_refused_on_a_gpu_too() {
     let Some(driver) = driver() else { return };
-    let drafting = |device| {
-        let mut command = engine(&tiny(), device, &driver);
-        command.args([
-            "--speculative-config",
-            r#"{"method": "mtp", "num_speculative_tokens": 1}"#,
-        ]);
-        run(command)
-    };
-    let why =
-        "numSpeculativeTokens is above 0, but drafts are served on the device cpu in one rank only";
-    let (code, text) = drafting("cuda");
+    let mut command = engine(&tiny(), "cuda", &driver);
+    command.args([
+        "--speculative-config",
+        r#"{"method": "mtp", "num_speculative_tokens": 1}"#,
+    ]);
+    let (code, text) = run(command);
     assert_eq!(code, 1, "{text}");
-    assert!(
-        text.contains("error: DeviceUnavailable:") && text.contains(why),
-        "{text}"
-    );
-    // On the processors it is the checkpoint that has no layer.
-    let (code, text) = drafting("auto");
-    assert_eq!(code, 1, "{text}");
-    assert!(
-        text.contains("device chosen device=\"cpu\" reason=") && text.contains(why),
-        "{text}"
-    );
+    assert!(text.contains("device chosen device=\"cuda\" "), "{text}");
     assert!(
         text.contains("WeightsMissing: numSpeculativeTokens is above 0, but tensor model.layers.4.eh_proj.weight"),
         "{text}"

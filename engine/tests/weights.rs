@@ -7,20 +7,23 @@ mod process;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use kernels::emulation::{BuildError, Emulation};
 use process::{Engine, PATIENCE, golden, shards, shuffle};
 use serde_json::{Value, json};
 
 const PROMPT: [u32; 6] = [5, 17, 40, 3, 88, 21];
 
-fn start(model: &Path, keys: &Path) -> Engine {
-    Engine::start(&[
+const ON_CPU: &[&str] = &["--dtype", "float32"];
+
+fn start(model: &Path, keys: &Path, device: &[&str]) -> Engine {
+    let mut arguments = vec![
         "--model",
         model.to_str().unwrap(),
-        "--dtype",
-        "float32",
         "--admin-key-file",
         keys.to_str().unwrap(),
-    ])
+    ];
+    arguments.extend_from_slice(device);
+    Engine::start(&arguments)
 }
 
 /// What became of a replacement.
@@ -41,18 +44,50 @@ fn replace(engine: &Engine, body: &Value) -> Value {
 
 #[test]
 fn answers_are_those_of_an_engine_that_was_started_with_the_weights() {
+    answers_of_both(&["v3-groups", "qwen2"], ON_CPU, 24);
+}
+
+#[test]
+fn on_a_gpu_too() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulation");
+    let driver = match Emulation::new(&folder).build() {
+        Ok(path) => path,
+        Err(error @ (BuildError::NoCompiler | BuildError::WrongMachine)) => {
+            eprintln!("skipped: {error}");
+            return;
+        }
+        Err(error) => panic!("the emulated driver does not build: {error}"),
+    };
+    let driver = driver.to_str().unwrap();
+    // Few positions, because the emulator is slow.
+    let device = [
+        "--device",
+        "cuda",
+        "--cuda-driver",
+        driver,
+        "--max-model-len",
+        "64",
+        "--max-num-seqs",
+        "2",
+        "--max-num-batched-tokens",
+        "64",
+    ];
+    answers_of_both(&["qwen2-cuda"], &device, 8);
+}
+
+fn answers_of_both(models: &[&str], device: &[&str], count: u32) {
     let keys = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(keys.path(), "admin: root\n").unwrap();
-    for model in ["v3-groups", "qwen2"] {
+    for model in models {
         let (old, new) = (golden(model), golden(model));
         shuffle(new.path());
         let (expected_old, expected_new) = (
-            start(old.path(), keys.path()).text(&PROMPT, 24),
-            start(new.path(), keys.path()).text(&PROMPT, 24),
+            start(old.path(), keys.path(), device).text(&PROMPT, count),
+            start(new.path(), keys.path(), device).text(&PROMPT, count),
         );
         assert_ne!(expected_old, expected_new);
-        let engine = start(old.path(), keys.path());
-        assert_eq!(engine.text(&PROMPT, 24), expected_old);
+        let engine = start(old.path(), keys.path(), device);
+        assert_eq!(engine.text(&PROMPT, count), expected_old);
 
         let source = new.path().to_str().unwrap();
         let refused = |body: &Value, reason: &str, part: &str| {
@@ -65,7 +100,7 @@ fn answers_are_those_of_an_engine_that_was_started_with_the_weights() {
                 (&report["version"], &report["digest"]),
                 (&json!(1), &Value::Null)
             );
-            assert_eq!(engine.text(&PROMPT, 24), expected_old);
+            assert_eq!(engine.text(&PROMPT, count), expected_old);
         };
         refused(&json!({"source": "/nowhere"}), "ModelNotFound", "/nowhere");
         let other = golden("llama");
@@ -98,15 +133,15 @@ fn answers_are_those_of_an_engine_that_was_started_with_the_weights() {
             (&report["update"]["state"], &report["version"]),
             (&json!("done"), &json!(2))
         );
-        assert_eq!(engine.text(&PROMPT, 24), expected_new, "{model}");
+        assert_eq!(engine.text(&PROMPT, count), expected_new, "{model}");
         // And back, by the digest that the engine itself computes.
         let digest = report["digest"].clone();
         let body = json!({"source": old.path(), "in_flight": "restart"});
         assert_eq!(replace(&engine, &body)["version"], 3);
-        assert_eq!(engine.text(&PROMPT, 24), expected_old);
+        assert_eq!(engine.text(&PROMPT, count), expected_old);
         let body = json!({"source": source, "digest": digest});
         assert_eq!(replace(&engine, &body)["version"], 4);
-        assert_eq!(engine.text(&PROMPT, 24), expected_new);
+        assert_eq!(engine.text(&PROMPT, count), expected_new);
     }
 }
 
@@ -136,7 +171,7 @@ fn a_disk_that_fails_while_it_serves_is_not_missed() {
     let model = golden("v3-groups");
     let keys = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(keys.path(), "root\n").unwrap();
-    let engine = start(model.path(), keys.path());
+    let engine = start(model.path(), keys.path(), ON_CPU);
     let before = engine.text(&PROMPT, 24);
     for shard in shards(model.path()) {
         std::fs::File::options()

@@ -326,11 +326,12 @@ pub trait Executor: Send {
         Err(ExecuteError::InvalidBatch(problem))
     }
 
-    /// Puts `staged` in the place of the weights in use, between two steps, and gives those back. Moves pointers, no
-    /// tensors. The contents of all blocks are then of other weights.
+    /// Puts `staged` in the place of the weights in use, between two steps, and gives those back. Moves pointers where
+    /// both are in memory that computes, and bytes where one is not. The contents of all blocks are then of other weights.
     ///
     /// # Errors
-    /// The backend cannot use them; it gives them back and goes on with what it has.
+    /// The backend cannot use them; it gives them back and goes on with what it has. A device that fails on the way has
+    /// no whole version: the backend says so at the next step, with [`ExecuteError::Fatal`], and takes no others.
     fn exchange_weights(&mut self, staged: StagedWeights) -> Result<StagedWeights, StagedWeights> {
         Err(staged)
     }

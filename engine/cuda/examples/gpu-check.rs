@@ -68,6 +68,7 @@ fn limits(config: &ModelConfig, length: usize, sequences: usize, tokens: usize) 
         model_len_max: length,
         batched_tokens_max: tokens,
         sequences_max: sequences,
+        draft_tokens: 0,
         // Room for every row's parts up to a bound; beyond it attention takes turns.
         parts_bytes: (tokens * heads * length.div_ceil(512) * 513 * 4).min(256 << 20),
         graphs: true,

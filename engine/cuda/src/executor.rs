@@ -1,19 +1,21 @@
 //! The CUDA backend behind [`engine_core::Executor`].
 
 use std::path::Path;
+use std::sync::Arc;
 
-use engine_core::{Batch, BatchBounds, ExecuteError, Executor, Logits};
+use engine_core::{Batch, BatchBounds, DraftBatch, ExecuteError, Executor, Logits, StagedWeights};
 use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
 use engine_memory::ResidentDtype;
-use engine_model::{Model, forward};
+use engine_model::{Model, forward, forward_to_draft, predict};
 use engine_spec::ModelConfig;
-use kernels::driver::{Arena, DriverError, Part, Stream};
+use kernels::driver::{Arena, Device, DriverError, Part, Stream};
 use kernels::plan::Unsupported;
 
-use crate::graphs::{GraphKey, Graphs};
+use crate::graphs::{GraphKey, Graphs, PassKind};
 use crate::layout::{CudaLimits, Layout, Span};
 use crate::pass::Pass;
 use crate::shapes::{check_shapes, refusal};
+use crate::staged::Staged;
 use crate::step::{Inputs, Step};
 use crate::{CudaError, Gpu, weights};
 
@@ -31,6 +33,7 @@ pub struct AllocatedBytes {
 /// Runs batches on one GPU.
 #[derive(Debug)]
 pub struct CudaExecutor {
+    config: ModelConfig,
     model: Model,
     limits: CudaLimits,
     layout: Layout,
@@ -39,9 +42,28 @@ pub struct CudaExecutor {
     logits: Part,
     whole: Part,
     step: Step,
+    /// Places of the rows that the last pass left for the prediction layer to go on from, as its batch counts them.
+    left: Vec<u32>,
     stream: Stream,
     arena: Arena,
-    broken: Option<String>,
+    device: Arc<Device>,
+    broken: Option<Broken>,
+}
+
+/// Why no further step is run.
+#[derive(Debug)]
+enum Broken {
+    /// The weights gave logits that are not finite; others may not.
+    Weights(String),
+    /// The device is lost, or what is in its memory is of no version.
+    Device(String),
+}
+
+impl Broken {
+    fn fatal(&self) -> ExecuteError {
+        let (Self::Weights(reason) | Self::Device(reason)) = self;
+        ExecuteError::Fatal(reason.clone())
+    }
 }
 
 impl CudaExecutor {
@@ -50,7 +72,7 @@ impl CudaExecutor {
     /// # Errors
     /// The first shape that they do not take.
     pub fn check(config: &ModelConfig, limits: &CudaLimits) -> Result<(), Unsupported> {
-        check_shapes(&engine_model::build(config), limits).map(|_| ())
+        check_shapes(&limits.build(config), limits).map(|_| ())
     }
 
     /// Opens the weights in `dir`, checks them and the model's shapes, allocates everything at once and copies the weights.
@@ -64,11 +86,11 @@ impl CudaExecutor {
         limits: CudaLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let model = engine_model::build(config);
+        let model = limits.build(config);
         // Shapes first: what no kernel takes needs no files.
         check_shapes(&model, &limits).map_err(|reason| LoadError::Backend(refusal(&reason)))?;
         let checkpoint = Checkpoint::open(dir, config, &model)?;
-        Self::with_weights(gpu, model, &checkpoint, limits, progress)
+        Self::with_weights(gpu, config, model, &checkpoint, limits, progress)
     }
 
     /// The same with random weights, for benchmarks; see [`Dummy`].
@@ -82,12 +104,31 @@ impl CudaExecutor {
         limits: CudaLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let model = engine_model::build(config);
-        Self::with_weights(gpu, model, &Dummy::new(config, seed), limits, progress)
+        let model = limits.build(config);
+        let weights = Dummy::new(config, seed);
+        Self::with_weights(gpu, config, model, &weights, limits, progress)
+    }
+
+    /// Reads other weights of the same model into host memory, for an executor of these limits that has its own in use;
+    /// see [`Executor::exchange_weights`]. Takes as much host memory as the weights take on the device.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn stage(
+        dir: &Path,
+        config: &ModelConfig,
+        limits: &CudaLimits,
+        progress: &Progress,
+    ) -> Result<StagedWeights, LoadError> {
+        let model = limits.build(config);
+        let layout = Layout::new(&model, limits);
+        let staged = Staged::read(dir, config, &model, &layout, limits.resident, progress)?;
+        Ok(StagedWeights(Box::new(staged)))
     }
 
     fn with_weights(
         gpu: &Gpu,
+        config: &ModelConfig,
         model: Model,
         source: &dyn TensorSource,
         limits: CudaLimits,
@@ -105,7 +146,7 @@ impl CudaExecutor {
             )));
         }
         gpu.device.load(&launches).map_err(backend)?;
-        let executor = Self::allocate(gpu, model, limits, layout).map_err(backend)?;
+        let executor = Self::allocate(gpu, config, model, limits, layout).map_err(backend)?;
         let Self {
             model,
             layout,
@@ -118,6 +159,7 @@ impl CudaExecutor {
 
     fn allocate(
         gpu: &Gpu,
+        config: &ModelConfig,
         model: Model,
         limits: CudaLimits,
         layout: Layout,
@@ -133,6 +175,7 @@ impl CudaExecutor {
             cache_rows: part(buffers.cache_rows)?,
             wanted: part(buffers.wanted)?,
             tables: part(buffers.tables)?,
+            sources: part(buffers.sources)?,
         };
         let width = model.rope.width();
         let mut rotary = vec![0f32; limits.model_len_max * width];
@@ -145,13 +188,20 @@ impl CudaExecutor {
             inputs,
             logits: part(buffers.logits)?,
             whole: arena.part(0, arena.bytes())?,
-            step: Step::new(limits.block_size, limits.table_length()),
+            step: Step::new(
+                limits.block_size,
+                limits.table_length(),
+                limits.draft_tokens,
+            ),
+            left: Vec::new(),
             graphs: Graphs::new(),
+            config: config.clone(),
             model,
             limits,
             layout,
             stream,
             arena,
+            device: gpu.device.clone(),
             broken: None,
         })
     }
@@ -181,12 +231,11 @@ impl CudaExecutor {
             block_size,
             model_len_max,
             batched_tokens_max,
-            sequences_max,
             ..
         } = self.limits;
         BatchBounds {
             tokens_max: batched_tokens_max,
-            logits_rows_max: sequences_max,
+            logits_rows_max: self.limits.sampled_max(),
             positions_max: model_len_max,
             block_size,
             blocks: kv_blocks,
@@ -196,10 +245,6 @@ impl CudaExecutor {
 
     fn check_batch(&self, batch: &Batch) -> Result<(), ExecuteError> {
         self.bounds().check(batch)?;
-        if batch.entries.iter().any(|entry| entry.drafts > 0) {
-            let problem = "drafts are not verified on the GPU".to_owned();
-            return Err(ExecuteError::InvalidBatch(problem));
-        }
         // Each has a block table on the device, whether or not it wants logits.
         let (entries, limit) = (batch.entries.len(), self.limits.sequences_max);
         if entries > limit {
@@ -210,20 +255,29 @@ impl CudaExecutor {
     }
 
     /// Copies the inputs, queues the pass or replays it, and reads the logits.
-    fn compute(&mut self, rows: usize, logits: &mut Logits) -> Result<(), CudaError> {
+    fn compute(&mut self, kind: PassKind, logits: &mut Logits) -> Result<(), CudaError> {
+        let is_recorded = match kind {
+            PassKind::Step => self.step.is_decode(),
+            PassKind::Draft => self.step.is_one_run(),
+        };
         let mut key = None;
-        if self.limits.graphs && self.step.is_decode() {
+        if self.limits.graphs && is_recorded {
             let splits = self.step.runs.first().map_or(1, |run| run.splits);
-            let shape = GraphKey::of(self.step.rows(), splits, &self.limits);
+            let (rows, wanted) = (self.step.rows(), self.step.wanted.len());
+            let shape = GraphKey::of(kind, rows, wanted, splits, &self.limits);
             self.step.pad(shape.rows, shape.splits);
+            match kind {
+                PassKind::Step => self.step.wanted = (0..shape.rows as u32).collect(),
+                PassKind::Draft => self.step.pad_wanted(shape.wanted),
+            }
             key = Some(shape);
         }
         self.step.upload(&self.arena, &self.stream, &self.inputs)?;
         match key {
-            None => self.pass()?,
+            None => self.pass(kind)?,
             Some(key) => {
                 if !self.graphs.contains_key(&key) {
-                    let graph = self.arena.capture(&self.stream, || self.pass())?;
+                    let graph = self.arena.capture(&self.stream, || self.pass(kind))?;
                     self.graphs.insert(key, graph);
                 }
                 if let Some(graph) = self.graphs.get(&key) {
@@ -231,14 +285,13 @@ impl CudaExecutor {
                 }
             }
         }
-        let values = logits.as_mut_slice();
-        debug_assert_eq!(values.len(), rows * self.model.vocabulary);
-        self.arena.read(&self.stream, self.logits, values)?;
+        self.arena
+            .read(&self.stream, self.logits, logits.as_mut_slice())?;
         Ok(())
     }
 
     /// Queues all kernels of the step.
-    fn pass(&self) -> Result<(), CudaError> {
+    fn pass(&self, kind: PassKind) -> Result<(), CudaError> {
         let step = &self.step;
         let mut pass = Pass {
             arena: &self.arena,
@@ -248,7 +301,7 @@ impl CudaExecutor {
             rows: step.rows(),
             runs: &step.runs,
             wanted: step.wanted.len(),
-            all_wanted: step.is_decode(),
+            all_wanted: kind == PassKind::Step && step.is_decode(),
             block_size: self.limits.block_size,
             table_length: step.table_length(),
             positions_max: self.limits.model_len_max,
@@ -261,7 +314,26 @@ impl CudaExecutor {
             pending: None,
             quantised: None,
         };
-        forward(&self.model, &mut pass)
+        match (kind, &self.model.prediction) {
+            (PassKind::Step, None) => forward(&self.model, &mut pass),
+            (PassKind::Step, Some(_)) => forward_to_draft(&self.model, &mut pass),
+            (PassKind::Draft, Some(prediction)) => predict(&self.model, prediction, &mut pass),
+            (PassKind::Draft, None) => Err(CudaError::Graph("no prediction layer")),
+        }
+    }
+
+    /// Runs a prepared pass; a failure is for ever.
+    fn run(&mut self, kind: PassKind, logits: &mut Logits) -> Result<(), ExecuteError> {
+        let broken = match self.compute(kind, logits) {
+            Err(error) => Broken::Device(error.to_string()),
+            Ok(()) if logits.as_mut_slice().iter().all(|value| value.is_finite()) => return Ok(()),
+            Ok(()) => Broken::Weights(
+                "logits are not finite: the weights hold infinities or NaNs, or overflow".into(),
+            ),
+        };
+        let error = broken.fatal();
+        self.broken = Some(broken);
+        Err(error)
     }
 }
 
@@ -275,25 +347,60 @@ impl Executor for CudaExecutor {
     }
 
     fn execute(&mut self, batch: &Batch, logits: &mut Logits) -> Result<(), ExecuteError> {
-        if let Some(reason) = &self.broken {
-            return Err(ExecuteError::Fatal(reason.clone()));
+        if let Some(broken) = &self.broken {
+            return Err(broken.fatal());
         }
         logits.reset(self.model.vocabulary, 0);
         if batch.is_empty() {
             return Ok(());
         }
         self.check_batch(batch)?;
-        let rows = batch.logits_rows();
-        logits.reset(self.model.vocabulary, rows);
+        logits.reset(self.model.vocabulary, batch.logits_rows());
         self.step.prepare(batch);
-        let problem = match self.compute(rows, logits) {
-            Err(error) => error.to_string(),
-            Ok(()) if logits.as_mut_slice().iter().all(|value| value.is_finite()) => return Ok(()),
-            Ok(()) => {
-                "logits are not finite: the weights hold infinities or NaNs, or overflow".into()
-            }
-        };
-        self.broken = Some(problem.clone());
-        Err(ExecuteError::Fatal(problem))
+        self.left.clear();
+        self.run(PassKind::Step, logits)?;
+        self.left.extend_from_slice(&self.step.row_of);
+        Ok(())
+    }
+
+    fn draft(&mut self, pass: &DraftBatch, logits: &mut Logits) -> Result<(), ExecuteError> {
+        if let Some(broken) = &self.broken {
+            return Err(broken.fatal());
+        }
+        if self.model.prediction.is_none() {
+            let problem = "this model was loaded without its prediction layer".to_owned();
+            return Err(ExecuteError::InvalidBatch(problem));
+        }
+        logits.reset(self.model.vocabulary, 0);
+        if pass.batch.is_empty() {
+            return Ok(());
+        }
+        self.check_batch(&pass.batch)?;
+        pass.check(self.left.len())?;
+        let rows = pass.batch.logits_rows();
+        logits.reset(self.model.vocabulary, rows);
+        self.step.prepare_draft(pass, &self.left);
+        self.left.clear();
+        self.run(PassKind::Draft, logits)?;
+        self.left.extend(0..rows as u32);
+        Ok(())
+    }
+
+    /// Swaps the bytes on the device with those in host memory; see [`crate::staged`]. A device that fails on the way is
+    /// lost to both versions: every step after it is refused, and so are further weights.
+    fn exchange_weights(&mut self, staged: StagedWeights) -> Result<StagedWeights, StagedWeights> {
+        let mut staged = staged.0.downcast::<Staged>().map_err(StagedWeights)?;
+        let fits = staged.config == self.config && staged.resident == self.limits.resident;
+        if !fits || matches!(self.broken, Some(Broken::Device(_))) {
+            return Err(StagedWeights(staged));
+        }
+        let swapped = staged.swap(&self.device, &self.arena);
+        // Weights that made logits infinite are gone, or come back with the fault.
+        self.broken = swapped.err().map(|error| {
+            Broken::Device(format!(
+                "the weights could not be exchanged, neither version is whole: {error}"
+            ))
+        });
+        Ok(StagedWeights(staged))
     }
 }

@@ -30,6 +30,8 @@ pub struct CudaLimits {
     pub batched_tokens_max: usize,
     /// Sequences of a step.
     pub sequences_max: usize,
+    /// Drafts of a sequence in a step; 0 leaves the prediction layer out.
+    pub draft_tokens: usize,
     /// Bytes for the parts of split contexts.
     pub parts_bytes: usize,
     /// Record decode steps once and replay them.
@@ -49,6 +51,7 @@ impl CudaLimits {
             max_num_seqs,
             max_num_batched_tokens,
             block_size: plan.block_size,
+            draft_tokens: plan.draft_tokens,
         };
         let workspace = device_workspace(config, plan.resident, Parallelism::default(), bounds);
         Self {
@@ -58,9 +61,23 @@ impl CudaLimits {
             model_len_max: plan.max_model_len as usize,
             batched_tokens_max: max_num_batched_tokens as usize,
             sequences_max: max_num_seqs as usize,
+            draft_tokens: plan.draft_tokens as usize,
             parts_bytes: usize::try_from(workspace.parts).unwrap_or(usize::MAX),
             graphs: true,
         }
+    }
+
+    /// The model, with its prediction layer when drafts are asked for.
+    pub(crate) fn build(&self, config: &ModelConfig) -> Model {
+        match self.draft_tokens {
+            0 => engine_model::build(config),
+            _ => engine_model::build_to_draft(config),
+        }
+    }
+
+    /// Rows that a step samples: the token after each sequence, and after each of its drafts.
+    pub(crate) fn sampled_max(&self) -> usize {
+        self.sequences_max * (1 + self.draft_tokens)
     }
 
     /// Parts that the longest context has.
@@ -144,6 +161,8 @@ pub(crate) struct Buffers {
     pub cache_rows: Span,
     pub wanted: Span,
     pub tables: Span,
+    /// Rows of [`Slot::Previous`] that a drafting pass goes on from.
+    pub sources: Span,
     /// float32 `[positions, rope / 2, {cos, sin}]`.
     pub rotary: Span,
 }
@@ -153,7 +172,7 @@ pub(crate) struct Buffers {
 pub(crate) struct Layout {
     pub weights: Vec<Placed>,
     pub weights_bytes: usize,
-    /// One per layer.
+    /// One per layer, the prediction layer's last.
     pub cache: Vec<Span>,
     pub cache_bytes: usize,
     pub buffers: Buffers,
@@ -178,8 +197,7 @@ impl Layout {
         let weights_bytes = bump.0;
         let rows = limits.kv_blocks * limits.block_size;
         let cache = model
-            .layers
-            .iter()
+            .cached_layers()
             .map(|layer| bump.take(rows * layer.kv.width() * 2))
             .collect();
         let cache_end = bump.0;
@@ -217,7 +235,7 @@ impl<'a> Placement<'a> {
     }
 
     fn place(mut self, bump: &mut Bump) -> Vec<Placed> {
-        for layer in &self.model.layers {
+        for layer in self.model.cached_layers() {
             if let Attention::Latent(attention) = &layer.attention {
                 self.absorbed(attention, bump);
             }
@@ -346,7 +364,7 @@ impl Widest {
             quantised: model.hidden,
             ..Self::default()
         };
-        for layer in &model.layers {
+        for layer in model.cached_layers() {
             widest.quantised = widest
                 .quantised
                 .max(model.slot_width(Slot::Value))
@@ -374,7 +392,8 @@ impl Widest {
 
 fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
     let tokens = limits.batched_tokens_max;
-    let sequences = limits.sequences_max;
+    let sampled = limits.sampled_max();
+    let drafting = usize::from(model.prediction.is_some());
     let slots = Slot::ALL
         .map(|slot| {
             let width = model.slot_width(slot);
@@ -383,7 +402,7 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
         .into();
     let widest = Widest::of(model);
     let rows = tokens * widest.top_k;
-    let part = model.layers.iter().map(part_width).max().unwrap_or(1);
+    let part = model.cached_layers().map(part_width).max().unwrap_or(1);
     // Whole (row, head, split) units, each a part and its logarithm.
     let units = limits.parts_bytes / ((part + 1) * 4);
     let narrow = usize::from(matches!(limits.resident, ResidentDtype::Float8E4m3(_)));
@@ -407,14 +426,15 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
         codes: take(narrow * tokens * widest.quantised),
         code_scales: take(narrow * tokens * widest.quantised.div_ceil(QUANT_GROUP) * 4),
         product_scales: take(narrow * tokens * widest.product_scales * 4),
-        gathered: take(sequences * model.hidden * 2),
-        logits: take(sequences * model.vocabulary * 4),
+        gathered: take(sampled * model.hidden * 2),
+        logits: take(sampled * model.vocabulary * 4),
         tokens: take(tokens * 4),
         positions: take(tokens * 4),
         lengths: take(tokens * 4),
         cache_rows: take(tokens * 8),
-        wanted: take(sequences * 4),
-        tables: take(sequences * limits.table_length() * 4),
+        wanted: take(sampled * 4),
+        tables: take(sampled * limits.table_length() * 4),
+        sources: take(drafting * tokens * 4),
         rotary: take(limits.model_len_max * model.rope.width() * 4),
     }
 }
@@ -449,8 +469,9 @@ mod tests {
     fn layouts() -> impl Iterator<Item = (MemoryPlan, Model, Layout)> {
         MODELS.iter().flat_map(|text| {
             let config = ModelConfig::from_hf_json(text).expect("a config");
-            [(8192, 16, 512), (131_072, 64, 8192), (100, 1, 1)].map(
-                |(length, sequences, tokens)| {
+            [(8192, 16, 512, 0), (131_072, 64, 8192, 2), (100, 1, 1, 0)].map(
+                |(length, sequences, tokens, drafts)| {
+                    let drafts = if config.can_predict() { drafts } else { 0 };
                     let request = MemoryRequest {
                         dtype: Dtype::Auto,
                         quantization: Quantization::None,
@@ -460,12 +481,12 @@ mod tests {
                         max_num_seqs: sequences,
                         block_size: 64,
                         max_num_batched_tokens: tokens,
-                        draft_tokens: 0,
+                        draft_tokens: drafts,
                         capacity_bytes: None,
                     };
                     let plan = memory_plan(&config, &request).expect("a plan");
                     let limits = CudaLimits::from_plan(&config, &plan, sequences, tokens);
-                    let model = engine_model::build(&config);
+                    let model = limits.build(&config);
                     let layout = Layout::new(&model, &limits);
                     (plan, model, layout)
                 },

@@ -12,6 +12,7 @@ mod graphs;
 mod layout;
 mod pass;
 mod shapes;
+mod staged;
 mod step;
 mod weights;
 

@@ -10,6 +10,7 @@
 mod attention;
 mod experts;
 mod grouped;
+mod prediction;
 
 use engine_model::{
     Backend, Gate, GatedMlp, GroupedAttention, LatentAttention, Moe, Norm, Slot, WeightId,
@@ -236,6 +237,52 @@ impl Pass<'_> {
         self.product(&down, &product, out)
     }
 
+    /// `out = norm(x + residual)`, rows with strides; the sum is left in the residual.
+    fn norm_rows(
+        &self,
+        norm: &Norm,
+        (x, x_stride): (Address, usize),
+        residual: Address,
+        (out, out_stride): (Address, usize),
+    ) -> Result<(), CudaError> {
+        let weight = self.placed(norm.weight);
+        let width = weight.columns;
+        let params = RmsNormParams {
+            x,
+            residual,
+            weight: self.place(weight.span),
+            out,
+            scales: Address::NULL,
+            rows: self.rows as i32,
+            width: width as i32,
+            x_stride: x_stride as i32,
+            out_stride: out_stride as i32,
+            eps: norm.epsilon,
+            power_of_two_scales: 0,
+        };
+        self.launch(&plan::rms_norm(Format::Bf16, self.rows, width)?, &params)
+    }
+
+    /// Copies `count` rows of `table` by the numbers at `chosen`: that is what an embedding does.
+    fn gather(
+        &self,
+        table: Rows,
+        chosen: Span,
+        count: usize,
+        out: Address,
+    ) -> Result<(), CudaError> {
+        let params = EmbedParams {
+            table: table.at,
+            tokens: self.place(chosen),
+            out,
+            rows: count as i32,
+            width: table.stride as i32,
+            vocabulary: table.count as i32,
+            reserved: 0,
+        };
+        self.launch(&plan::embed(count, table.stride)?, &params)
+    }
+
     /// A slot was written: its fp8 form is stale.
     fn written(&mut self, slot: Slot) {
         if self.quantised == Some(slot) {
@@ -262,8 +309,6 @@ impl Backend for Pass<'_> {
     }
 
     fn norm(&mut self, norm: &Norm, from: Slot, to: Slot) -> Result<(), CudaError> {
-        let weight = self.placed(norm.weight);
-        let width = weight.columns;
         let (source, source_stride) = self.slot(from);
         let (out, out_stride) = self.slot(to);
         let added = match from {
@@ -277,21 +322,8 @@ impl Backend for Pass<'_> {
             }
             None => (source, source_stride, Address::NULL),
         };
-        let params = RmsNormParams {
-            x,
-            residual,
-            weight: self.place(weight.span),
-            out,
-            scales: Address::NULL,
-            rows: self.rows as i32,
-            width: width as i32,
-            x_stride: x_stride as i32,
-            out_stride: out_stride as i32,
-            eps: norm.epsilon,
-            power_of_two_scales: 0,
-        };
         self.written(to);
-        self.launch(&plan::rms_norm(Format::Bf16, self.rows, width)?, &params)
+        self.norm_rows(norm, (x, x_stride), residual, (out, out_stride))
     }
 
     fn linear(&mut self, weight: WeightId, from: Slot, to: Slot) -> Result<(), CudaError> {
@@ -352,18 +384,9 @@ impl Backend for Pass<'_> {
         };
         let buffers = &self.layout.buffers;
         if !self.all_wanted {
-            // Picking rows is what an embedding does.
             let gathered = self.place(buffers.gathered);
-            let params = EmbedParams {
-                table: rows.at,
-                tokens: self.place(buffers.wanted),
-                out: gathered,
-                rows: self.wanted as i32,
-                width: rows.stride as i32,
-                vocabulary: self.rows as i32,
-                reserved: 0,
-            };
-            self.launch(&plan::embed(self.wanted, rows.stride)?, &params)?;
+            let all = self.rows_of(Slot::Normed);
+            self.gather(all, buffers.wanted, self.wanted, gathered)?;
             rows.at = gathered;
         }
         self.wide_product(&matrix, &rows, self.place(buffers.logits))

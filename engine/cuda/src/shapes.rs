@@ -63,7 +63,11 @@ fn of_step(model: &Model, limits: &CudaLimits, rows: usize) -> Result<Vec<Launch
         plan::rms_norm(Format::Bf16, rows, hidden)?,
         plan::gemm(Format::Bf16, rows, model.vocabulary, hidden, 1)?,
     ];
-    for layer in &model.layers {
+    if model.prediction.is_some() {
+        // Its joining matrix is never FP8.
+        launches.push(plan::gemm(Format::Bf16, rows, hidden, 2 * hidden, 1)?);
+    }
+    for layer in model.cached_layers() {
         match &layer.attention {
             Attention::Latent(attention) => {
                 let queries = attention.heads * attention.query_width();

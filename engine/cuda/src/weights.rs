@@ -16,11 +16,20 @@ use kernels::driver::{Arena, Device, DriverError, Part, Staging, Stream};
 use crate::layout::{Form, Layout, Placed, Span};
 
 /// Bytes on their way at once: large enough for full speed of PCIe 5, small beside the pod's host memory.
-const STAGING_BYTES: usize = 8 << 20;
+pub(crate) const STAGING_BYTES: usize = 8 << 20;
 /// Threads that read files: beyond this many the link to the device is the limit.
-const THREADS_MAX: usize = 4;
+pub(crate) const THREADS_MAX: usize = 4;
 
-/// Copies every tensor of `model`; `progress` counts stored bytes.
+/// Where the bytes of tensors go, on one thread.
+pub(crate) trait Destination: Send {
+    /// Takes all bytes of a span.
+    fn send(&mut self, to: Span, bytes: &[u8]) -> Result<(), DriverError>;
+
+    /// Waits until everything is where it belongs.
+    fn finish(&mut self) -> Result<(), DriverError>;
+}
+
+/// Copies every tensor of `model` to the device; `progress` counts stored bytes.
 pub(crate) fn load(
     device: &Arc<Device>,
     arena: &Arena,
@@ -29,14 +38,29 @@ pub(crate) fn load(
     model: &Model,
     progress: &Progress,
 ) -> Result<(), LoadError> {
+    let threads = available_threads().min(THREADS_MAX);
+    let uploader = || Uploader::new(device, arena);
+    read_all(layout, source, model, progress, threads, uploader).map(|_| ())
+}
+
+pub(crate) fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Gives every tensor of `model`, in the form that the layout keeps it in, to the destinations of so many threads.
+pub(crate) fn read_all<D: Destination>(
+    layout: &Layout,
+    source: &dyn TensorSource,
+    model: &Model,
+    progress: &Progress,
+    threads: usize,
+    destination: impl Fn() -> Result<D, DriverError> + Sync,
+) -> Result<Vec<D>, LoadError> {
     progress.begin(source.stored_bytes(model));
-    let threads = std::thread::available_parallelism()
-        .map_or(1, usize::from)
-        .min(THREADS_MAX);
     let next = AtomicUsize::new(0);
     let failed = AtomicBool::new(false);
-    let work = || -> Result<(), DriverError> {
-        let mut uploader = Uploader::new(device, arena)?;
+    let work = || -> Result<D, DriverError> {
+        let mut destination = destination()?;
         while !failed.load(Ordering::Relaxed) {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(placed) = layout.weights.get(index) else {
@@ -44,13 +68,14 @@ pub(crate) fn load(
             };
             let mut outcome = Ok(());
             source.read(model, WeightId(index as u32), &mut |tensor| {
-                outcome = uploader.tensor(tensor, placed);
+                outcome = place(&mut destination, tensor, placed);
                 let scales = tensor.scales.map_or(0, |scales| scales.bytes.len());
                 progress.add((tensor.bytes.len() + scales) as u64);
             });
             outcome?;
         }
-        uploader.stream.synchronize()
+        destination.finish()?;
+        Ok(destination)
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
@@ -64,16 +89,65 @@ pub(crate) fn load(
                 })
             })
             .collect();
-        let mut outcome = Ok(());
+        let mut outcome = Ok(Vec::with_capacity(threads));
         for worker in workers {
             let ended = match worker.join() {
                 Ok(ended) => ended.map_err(|error| LoadError::Backend(error.to_string())),
                 Err(_) => Err(LoadError::Backend("a loading thread panicked".into())),
             };
-            outcome = outcome.and(ended);
+            outcome = outcome.and_then(|mut done| {
+                done.push(ended?);
+                Ok(done)
+            });
         }
         outcome
     })
+}
+
+/// Brings a tensor into its form.
+fn place(
+    to: &mut impl Destination,
+    tensor: &StoredTensor<'_>,
+    placed: &Placed,
+) -> Result<(), DriverError> {
+    match placed.form {
+        Form::Bf16 => to.send(placed.span, &narrow(tensor)),
+        Form::Float32 => {
+            let bytes = encode(convert::to_f32(tensor).into_iter().map(f32::to_le_bytes));
+            to.send(placed.span, &bytes)
+        }
+        Form::Fp8 { scales } => {
+            to.send(placed.span, tensor.bytes)?;
+            let multipliers = tensor.scales.map_or_else(Vec::new, |s| s.to_f32());
+            to.send(
+                scales,
+                &encode(multipliers.into_iter().map(f32::to_le_bytes)),
+            )
+        }
+        Form::Absorbed {
+            values,
+            nope,
+            value,
+            latent,
+            ..
+        } => {
+            let up = convert::to_bf16(tensor);
+            let (keys, rest) = split_heads(&up, nope, value, latent);
+            to.send(placed.span, &keys)?;
+            to.send(values, &rest)
+        }
+    }
+}
+
+/// Refuses bytes that are not all of a span.
+pub(crate) fn check_size(to: Span, bytes: &[u8]) -> Result<(), DriverError> {
+    match bytes.len() == to.bytes {
+        true => Ok(()),
+        false => Err(DriverError::Size {
+            asked: bytes.len(),
+            bytes: to.bytes,
+        }),
+    }
 }
 
 struct Uploader<'a> {
@@ -95,45 +169,12 @@ impl<'a> Uploader<'a> {
             turn: 0,
         })
     }
+}
 
-    fn tensor(&mut self, tensor: &StoredTensor<'_>, placed: &Placed) -> Result<(), DriverError> {
-        match placed.form {
-            Form::Bf16 => self.send(placed.span, &narrow(tensor)),
-            Form::Float32 => {
-                let bytes = encode(convert::to_f32(tensor).into_iter().map(f32::to_le_bytes));
-                self.send(placed.span, &bytes)
-            }
-            Form::Fp8 { scales } => {
-                self.send(placed.span, tensor.bytes)?;
-                let multipliers = tensor.scales.map_or_else(Vec::new, |s| s.to_f32());
-                self.send(
-                    scales,
-                    &encode(multipliers.into_iter().map(f32::to_le_bytes)),
-                )
-            }
-            Form::Absorbed {
-                values,
-                nope,
-                value,
-                latent,
-                ..
-            } => {
-                let up = convert::to_bf16(tensor);
-                let (keys, rest) = split_heads(&up, nope, value, latent);
-                self.send(placed.span, &keys)?;
-                self.send(values, &rest)
-            }
-        }
-    }
-
+impl Destination for Uploader<'_> {
     /// Queues the copy of all of a span.
     fn send(&mut self, to: Span, bytes: &[u8]) -> Result<(), DriverError> {
-        if bytes.len() != to.bytes {
-            return Err(DriverError::Size {
-                asked: bytes.len(),
-                bytes: to.bytes,
-            });
-        }
+        check_size(to, bytes)?;
         let part: Part = self.arena.part(to.at, to.bytes)?;
         for (index, chunk) in bytes.chunks(STAGING_BYTES).enumerate() {
             let staging = &mut self.staging[self.turn];
@@ -143,6 +184,10 @@ impl<'a> Uploader<'a> {
             staging.send(&self.stream, self.arena, place, chunk.len())?;
         }
         Ok(())
+    }
+
+    fn finish(&mut self) -> Result<(), DriverError> {
+        self.stream.synchronize()
     }
 }
 

@@ -21,7 +21,8 @@ const TILE_ROWS: u64 = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DeviceWorkspace {
-    /// Residual, normed input, attention output, MLP output: four of tokens x hidden.
+    /// Residual, normed input, attention output, MLP output: four of tokens x hidden. With drafts also what the prediction
+    /// layer goes on from, and the two halves of its input: three more.
     pub hidden: u64,
     /// Low-rank query, queries, latent queries, latent outputs, values, new cache rows.
     pub attention: u64,
@@ -31,9 +32,10 @@ pub struct DeviceWorkspace {
     pub mlp: u64,
     /// Activations in fp8 with their scales; none when weights are wider.
     pub quantised: u64,
-    /// The rows that want logits, and the logits: one per sequence.
+    /// The rows that want logits, and the logits: one per sequence, and one for each of its drafts.
     pub logits: u64,
-    /// Tokens, positions, lengths, slots, wanted rows, block tables.
+    /// Tokens, positions, lengths, slots, wanted rows, block tables (a draft is a row with a table); with drafts also the
+    /// rows that the prediction layer goes on from.
     pub inputs: u64,
     /// Sine and cosine of every position.
     pub rotary: u64,
@@ -50,6 +52,8 @@ pub struct StepBounds {
     pub max_num_batched_tokens: u32,
     /// Positions per block.
     pub block_size: u32,
+    /// Drafts of a sequence; 0 leaves the prediction layer out.
+    pub draft_tokens: u32,
 }
 
 impl DeviceWorkspace {
@@ -77,7 +81,9 @@ pub fn device_workspace(
     bounds: StepBounds,
 ) -> DeviceWorkspace {
     let tokens = u64::from(bounds.max_num_batched_tokens);
-    let sequences = u64::from(bounds.max_num_seqs);
+    let drafting = bounds.draft_tokens > 0;
+    // Rows that are sampled, each with a block table.
+    let sampled = u64::from(bounds.max_num_seqs) * u64::from(1 + bounds.draft_tokens);
     let positions = u64::from(bounds.max_model_len);
     let blocks = positions.div_ceil(u64::from(bounds.block_size));
     let d = u64::from(config.hidden_size);
@@ -104,13 +110,13 @@ pub fn device_workspace(
         ResidentDtype::Bfloat16 | ResidentDtype::Float32 | ResidentDtype::Integer(..) => 0,
     };
     DeviceWorkspace {
-        hidden: 4 * tokens * d * 2,
+        hidden: if drafting { 7 } else { 4 } * tokens * d * 2,
         attention: tokens * attention(&config.attention, parallelism.tensor) * 2,
         parts: (tokens * per_row).min(PARTS_BYTES_MAX).max(per_row),
         mlp: tokens * mlp.per_token + mlp.tables(tokens),
         quantised,
-        logits: sequences * (u64::from(config.vocab_size) * 4 + d * 2),
-        inputs: tokens * (3 * 4 + 8) + sequences * 4 * (1 + blocks),
+        logits: sampled * (u64::from(config.vocab_size) * 4 + d * 2),
+        inputs: tokens * (3 * 4 + 8 + 4 * u64::from(drafting)) + sampled * 4 * (1 + blocks),
         rotary: positions * u64::from(config.attention.rotated_width()) * 4,
     }
 }

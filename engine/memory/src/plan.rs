@@ -238,13 +238,14 @@ fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest, max_model_len: u32
                 max_num_seqs: request.max_num_seqs,
                 max_num_batched_tokens: request.max_num_batched_tokens,
                 block_size: request.block_size,
+                draft_tokens: request.draft_tokens,
             },
         )
         .bytes(),
     };
     let drafting = match request.draft_tokens {
         0 => 0,
-        _ => prediction_bytes(config, dtype),
+        _ => prediction_bytes(config, dtype, request.device),
     };
     RankBytes {
         weights_bytes: weight_bytes_per_rank(config, dtype, request.device, request.parallelism)
@@ -277,7 +278,7 @@ fn check_drafts(config: &ModelConfig, request: &MemoryRequest) -> Result<(), Mis
     if !config.can_predict() {
         return Err(Misfit::NoPredictionLayer(config.architecture));
     }
-    if request.device == Device::Nvidia || request.parallelism.ranks() > 1 {
+    if request.parallelism.ranks() > 1 {
         return Err(Misfit::DraftsNotServed);
     }
     Ok(())

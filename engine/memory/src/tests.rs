@@ -364,19 +364,43 @@ fn drafts_without_a_layer_or_a_backend_for_them_are_refused() {
         text.contains("qwen3_moe models have no prediction layer (num_nextn_predict_layers"),
         "{text}"
     );
-    for request in [
-        on_gpus(1, None),
-        MemoryRequest {
-            device: Device::Cpu,
-            ..on_gpus(2, None)
-        },
-    ] {
-        let text = refusal(&r1(), request);
-        assert!(
-            text.contains("on the device cpu in one rank only"),
-            "{text}"
-        );
-    }
+    let text = refusal(&r1(), on_gpus(2, None));
+    assert!(text.contains("in one rank only"), "{text}");
+}
+
+#[test]
+fn on_a_gpu_drafts_take_the_layer_in_its_form_and_a_block_table_each() {
+    let with = |draft_tokens| {
+        let request = MemoryRequest {
+            draft_tokens,
+            max_model_len: Some(8192),
+            max_num_seqs: 4,
+            max_num_batched_tokens: 512,
+            block_size: 64,
+            ..on_gpus(1, None)
+        };
+        memory_plan(&r1(), &request).unwrap()
+    };
+    let (off, one, three) = (with(0), with(1), with(3));
+    assert_eq!(one.kv_bytes_per_token, 62 * 576 * 2);
+    let workspace = one.per_rank.workspace_bytes - off.per_rank.workspace_bytes;
+    // A row that is sampled: logits, what was picked for them, its number and its block table.
+    let sampled = 129_280 * 4 + 7168 * 2 + 4 * (1 + 128);
+    assert_eq!(workspace, 3 * 512 * 7168 * 2 + 512 * 4 + 4 * sampled);
+    let workspace = three.per_rank.workspace_bytes - one.per_rank.workspace_bytes;
+    assert_eq!(workspace, 2 * 4 * sampled);
+    // FP8 matrices with a scale for each 128 x 128; eh_proj, norms and the gate in bfloat16.
+    let weights = one.per_rank.weights_bytes - off.per_rank.weights_bytes;
+    let fp8 =
+        |rows: u64, columns: u64| rows * columns + 4 * rows.div_ceil(128) * columns.div_ceil(128);
+    let attention = fp8(1536, 7168)
+        + fp8(128 * 192, 1536)
+        + fp8(576, 7168)
+        + fp8(7168, 128 * 128)
+        + 2 * 128 * (128 + 128) * 512;
+    let experts = 257 * (2 * fp8(2048, 7168) + fp8(7168, 2048));
+    let rest = 2 * 7168 * 14_336 + 2 * (5 * 7168 + 1536 + 512 + 256 * 7168) + 4 * 256;
+    assert_eq!(weights, attention + experts + rest);
 }
 
 #[test]

@@ -190,8 +190,8 @@ pub fn weight_bytes_per_rank(
 
 /// Bytes of the prediction layer on one rank that holds the whole model: a decoder layer, two norms and the matrix that
 /// join a token with a hidden state, and the norm before the head. Embedding and head are the model's own.
-pub fn prediction_bytes(config: &ModelConfig, dtype: ResidentDtype) -> u64 {
-    let precise = precise_bytes(Device::Cpu);
+pub fn prediction_bytes(config: &ModelConfig, dtype: ResidentDtype, device: Device) -> u64 {
+    let precise = precise_bytes(device);
     let d = u64::from(config.hidden_size);
     let mlp = match config
         .moe

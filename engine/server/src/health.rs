@@ -4,12 +4,15 @@
 //! before, ten times over, but four seconds in any case: a fixed limit would either kill large models or miss hangs of
 //! small ones.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Times the slowest rate seen so far.
 const SLACK: u64 = 10;
+
+/// Longest that an exchange of weights may take: those of the largest GPU, both ways, over a slow link.
+const EXCHANGE: Duration = Duration::from_secs(120);
 
 /// Marks of the engine's thread.
 #[derive(Debug)]
@@ -20,6 +23,8 @@ pub struct Heartbeat {
     marked: AtomicU64,
     /// Tokens of the step in progress; 0 between steps.
     tokens: AtomicU64,
+    /// Whether weights are being exchanged.
+    exchanging: AtomicBool,
     /// Slowest step so far, nanoseconds for each token.
     slowest: AtomicU64,
     failure: Mutex<Option<String>>,
@@ -33,6 +38,7 @@ impl Heartbeat {
             patience,
             marked: AtomicU64::new(0),
             tokens: AtomicU64::new(0),
+            exchanging: AtomicBool::new(false),
             slowest: AtomicU64::new(0),
             failure: Mutex::new(None),
         }
@@ -44,13 +50,20 @@ impl Heartbeat {
 
     /// The thread is between two steps.
     pub fn tick(&self) {
+        self.begin_step(0);
+    }
+
+    /// Weights are being exchanged from now on until the next mark.
+    pub fn begin_exchange(&self) {
         self.tokens.store(0, Ordering::Relaxed);
+        self.exchanging.store(true, Ordering::Relaxed);
         self.marked.store(self.now(), Ordering::Release);
     }
 
     /// A step of so many tokens begins.
     pub fn begin_step(&self, tokens: usize) {
         self.tokens.store(tokens as u64, Ordering::Relaxed);
+        self.exchanging.store(false, Ordering::Relaxed);
         self.marked.store(self.now(), Ordering::Release);
     }
 
@@ -93,9 +106,11 @@ impl Heartbeat {
         let age = self.age();
         let tokens = self.tokens.load(Ordering::Relaxed);
         let slowest = self.slowest.load(Ordering::Relaxed);
-        let allowed = self.patience.max(Duration::from_nanos(
-            slowest.saturating_mul(tokens).saturating_mul(SLACK),
-        ));
+        let explained = match self.exchanging.load(Ordering::Relaxed) {
+            true => EXCHANGE,
+            false => Duration::from_nanos(slowest.saturating_mul(tokens).saturating_mul(SLACK)),
+        };
+        let allowed = self.patience.max(explained);
         (age > allowed).then(|| {
             format!(
                 "the engine's thread has shown no progress for {:.1} s (a step of {tokens} tokens may take {:.1} s)",
@@ -122,8 +137,14 @@ mod tests {
         heartbeat.begin_step(0);
         std::thread::sleep(Duration::from_millis(40));
         assert!(heartbeat.problem().unwrap().contains("no progress"));
+        heartbeat.begin_exchange();
+        std::thread::sleep(Duration::from_millis(40));
+        assert_eq!(heartbeat.problem(), None, "an exchange may take minutes");
         heartbeat.tick();
         assert_eq!(heartbeat.problem(), None);
+        std::thread::sleep(Duration::from_millis(40));
+        assert!(heartbeat.problem().is_some(), "and ends with the next mark");
+        heartbeat.tick();
         heartbeat.fail("gone");
         assert_eq!(heartbeat.problem().as_deref(), Some("gone"));
     }

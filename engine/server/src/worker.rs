@@ -71,6 +71,14 @@ struct Choice {
     generated: usize,
 }
 
+/// Why new weights do not serve.
+enum Unused {
+    /// The old ones do.
+    Refused(String),
+    /// Nor do the old ones.
+    Lost(String),
+}
+
 struct Worker {
     shared: Arc<Shared>,
     engine: Engine,
@@ -219,7 +227,7 @@ impl Worker {
             self.obey_shutdown();
             self.drop_clients_that_left();
             self.expire_requests();
-            self.replace_weights();
+            self.replace_weights()?;
             if !self.engine.is_idle() {
                 self.step()?;
             }
@@ -311,15 +319,15 @@ impl Worker {
         }
     }
 
-    /// Exchanges the weights once nothing depends on the old ones.
-    fn replace_weights(&mut self) {
+    /// Exchanges the weights once nothing depends on the old ones; fails where neither version can serve.
+    fn replace_weights(&mut self) -> Result<(), ExecuteError> {
         let Some((replacement, since)) = self.replacement.take() else {
-            return;
+            return Ok(());
         };
         match replacement.rule {
             InFlightRule::Finish if !self.engine.is_clear() => {
                 self.replacement = Some((replacement, since));
-                return;
+                return Ok(());
             }
             InFlightRule::Finish => {}
             InFlightRule::Restart => {
@@ -342,8 +350,14 @@ impl Worker {
         let result = self.exchange(weights, &digest, version);
         self.engine.hold(false);
         self.shared.metrics.observe_hold(since.elapsed());
+        let (result, outcome) = match result {
+            Ok(old) => (Ok(old), Ok(())),
+            Err(Unused::Refused(why)) => (Err(why), Ok(())),
+            Err(Unused::Lost(why)) => (Err(why.clone()), Err(ExecuteError::Fatal(why))),
+        };
         // Without a receiver the weights are freed here.
         let _ = reply.send(result);
+        outcome
     }
 
     /// Uses other weights if they answer the canary; gives those back that are not used any more.
@@ -352,27 +366,34 @@ impl Worker {
         weights: StagedWeights,
         digest: &str,
         version: u64,
-    ) -> Result<StagedWeights, String> {
+    ) -> Result<StagedWeights, Unused> {
         let (name, before) = self.engine.scheduler().weights();
         let name = name.to_owned();
         let limits = self.limits;
         let executor = self.executor.as_mut();
+        self.shared.heartbeat.begin_exchange();
         let old = executor
             .exchange_weights(weights)
-            .map_err(|_| "the backend cannot use these weights".to_owned())?;
+            .map_err(|_| Unused::Refused("the backend cannot use these weights".to_owned()))?;
         // The canary writes over blocks: nothing that was cached may be found again, whatever it answers.
         self.engine.begin_weights(digest, version);
         self.shared.heartbeat.begin_step(CANARY_TOKENS);
         let canary = run_canary(executor, &limits);
-        self.shared.heartbeat.tick();
         let Err(error) = canary else {
+            self.shared.heartbeat.tick();
             return Ok(old);
         };
-        let _ = executor.exchange_weights(old);
+        self.shared.heartbeat.begin_exchange();
+        let back = executor.exchange_weights(old);
+        self.shared.heartbeat.tick();
+        let why = format!("the first answer of the new weights is wrong: {error}");
+        if back.is_err() {
+            return Err(Unused::Lost(format!(
+                "{why}; the old ones could not be put back"
+            )));
+        }
         self.engine.begin_weights(&name, before);
-        Err(format!(
-            "the first answer of the new weights is wrong: {error}"
-        ))
+        Err(Unused::Refused(why))
     }
 
     fn step(&mut self) -> Result<(), ExecuteError> {

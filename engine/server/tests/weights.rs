@@ -289,6 +289,38 @@ fn a_replacement_that_fails_leaves_the_old_weights_serving() {
 }
 
 #[test]
+fn an_engine_that_cannot_go_back_to_the_old_weights_ends_and_says_so() {
+    let poison = Arc::new(AtomicBool::new(false));
+    let (switch, failing) = (poison.clone(), poison);
+    let mut backend = Backend::new(move |_, logits| {
+        if switch.load(Ordering::Acquire) {
+            logits.as_mut_slice().fill(f32::NAN);
+        }
+        Ok(())
+    });
+    // As a device that is lost between the exchange and the canary.
+    backend.exchanges = 1;
+    let weights = origin(move |_| {
+        failing.store(true, Ordering::Release);
+        Ok(())
+    });
+    let mut options = administered();
+    options.failure_linger = Duration::from_secs(60);
+    let loader: Loader = Box::new(move |startup| {
+        let mut loaded = loader(backend)(startup)?;
+        loaded.weights = weights;
+        Ok(loaded)
+    });
+    let server = Server::start_with(options, loader);
+    assert_eq!(replace(&server, &json!({"source": "toy:7"})).status, 202);
+    // No request has to come for a probe to find it.
+    eventually("it is not alive", || server.get("/livez").status == 503);
+    let body = server.get("/livez").body;
+    assert!(body.contains("could not be put back"), "{body}");
+    assert_eq!(server.get("/v1/weights").status, 503);
+}
+
+#[test]
 fn only_one_replacement_runs_and_only_for_an_administrator() {
     let (go, wait) = mpsc::channel::<()>();
     let wait = Mutex::new(wait);

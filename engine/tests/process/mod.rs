@@ -94,9 +94,14 @@ impl Drop for Engine {
 impl Engine {
     /// Listens; the model may still be loading.
     pub fn begin(arguments: &[&str]) -> Self {
+        let device: &[&str] = match arguments.contains(&"--device") {
+            true => &[],
+            false => &["--device", "cpu"],
+        };
         let mut child = Command::new(env!("CARGO_BIN_EXE_engine"))
             .args(["serve", "--host", "127.0.0.1", "--port", "0"])
-            .args(["--device", "cpu", "--served-model-name", "m"])
+            .args(["--served-model-name", "m"])
+            .args(device)
             .args(arguments)
             .env_remove("RUST_LOG")
             .stderr(Stdio::piped())

@@ -78,7 +78,12 @@ impl Arena {
         Ok(part)
     }
 
-    fn check(&self, what: &'static str, part: Part, bytes: usize) -> Result<(), DriverError> {
+    pub(super) fn check(
+        &self,
+        what: &'static str,
+        part: Part,
+        bytes: usize,
+    ) -> Result<(), DriverError> {
         let address = part.address.0;
         let offset = address.checked_sub(self.buffer.address);
         let inside = offset

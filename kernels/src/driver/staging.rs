@@ -1,19 +1,19 @@
-//! Pinned host memory that bytes leave for the device from.
+//! Pinned host memory that bytes leave for the device from, or arrive in.
 //!
-//! Invariant: nobody writes to it while a copy still reads it: [`Staging::fill`] waits for the last one.
+//! Invariant: nobody touches it while a copy is under way: [`Staging::fill`] waits for the last one.
 
 use std::ptr;
 use std::sync::Arc;
 
 use super::{Arena, Device, DriverError, Event, Handle, Part, Stream};
 
-/// Host memory the device copies from without the processor's help.
+/// Host memory the device copies from and to without the processor's help.
 #[derive(Debug)]
 pub struct Staging {
     device: Arc<Device>,
     memory: *mut u8,
     bytes: usize,
-    leaving: Option<Event>,
+    moving: Option<Event>,
 }
 
 // SAFETY: the memory belongs to this value alone; for the device see Device.
@@ -35,25 +35,25 @@ impl Staging {
             device: device.clone(),
             memory,
             bytes,
-            leaving: None,
+            moving: None,
         })
     }
 
     fn wait(&mut self) -> Result<(), DriverError> {
-        if let Some(event) = &self.leaving {
+        if let Some(event) = &self.moving {
             event.synchronize()?;
         }
-        self.leaving = None;
+        self.moving = None;
         Ok(())
     }
 
-    /// The memory, once what was sent last has left.
+    /// The memory, once what was sent last has left and what was fetched last is there.
     ///
     /// # Errors
     /// The copy failed.
     pub fn fill(&mut self) -> Result<&mut [u8], DriverError> {
         self.wait()?;
-        // SAFETY: initialised when it was allocated; no copy reads it any more.
+        // SAFETY: initialised when it was allocated; no copy reads or writes it any more.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.memory, self.bytes) })
     }
 
@@ -78,9 +78,44 @@ impl Staging {
         // SAFETY: see `fill`.
         let bytes = unsafe { std::slice::from_raw_parts(self.memory, count) };
         arena.write(stream, to, bytes)?;
+        self.mark(stream)
+    }
+
+    /// Queues a copy of the first `count` bytes of `from`, which [`Staging::fill`] then gives.
+    ///
+    /// # Errors
+    /// There are fewer, there is no room for them, or the device failed.
+    pub fn fetch(
+        &mut self,
+        stream: &Stream,
+        arena: &Arena,
+        from: Part,
+        count: usize,
+    ) -> Result<(), DriverError> {
+        self.wait()?;
+        if count > self.bytes {
+            return Err(DriverError::Size {
+                asked: count,
+                bytes: self.bytes,
+            });
+        }
+        arena.check("a fetch", from, count)?;
+        if count == 0 {
+            return Ok(());
+        }
+        // The memory outlives the copy: whoever touches or frees it waits for the mark.
+        call!(
+            &self.device,
+            cuMemcpyDtoHAsync_v2(self.memory.cast(), from.address().0, count, stream.handle)
+        )?;
+        self.mark(stream)
+    }
+
+    /// The copy that was just queued is the one to wait for.
+    fn mark(&mut self, stream: &Stream) -> Result<(), DriverError> {
         match stream.record() {
             Ok(event) => {
-                self.leaving = Some(event);
+                self.moving = Some(event);
                 Ok(())
             }
             Err(error) => {
@@ -97,7 +132,7 @@ impl Drop for Staging {
         // Errors on the way out have nowhere to go; a dead context copies nothing any more.
         self.wait().ok();
         let functions = &self.device.driver.functions;
-        // SAFETY: the memory came from cuMemHostAlloc and nothing reads it.
+        // SAFETY: the memory came from cuMemHostAlloc and no copy is under way.
         unsafe {
             (functions.cuCtxSetCurrent)(self.device.context);
             (functions.cuMemFreeHost)(self.memory.cast());

@@ -119,6 +119,14 @@ MODELS = {
                     routed_scaling_factor=1.0, norm_topk_prob=True,
                     rope_parameters=dict(rope_type="default", rope_theta=10000.0), num_nextn_predict_layers=0),
         published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
+    "v3-mtp-cuda": dict(
+        family="deepseek_v3", seed=18, stored="bf16", shards=1, config="published", mtp=True,
+        fields=dict(SHAPE, hidden_size=128, intermediate_size=96, moe_intermediate_size=32, kv_lora_rank=64, qk_nope_head_dim=32,
+                    qk_rope_head_dim=32, v_head_dim=32, num_hidden_layers=2, first_k_dense_replace=1, q_lora_rank=48,
+                    n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1,
+                    routed_scaling_factor=2.5, norm_topk_prob=True, rope_parameters=yarn(40.0, 64, 1.0, 1.0),
+                    num_nextn_predict_layers=1),
+        published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
     # DeepSeek-V3.1: scales are powers of two, here stored as e8m0 for most tensors and as float32 for some.
     "v31-ue8m0": dict(
         family="deepseek_v3", seed=31, stored="fp8", scales="ue8m0", blocks=[32, 48], shards=1, config="transformers",

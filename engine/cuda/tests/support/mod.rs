@@ -99,6 +99,7 @@ pub fn limits(resident: ResidentDtype) -> CudaLimits {
         model_len_max: 256,
         batched_tokens_max: 128,
         sequences_max: 6,
+        draft_tokens: 0,
         parts_bytes: 1 << 20,
         graphs: true,
     }
