@@ -13,6 +13,8 @@ use std::fmt;
 
 use thiserror::Error;
 
+use crate::picking::Picker;
+
 /// A token of the model's vocabulary.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TokenId(pub u32);
@@ -324,6 +326,11 @@ pub trait Executor: Send {
         let _ = (pass, logits);
         let problem = "this backend has no prediction layer to draft with".to_owned();
         Err(ExecuteError::InvalidBatch(problem))
+    }
+
+    /// Itself, when it can sample where its logits are.
+    fn picker(&mut self) -> Option<&mut dyn Picker> {
+        None
     }
 
     /// Puts `staged` in the place of the weights in use, between two steps, and gives those back. Moves pointers where

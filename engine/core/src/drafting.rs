@@ -12,6 +12,7 @@ use crate::batch::{
     Batch, BatchEntry, BlockId, DraftBatch, ExecuteError, Executor, Logits, SequenceId, TokenId,
 };
 use crate::limits::Limits;
+use crate::picking::Picks;
 use crate::sampling::{SampleContext, Sampler};
 use crate::scheduler::{Scheduler, spare_entry};
 use crate::sequence::Sequence;
@@ -89,13 +90,22 @@ impl Drafting {
         executor: &mut dyn Executor,
         logits: &mut Logits,
         sampler: &mut Sampler,
+        picks: &mut Picks,
         scheduler: &mut Scheduler,
     ) -> Result<(), ExecuteError> {
         while !self.pass.batch.is_empty() {
-            let drafted = executor.draft(&self.pass, logits).and_then(|()| {
-                let rows = self.pass.batch.logits_rows();
-                logits.expect(rows, scheduler.limits.vocabulary)
-            });
+            // Where the backend samples, what it picked.
+            let drafted = match executor.picker() {
+                Some(picker) => picker
+                    .compute_draft(&self.pass)
+                    .and_then(|()| picks.drafts(picker, &self.pass.batch, scheduler))
+                    .map(Some),
+                None => executor.draft(&self.pass, logits).and_then(|()| {
+                    let rows = self.pass.batch.logits_rows();
+                    logits.expect(rows, scheduler.limits.vocabulary)?;
+                    Ok(None)
+                }),
+            };
             let drafting = self.pass.batch.entries.iter().filter(|e| e.wants_logits);
             for (row, entry) in drafting.enumerate() {
                 let id = entry.sequence;
@@ -103,8 +113,13 @@ impl Drafting {
                     continue;
                 };
                 let goes_on = match &drafted {
-                    Ok(()) => {
-                        draft(sampler, logits.row(row), sequence)
+                    Ok(picked) => {
+                        let token = match picked {
+                            Some(tokens) => tokens[row],
+                            None => draft(sampler, logits.row(row), sequence),
+                        };
+                        sequence.drafts.extend(token);
+                        token.is_some()
                             && go_on(scheduler, id, row, &mut self.next, &mut self.spare)
                     }
                     Err(_) => {
@@ -126,8 +141,8 @@ impl Drafting {
     }
 }
 
-/// Appends a draft to those of the sequence.
-fn draft(sampler: &mut Sampler, row: &[f32], sequence: &mut Sequence) -> bool {
+/// A draft after those of the sequence.
+fn draft(sampler: &mut Sampler, row: &[f32], sequence: &mut Sequence) -> Option<TokenId> {
     let known = sequence.tokens.len();
     // As if the drafts so far had been sampled; they are taken off again at once.
     sequence.tokens.extend_from_slice(&sequence.drafts);
@@ -138,8 +153,7 @@ fn draft(sampler: &mut Sampler, row: &[f32], sequence: &mut Sequence) -> bool {
     };
     let token = sampler.draft(row, &sequence.request.parameters, context);
     sequence.tokens.truncate(known);
-    sequence.drafts.extend(token);
-    token.is_some()
+    token
 }
 
 /// Lets a sequence draft another token after its last draft, if one may follow and has a place.

@@ -11,8 +11,9 @@
 use crate::batch::{Batch, BatchEntry, ExecuteError, Executor, Logits};
 use crate::drafting::Drafting;
 use crate::limits::{Limits, LimitsError};
+use crate::picking::{Outcome, Picks};
 use crate::request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};
-use crate::sampling::{SampleContext, SampleError, Sampled, Sampler};
+use crate::sampling::{SampleContext, SampleError, Sampler};
 use crate::scheduler::{Admission, Counters, Scheduler};
 use crate::sequence::Sequence;
 
@@ -24,6 +25,7 @@ pub struct Engine {
     logits: Logits,
     sampler: Sampler,
     drafting: Drafting,
+    picks: Picks,
 }
 
 /// What a step did.
@@ -74,6 +76,7 @@ impl Engine {
             ),
             sampler: Sampler::with_capacity(limits.vocabulary, limits.max_model_len),
             drafting: Drafting::new(&limits),
+            picks: Picks::default(),
         })
     }
 
@@ -189,9 +192,7 @@ impl Engine {
         if self.batch.is_empty() {
             return Ok(report);
         }
-        let executed = executor.execute(&self.batch, &mut self.logits);
-        let executed = executed.and_then(|()| self.check_logits());
-        if let Err(error) = executed {
+        if let Err(error) = self.execute(executor) {
             for index in 0..self.batch.entries.len() {
                 let id = self.batch.entries[index].sequence;
                 self.scheduler.finish(id, FinishReason::Error, events);
@@ -199,12 +200,13 @@ impl Engine {
             self.scheduler.recycle(&mut self.batch);
             return Err(error);
         }
-        self.complete(events);
+        self.complete(executor, events);
         self.scheduler.recycle(&mut self.batch);
         self.drafting.run(
             executor,
             &mut self.logits,
             &mut self.sampler,
+            &mut self.picks,
             &mut self.scheduler,
         )?;
         Ok(report)
@@ -223,20 +225,31 @@ impl Engine {
         self.run(executor, events)
     }
 
-    fn check_logits(&self) -> Result<(), ExecuteError> {
+    fn execute(&mut self, executor: &mut dyn Executor) -> Result<(), ExecuteError> {
+        if let Some(picker) = executor.picker() {
+            picker.compute(&self.batch)?;
+            return self.picks.step(picker, &self.batch, &mut self.scheduler);
+        }
+        executor.execute(&self.batch, &mut self.logits)?;
         self.logits
             .expect(self.batch.logits_rows(), self.scheduler.limits.vocabulary)
     }
 
     /// Samples where a sequence's last token was, and writes down what of its entry stays computed.
-    fn complete(&mut self, events: &mut Vec<Event>) {
+    fn complete(&mut self, executor: &mut dyn Executor, events: &mut Vec<Event>) {
         let Self {
             scheduler,
             batch,
             logits,
             sampler,
             drafting,
+            picks,
         } = self;
+        let vocabulary = scheduler.limits.vocabulary;
+        let mut sample = |row: usize, sequence: &mut Sequence| match executor.picker() {
+            Some(picker) => picks.take(picker, row, sequence, vocabulary),
+            None => sample(sampler, logits.row(row), sequence),
+        };
         let drafts = scheduler.limits.draft_tokens > 0;
         let (mut row, mut token_row) = (0, 0);
         for entry in &batch.entries {
@@ -247,7 +260,7 @@ impl Engine {
                 continue;
             }
             let verified = match entry.wants_logits {
-                true => verify(scheduler, sampler, logits, first.0, entry, events),
+                true => verify(scheduler, &mut sample, first.0, entry, events),
                 false => Verified {
                     kept: entry.tokens.len(),
                     finish: None,
@@ -277,8 +290,7 @@ struct Verified {
 /// Samples from `row` on, until a draft is not what was sampled, the drafts are used up, or the sequence ends.
 fn verify(
     scheduler: &mut Scheduler,
-    sampler: &mut Sampler,
-    logits: &Logits,
+    sample: &mut dyn FnMut(usize, &mut Sequence) -> Outcome,
     row: usize,
     entry: &BatchEntry,
     events: &mut Vec<Event>,
@@ -291,7 +303,7 @@ fn verify(
         let Some(sequence) = scheduler.sequences.get_mut(&entry.sequence) else {
             break None;
         };
-        let (token, finish) = match sample(sampler, logits.row(row + accepted), sequence) {
+        let (token, finish) = match sample(row + accepted, sequence) {
             Ok(Some(sampled)) => {
                 let token = sampled.token;
                 events.push(sequence.event(EventKind::Token(sampled)));
@@ -323,11 +335,7 @@ fn verify(
 }
 
 /// The sequence's next token; none when its mask says that the output is complete.
-fn sample(
-    sampler: &mut Sampler,
-    row: &[f32],
-    sequence: &mut Sequence,
-) -> Result<Option<Sampled>, SampleError> {
+fn sample(sampler: &mut Sampler, row: &[f32], sequence: &mut Sequence) -> Outcome {
     let mut mask = sequence.mask.take();
     let context = SampleContext {
         tokens: &sequence.tokens,

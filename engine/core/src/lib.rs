@@ -1,8 +1,8 @@
 //! Requests, sequences, blocks, scheduling, sampling, admission, drain. Pure.
 //!
 //! admit → schedule → execute → complete: the [`Scheduler`] admits a [`Request`] and turns what runs into a plain
-//! [`Batch`]; an [`Executor`] computes it; the [`Engine`] samples each sequence's next tokens from the logits, reports
-//! [`Event`]s and lets the executor draft. Nothing in here knows threads, clocks, files or HTTP, so the same schedule can be replayed,
+//! [`Batch`]; an [`Executor`] computes it; the [`Engine`] samples each sequence's next tokens from the logits, or has a
+//! [`Picker`] do that where they are, reports [`Event`]s and lets the executor draft. Nothing in here knows threads, clocks, files or HTTP, so the same schedule can be replayed,
 //! simulated and fuzzed.
 
 mod batch;
@@ -12,6 +12,7 @@ mod drafting;
 mod engine;
 mod limits;
 mod mask;
+mod picking;
 mod queue;
 mod random;
 mod request;
@@ -28,6 +29,7 @@ pub use canary::{CanaryError, CanaryReport, run_canary};
 pub use engine::{Engine, Load, StepReport};
 pub use limits::{DRAFT_TOKENS_MAX, Limits, LimitsError};
 pub use mask::{Constraint, MaskError, MaskSource, Restriction, TokenMask};
+pub use picking::{PickRow, Picked, Picker};
 pub use random::uniform;
 pub use request::{Event, EventKind, FinishReason, Rejection, Request, RequestId};
 pub use sampling::{

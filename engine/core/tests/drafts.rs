@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use engine_core::{
     Batch, Constraint, DraftBatch, Engine, Event, EventKind, ExecuteError, Executor, FinishReason,
-    Limits, Logits, MaskError, MaskSource, Request, RequestId, Restriction, Sampled,
-    SamplingParameters, TokenId, TokenMask, run_canary,
+    Limits, Logits, MaskError, MaskSource, PickRow, Picked, Picker, Request, RequestId,
+    Restriction, SampleContext, Sampled, Sampler, SamplingParameters, TokenId, TokenMask,
+    run_canary,
 };
 use proptest::prelude::*;
 use toy::Toy;
@@ -166,8 +167,11 @@ type Played = (Streams, BTreeSet<u64>, u64);
 
 /// Plays `acts` to the end.
 fn play(acts: &[Act], limits: Limits) -> Played {
+    play_on(&mut toy(&limits), acts, limits)
+}
+
+fn play_on(executor: &mut dyn Executor, acts: &[Act], limits: Limits) -> Played {
     let mut engine = Engine::new(limits).unwrap();
-    let mut executor = toy(&limits);
     let (mut streams, mut events) = (Streams::new(), Vec::new());
     let mut count = 0;
     let mut ended = BTreeSet::new();
@@ -204,7 +208,7 @@ fn play(acts: &[Act], limits: Limits) -> Played {
             Act::Stop(index) => engine.stop(chosen(*index), 0, &mut events),
             Act::Steps(steps) => {
                 for _ in 0..*steps {
-                    engine.step(&mut executor, &mut events).unwrap();
+                    engine.step(executor, &mut events).unwrap();
                     assert_no_block_is_held_for_a_draft(&engine, &limits);
                 }
             }
@@ -213,7 +217,7 @@ fn play(acts: &[Act], limits: Limits) -> Played {
     }
     take(&mut streams, &mut events);
     while !engine.is_idle() {
-        let report = engine.step(&mut executor, &mut events).unwrap();
+        let report = engine.step(executor, &mut events).unwrap();
         assert!(report.tokens <= limits.max_num_batched_tokens);
         assert_no_block_is_held_for_a_draft(&engine, &limits);
         take(&mut streams, &mut events);
@@ -264,6 +268,103 @@ proptest! {
                 prop_assert_eq!(reason, drafted_reason);
             }
         }
+    }
+}
+
+/// A toy that samples where its logits are.
+struct Picking {
+    toy: Toy,
+    logits: Logits,
+    sampler: Sampler,
+}
+
+/// What a row allows.
+#[derive(Debug)]
+struct Bits(Vec<u32>);
+
+impl TokenMask for Bits {
+    fn restrict(&mut self, _: &[TokenId], row: &mut [f32]) -> Result<Restriction, MaskError> {
+        for (token, logit) in row.iter_mut().enumerate() {
+            if self.0[token / 32] >> (token % 32) & 1 == 0 {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+        Ok(Restriction::Masked)
+    }
+}
+
+impl Executor for Picking {
+    fn vocabulary(&self) -> usize {
+        self.toy.vocabulary()
+    }
+
+    fn execute(&mut self, _: &Batch, _: &mut Logits) -> Result<(), ExecuteError> {
+        panic!("its logits stay where they are");
+    }
+
+    fn picker(&mut self) -> Option<&mut dyn Picker> {
+        Some(self)
+    }
+}
+
+impl Picker for Picking {
+    fn compute(&mut self, batch: &Batch) -> Result<(), ExecuteError> {
+        self.toy.execute(batch, &mut self.logits)
+    }
+
+    fn compute_draft(&mut self, pass: &DraftBatch) -> Result<(), ExecuteError> {
+        self.toy.draft(pass, &mut self.logits)
+    }
+
+    fn pick(&mut self, rows: &[PickRow<'_>], picked: &mut Vec<Picked>) -> Result<(), ExecuteError> {
+        assert!(rows.is_sorted_by(|a, b| a.row < b.row));
+        picked.clear();
+        for row in rows {
+            let parameters = SamplingParameters {
+                logprobs: row.logprobs,
+                ..row.parameters.clone()
+            };
+            let context = SampleContext {
+                tokens: &[row.tokens, row.drafts].concat(),
+                prompt_len: row.prompt_len,
+                choice: row.choice,
+            };
+            let logits = self.logits.row(row.row);
+            let sampled = match row.allowed {
+                None => self.sampler.sample(logits, &parameters, context).unwrap(),
+                Some(bits) => {
+                    let mut mask = Bits(bits.to_vec());
+                    let sampler = &mut self.sampler;
+                    let sampled = sampler.sample_within(logits, &parameters, context, &mut mask);
+                    sampled.unwrap().unwrap()
+                }
+            };
+            picked.push(Picked {
+                token: Some(sampled.token),
+                logprobs: sampled.logprobs,
+            });
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// Tokens, log-probabilities, ends and accepted drafts.
+    #[test]
+    fn a_backend_that_samples_is_told_all_that_the_engines_own_sampler_knows(
+        acts in proptest::collection::vec(act(), 1..30),
+        draft_tokens in 0usize..5,
+        budget in 4usize..24,
+    ) {
+        let limits = limits(draft_tokens, |l| l.max_num_batched_tokens = budget);
+        let mut picking = Picking {
+            toy: toy(&limits),
+            logits: Logits::default(),
+            sampler: Sampler::default(),
+        };
+        prop_assert_eq!(play_on(&mut picking, &acts, limits), play(&acts, limits));
     }
 }
 

@@ -3,21 +3,28 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use engine_core::{Batch, BatchBounds, DraftBatch, ExecuteError, Executor, Logits, StagedWeights};
+use engine_core::{
+    Batch, BatchBounds, DraftBatch, ExecuteError, Executor, Logits, PickRow, Picked, Picker,
+    StagedWeights,
+};
 use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
 use engine_memory::ResidentDtype;
 use engine_model::{Model, forward, forward_to_draft, predict};
 use engine_spec::ModelConfig;
 use kernels::driver::{Arena, Device, DriverError, Part, Stream};
-use kernels::plan::Unsupported;
+use kernels::plan::{self, Unsupported};
 
 use crate::graphs::{GraphKey, Graphs, PassKind};
 use crate::layout::{CudaLimits, Layout, Span};
 use crate::pass::Pass;
+use crate::picking::{Picking, Place};
 use crate::shapes::{check_shapes, refusal};
 use crate::staged::Staged;
 use crate::step::{Inputs, Step};
 use crate::{CudaError, Gpu, weights};
+
+/// Of a pass.
+const NOT_FINITE: &str = "logits are not finite: the weights hold infinities or NaNs, or overflow";
 
 /// Bytes that an executor uses of its one allocation, to be compared with its plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +51,9 @@ pub struct CudaExecutor {
     step: Step,
     /// Places of the rows that the last pass left for the prediction layer to go on from, as its batch counts them.
     left: Vec<u32>,
+    /// Logits rows that the last pass left.
+    logits_left: usize,
+    picking: Picking,
     stream: Stream,
     arena: Arena,
     device: Arc<Device>,
@@ -194,6 +204,8 @@ impl CudaExecutor {
                 limits.draft_tokens,
             ),
             left: Vec::new(),
+            logits_left: 0,
+            picking: Picking::default(),
             graphs: Graphs::new(),
             config: config.clone(),
             model,
@@ -254,8 +266,8 @@ impl CudaExecutor {
         Ok(())
     }
 
-    /// Copies the inputs, queues the pass or replays it, and reads the logits.
-    fn compute(&mut self, kind: PassKind, logits: &mut Logits) -> Result<(), CudaError> {
+    /// Copies the inputs and queues the pass or replays it.
+    fn queue(&mut self, kind: PassKind) -> Result<(), CudaError> {
         let is_recorded = match kind {
             PassKind::Step => self.step.is_decode(),
             PassKind::Draft => self.step.is_one_run(),
@@ -285,8 +297,6 @@ impl CudaExecutor {
                 }
             }
         }
-        self.arena
-            .read(&self.stream, self.logits, logits.as_mut_slice())?;
         Ok(())
     }
 
@@ -323,17 +333,141 @@ impl CudaExecutor {
     }
 
     /// Runs a prepared pass; a failure is for ever.
-    fn run(&mut self, kind: PassKind, logits: &mut Logits) -> Result<(), ExecuteError> {
-        let broken = match self.compute(kind, logits) {
-            Err(error) => Broken::Device(error.to_string()),
-            Ok(()) if logits.as_mut_slice().iter().all(|value| value.is_finite()) => return Ok(()),
-            Ok(()) => Broken::Weights(
-                "logits are not finite: the weights hold infinities or NaNs, or overflow".into(),
-            ),
+    fn run(&mut self, kind: PassKind, logits: Option<&mut Logits>) -> Result<(), ExecuteError> {
+        let wanted = self.step.wanted.len();
+        let queued = self.queue(kind);
+        let done = match logits {
+            Some(logits) => queued.and_then(|()| {
+                let values = logits.as_mut_slice();
+                self.arena.read(&self.stream, self.logits, values)?;
+                Ok(values.iter().all(|value| value.is_finite()))
+            }),
+            // Whoever picks waits; without rows nobody does.
+            None if wanted > 0 => queued.map(|()| true),
+            None => queued.and_then(|()| {
+                self.stream.synchronize()?;
+                Ok(true)
+            }),
         };
+        let broken = match done {
+            Ok(true) => return Ok(()),
+            Ok(false) => Broken::Weights(NOT_FINITE.to_owned()),
+            Err(error) => Broken::Device(error.to_string()),
+        };
+        Err(self.fail(broken))
+    }
+
+    fn fail(&mut self, broken: Broken) -> ExecuteError {
         let error = broken.fatal();
         self.broken = Some(broken);
-        Err(error)
+        error
+    }
+
+    /// Checks a batch and runs it; its logits stay where `logits` is none.
+    fn run_step(
+        &mut self,
+        batch: &Batch,
+        mut logits: Option<&mut Logits>,
+    ) -> Result<(), ExecuteError> {
+        self.begin(logits.as_deref_mut())?;
+        if batch.is_empty() {
+            return Ok(());
+        }
+        self.check_batch(batch)?;
+        let rows = batch.logits_rows();
+        if let Some(logits) = &mut logits {
+            logits.reset(self.model.vocabulary, rows);
+        }
+        self.step.prepare(batch);
+        self.left.clear();
+        self.run(PassKind::Step, logits)?;
+        self.left.extend_from_slice(&self.step.row_of);
+        self.logits_left = rows;
+        Ok(())
+    }
+
+    /// The same for a pass of the prediction layer.
+    fn run_draft(
+        &mut self,
+        pass: &DraftBatch,
+        mut logits: Option<&mut Logits>,
+    ) -> Result<(), ExecuteError> {
+        self.begin(logits.as_deref_mut())?;
+        if self.model.prediction.is_none() {
+            let problem = "this model was loaded without its prediction layer".to_owned();
+            return Err(ExecuteError::InvalidBatch(problem));
+        }
+        if pass.batch.is_empty() {
+            return Ok(());
+        }
+        self.check_batch(&pass.batch)?;
+        pass.check(self.left.len())?;
+        let rows = pass.batch.logits_rows();
+        if let Some(logits) = &mut logits {
+            logits.reset(self.model.vocabulary, rows);
+        }
+        self.step.prepare_draft(pass, &self.left);
+        self.left.clear();
+        self.run(PassKind::Draft, logits)?;
+        self.left.extend(0..rows as u32);
+        self.logits_left = rows;
+        Ok(())
+    }
+
+    fn begin(&mut self, logits: Option<&mut Logits>) -> Result<(), ExecuteError> {
+        self.logits_left = 0;
+        if let Some(broken) = &self.broken {
+            return Err(broken.fatal());
+        }
+        if let Some(logits) = logits {
+            logits.reset(self.model.vocabulary, 0);
+        }
+        Ok(())
+    }
+}
+
+impl Picker for CudaExecutor {
+    fn compute(&mut self, batch: &Batch) -> Result<(), ExecuteError> {
+        self.run_step(batch, None)
+    }
+
+    fn compute_draft(&mut self, pass: &DraftBatch) -> Result<(), ExecuteError> {
+        self.run_draft(pass, None)
+    }
+
+    fn pick(&mut self, rows: &[PickRow<'_>], picked: &mut Vec<Picked>) -> Result<(), ExecuteError> {
+        if let Some(broken) = &self.broken {
+            return Err(broken.fatal());
+        }
+        let words = plan::mask_words(self.model.vocabulary);
+        let fits = |row: &PickRow<'_>| {
+            row.row < self.logits_left
+                && row.position() <= self.limits.model_len_max
+                && row.prompt_len <= row.tokens.len()
+                && row.allowed.is_none_or(|bits| bits.len() >= words)
+        };
+        if let Some(row) = rows.iter().find(|row| !fits(row)) {
+            return Err(ExecuteError::InvalidBatch(format!(
+                "row {} of {}, position {}: no token can be picked there",
+                row.row,
+                self.logits_left,
+                row.position()
+            )));
+        }
+        let place = Place {
+            arena: &self.arena,
+            stream: &self.stream,
+            layout: &self.layout,
+            base: self.whole.address(),
+            vocabulary: self.model.vocabulary,
+            limits: &self.limits,
+        };
+        let broken = match self.picking.pick(&place, rows, picked) {
+            Ok(None) => return Ok(()),
+            Ok(Some(token)) => Broken::Weights(format!("{NOT_FINITE} (token {token})")),
+            Err(error) => Broken::Device(error.to_string()),
+        };
+        Err(self.fail(broken))
     }
 }
 
@@ -347,43 +481,15 @@ impl Executor for CudaExecutor {
     }
 
     fn execute(&mut self, batch: &Batch, logits: &mut Logits) -> Result<(), ExecuteError> {
-        if let Some(broken) = &self.broken {
-            return Err(broken.fatal());
-        }
-        logits.reset(self.model.vocabulary, 0);
-        if batch.is_empty() {
-            return Ok(());
-        }
-        self.check_batch(batch)?;
-        logits.reset(self.model.vocabulary, batch.logits_rows());
-        self.step.prepare(batch);
-        self.left.clear();
-        self.run(PassKind::Step, logits)?;
-        self.left.extend_from_slice(&self.step.row_of);
-        Ok(())
+        self.run_step(batch, Some(logits))
     }
 
     fn draft(&mut self, pass: &DraftBatch, logits: &mut Logits) -> Result<(), ExecuteError> {
-        if let Some(broken) = &self.broken {
-            return Err(broken.fatal());
-        }
-        if self.model.prediction.is_none() {
-            let problem = "this model was loaded without its prediction layer".to_owned();
-            return Err(ExecuteError::InvalidBatch(problem));
-        }
-        logits.reset(self.model.vocabulary, 0);
-        if pass.batch.is_empty() {
-            return Ok(());
-        }
-        self.check_batch(&pass.batch)?;
-        pass.check(self.left.len())?;
-        let rows = pass.batch.logits_rows();
-        logits.reset(self.model.vocabulary, rows);
-        self.step.prepare_draft(pass, &self.left);
-        self.left.clear();
-        self.run(PassKind::Draft, logits)?;
-        self.left.extend(0..rows as u32);
-        Ok(())
+        self.run_draft(pass, Some(logits))
+    }
+
+    fn picker(&mut self) -> Option<&mut dyn Picker> {
+        Some(self)
     }
 
     /// Swaps the bytes on the device with those in host memory; see [`crate::staged`]. A device that fails on the way is

@@ -10,6 +10,7 @@ use engine_model::{
 use engine_spec::{ModelConfig, Parallelism};
 use kernels::plan::{self, QUANT_GROUP};
 
+use crate::picking::PickSpans;
 use crate::shapes::part_width;
 
 /// What the driver aligns allocations to.
@@ -154,6 +155,8 @@ pub(crate) struct Buffers {
     /// Rows that want logits, and the logits in float32.
     pub gathered: Span,
     pub logits: Span,
+    /// What sampling takes.
+    pub picks: PickSpans,
     /// The step's inputs.
     pub tokens: Span,
     pub positions: Span,
@@ -180,10 +183,10 @@ pub(crate) struct Layout {
 }
 
 #[derive(Default)]
-struct Bump(usize);
+pub(crate) struct Bump(usize);
 
 impl Bump {
-    fn take(&mut self, bytes: usize) -> Span {
+    pub fn take(&mut self, bytes: usize) -> Span {
         let span = Span { at: self.0, bytes };
         self.0 = (self.0 + bytes).next_multiple_of(ALIGNMENT);
         span
@@ -406,9 +409,11 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
     // Whole (row, head, split) units, each a part and its logarithm.
     let units = limits.parts_bytes / ((part + 1) * 4);
     let narrow = usize::from(matches!(limits.resident, ResidentDtype::Float8E4m3(_)));
+    let picks = PickSpans::new(model.vocabulary, limits, bump);
     let mut take = |bytes: usize| bump.take(bytes);
     Buffers {
         slots,
+        picks,
         parts: take(units * part * 4),
         lse: take(units * 4),
         gate_up: take(tokens * widest.inner * 2 * 2),

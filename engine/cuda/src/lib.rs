@@ -11,6 +11,7 @@ mod gpu;
 mod graphs;
 mod layout;
 mod pass;
+mod picking;
 mod shapes;
 mod staged;
 mod step;

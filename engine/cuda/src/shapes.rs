@@ -1,11 +1,12 @@
 //! Which shapes of a model the kernels take, asked before anything is allocated.
 
-use engine_memory::ResidentDtype;
+use engine_memory::{PICK_TOP_MAX, ResidentDtype};
 use engine_model::{Attention, Gate, GroupedAttention, LatentAttention, Layer, Mlp, Model, Query};
 use engine_spec::GateSelection;
 use kernels::plan::{self, Activation, Format, Launch, Unsupported};
 
 use crate::layout::CudaLimits;
+use crate::picking::turn_rows;
 
 /// Values of one head's output while its context is in parts.
 pub(crate) fn part_width(layer: &Layer) -> usize {
@@ -63,6 +64,12 @@ fn of_step(model: &Model, limits: &CudaLimits, rows: usize) -> Result<Vec<Launch
         plan::rms_norm(Format::Bf16, rows, hidden)?,
         plan::gemm(Format::Bf16, rows, model.vocabulary, hidden, 1)?,
     ];
+    let picked = rows.min(turn_rows(limits));
+    launches.extend([
+        plan::sample_adjust(picked, model.vocabulary)?,
+        plan::sample(picked, model.vocabulary)?,
+        plan::logprobs(picked, model.vocabulary, PICK_TOP_MAX as usize)?,
+    ]);
     if model.prediction.is_some() {
         // Its joining matrix is never FP8.
         launches.push(plan::gemm(Format::Bf16, rows, hidden, 2 * hidden, 1)?);

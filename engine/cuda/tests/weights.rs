@@ -6,7 +6,9 @@ mod support;
 
 use std::path::Path;
 
-use engine_core::{Batch, ExecuteError, Executor, Logits, StagedWeights};
+use engine_core::{
+    Batch, ExecuteError, Executor, Logits, PickRow, Picker, SamplingParameters, StagedWeights,
+};
 use engine_cuda::{CudaExecutor, CudaLimits};
 use engine_load::{Progress, read_config};
 use engine_memory::{ResidentDtype, resident_dtype};
@@ -102,6 +104,22 @@ fn weights_that_are_not_finite_can_be_taken_back() {
     let batch = Batch {
         entries: vec![entry(1, &[5], 0, &[0])],
     };
+    // Where the device samples, whoever picks finds out; then no step runs any more.
+    executor.compute(&batch).unwrap();
+    let parameters = SamplingParameters::greedy();
+    let row = PickRow {
+        row: 0,
+        parameters: &parameters,
+        tokens: &batch.entries[0].tokens,
+        drafts: &[],
+        prompt_len: 1,
+        choice: 0,
+        allowed: None,
+        logprobs: None,
+    };
+    let error = executor.pick(&[row], &mut Vec::new()).unwrap_err();
+    assert!(matches!(error, ExecuteError::Fatal(_)), "{error}");
+    assert!(error.to_string().contains("not finite"), "{error}");
     let error = executor.execute(&batch, &mut Logits::default());
     assert!(matches!(error, Err(ExecuteError::Fatal(_))), "{error:?}");
     executor.exchange_weights(old).unwrap();

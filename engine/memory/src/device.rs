@@ -17,6 +17,13 @@ const QUANT_GROUP: u64 = 128;
 /// Rows of the smallest tile of the experts' product.
 const TILE_ROWS: u64 = 16;
 
+/// Rows that are sampled at once.
+pub const PICK_ROWS_MAX: u32 = 64;
+/// Contexts whose tokens, for penalties, are on the device at once.
+pub const PICK_CONTEXTS: u32 = 4;
+/// Best tokens whose log-probabilities are reported; OpenAI's limit.
+pub const PICK_TOP_MAX: u32 = 20;
+
 /// Bytes of each group of buffers of one GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -34,6 +41,8 @@ pub struct DeviceWorkspace {
     pub quantised: u64,
     /// The rows that want logits, and the logits: one per sequence, and one for each of its drafts.
     pub logits: u64,
+    /// What sampling takes: adjusted logits and counts of the rows of a turn, their settings, histories, masks and results.
+    pub picks: u64,
     /// Tokens, positions, lengths, slots, wanted rows, block tables (a draft is a row with a table); with drafts also the
     /// rows that the prediction layer goes on from.
     pub inputs: u64,
@@ -66,10 +75,11 @@ impl DeviceWorkspace {
             mlp,
             quantised,
             logits,
+            picks,
             inputs,
             rotary,
         } = self;
-        hidden + attention + parts + mlp + quantised + logits + inputs + rotary
+        hidden + attention + parts + mlp + quantised + logits + picks + inputs + rotary
     }
 }
 
@@ -116,9 +126,25 @@ pub fn device_workspace(
         mlp: tokens * mlp.per_token + mlp.tables(tokens),
         quantised,
         logits: sampled * (u64::from(config.vocab_size) * 4 + d * 2),
+        picks: picks(u64::from(config.vocab_size), sampled, positions),
         inputs: tokens * (3 * 4 + 8 + 4 * u64::from(drafting)) + sampled * 4 * (1 + blocks),
         rotary: positions * u64::from(config.attention.rotated_width()) * 4,
     }
+}
+
+/// Sampling in turns: by row adjusted logits, counts and a bit for each token, six numbers, top-k, seed, choice and
+/// position, borders of history and bias, results; histories and biases of the turn.
+fn picks(vocabulary: u64, sampled: u64, positions: u64) -> u64 {
+    let rows = sampled.min(PICK_ROWS_MAX.into());
+    let row = 8 * vocabulary
+        + 4 * vocabulary.div_ceil(32)
+        + 6 * 4
+        + 4
+        + 3 * 8
+        + 3 * 4
+        + 3 * 4
+        + u64::from(PICK_TOP_MAX) * 8;
+    rows * row + u64::from(PICK_CONTEXTS) * positions * 4 + 8 * vocabulary + 8
 }
 
 /// Inner sizes of MLPs and experts.

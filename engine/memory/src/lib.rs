@@ -12,7 +12,9 @@ mod plan;
 mod weights;
 mod workspace;
 
-pub use device::{DeviceWorkspace, StepBounds, device_workspace};
+pub use device::{
+    DeviceWorkspace, PICK_CONTEXTS, PICK_ROWS_MAX, PICK_TOP_MAX, StepBounds, device_workspace,
+};
 pub use integer::{INT4_GROUP, IntegerFormat, IntegerSource, LINE_BYTES, TILE_ROWS};
 pub use misfit::{Misfit, Nearest};
 pub use plan::{MemoryPlan, MemoryRequest, RankBytes, memory_plan, resolve_max_model_len};

@@ -384,8 +384,10 @@ fn on_a_gpu_drafts_take_the_layer_in_its_form_and_a_block_table_each() {
     let (off, one, three) = (with(0), with(1), with(3));
     assert_eq!(one.kv_bytes_per_token, 62 * 576 * 2);
     let workspace = one.per_rank.workspace_bytes - off.per_rank.workspace_bytes;
-    // A row that is sampled: logits, what was picked for them, its number and its block table.
-    let sampled = 129_280 * 4 + 7168 * 2 + 4 * (1 + 128);
+    // A row that is sampled: logits, what was picked for them, its number and its block table; and for picking its token,
+    // adjusted logits and counts, a bit for each token, settings, history borders and results.
+    let picking = 129_280 * 8 + 4040 * 4 + 6 * 4 + 4 + 3 * 8 + 2 * 3 * 4 + 20 * 8;
+    let sampled = 129_280 * 4 + 7168 * 2 + 4 * (1 + 128) + picking;
     assert_eq!(workspace, 3 * 512 * 7168 * 2 + 512 * 4 + 4 * sampled);
     let workspace = three.per_rank.workspace_bytes - one.per_rank.workspace_bytes;
     assert_eq!(workspace, 2 * 4 * sampled);
