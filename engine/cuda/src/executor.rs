@@ -15,7 +15,7 @@ use crate::layout::{CudaLimits, Layout, Span};
 use crate::pass::Pass;
 use crate::shapes::{check_shapes, refusal};
 use crate::step::{Inputs, Step};
-use crate::{CudaError, Gpu, weights};
+use crate::{ChosenAttention, CudaError, Gpu, attention, weights};
 
 /// Bytes that an executor uses of its one allocation, to be compared with its plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,7 @@ pub struct CudaExecutor {
     step: Step,
     stream: Stream,
     arena: Arena,
+    attention: ChosenAttention,
     broken: Option<String>,
 }
 
@@ -93,8 +94,10 @@ impl CudaExecutor {
         limits: CudaLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let launches =
-            check_shapes(&model, &limits).map_err(|reason| LoadError::Backend(refusal(&reason)))?;
+        let refused = |reason| LoadError::Backend(refusal(&reason));
+        let mut launches = check_shapes(&model, &limits).map_err(refused)?;
+        let chosen = attention::choose(gpu, &model).map_err(backend)?;
+        launches.extend(attention::launches(chosen.kernels, &model, &limits).map_err(refused)?);
         let layout = Layout::new(&model, &limits);
         let (needed, free) = (layout.bytes() as u64, gpu.free_bytes().map_err(backend)?);
         if needed > free {
@@ -105,7 +108,7 @@ impl CudaExecutor {
             )));
         }
         gpu.device.load(&launches).map_err(backend)?;
-        let executor = Self::allocate(gpu, model, limits, layout).map_err(backend)?;
+        let executor = Self::allocate(gpu, model, limits, layout, chosen).map_err(backend)?;
         let Self {
             model,
             layout,
@@ -121,6 +124,7 @@ impl CudaExecutor {
         model: Model,
         limits: CudaLimits,
         layout: Layout,
+        attention: ChosenAttention,
     ) -> Result<Self, DriverError> {
         let arena = Arena::new(&gpu.device, layout.bytes())?;
         let stream = gpu.device.stream()?;
@@ -152,6 +156,7 @@ impl CudaExecutor {
             layout,
             stream,
             arena,
+            attention,
             broken: None,
         })
     }
@@ -159,6 +164,11 @@ impl CudaExecutor {
     /// The limits it was made for.
     pub fn limits(&self) -> &CudaLimits {
         &self.limits
+    }
+
+    /// The kernels of its latent attention.
+    pub fn attention(&self) -> &ChosenAttention {
+        &self.attention
     }
 
     /// What it holds.
@@ -252,6 +262,7 @@ impl CudaExecutor {
             block_size: self.limits.block_size,
             table_length: step.table_length(),
             positions_max: self.limits.model_len_max,
+            attention: self.attention.kernels,
             power_of_two: match self.limits.resident {
                 ResidentDtype::Float8E4m3(blocks) => blocks.power_of_two,
                 ResidentDtype::Bfloat16 | ResidentDtype::Float32 | ResidentDtype::Integer(..) => {

@@ -99,6 +99,70 @@ pub fn mla_decode(
     })
 }
 
+/// Whose block tables the rows of a decode launch have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tables {
+    /// All rows read one table: `blocks_stride` is 0.
+    Shared,
+    /// Each row has its own.
+    Own,
+}
+
+/// Lines of (row, head) that a block of the Hopper decode takes.
+const HOPPER_LINES: usize = 64;
+
+/// [`mla_decode`] over a bf16 cache with wgmma, for devices of capability 9.0. Rows that share a table share blocks, as
+/// many as their heads leave room for. It sums in another order than [`mla_decode`] does, so a caller uses one of the two
+/// for all rows of a model.
+///
+/// # Errors
+/// A head shape that was not instantiated.
+pub fn hopper_mla_decode(
+    rows: usize,
+    heads: usize,
+    latent: usize,
+    rotary: usize,
+    splits: usize,
+    tables: Tables,
+) -> Result<Launch, Unsupported> {
+    let operation = "hopper_mla_decode";
+    rows_check(operation, "rows", rows)?;
+    rows_check(operation, "heads", heads)?;
+    check(
+        operation,
+        "splits",
+        splits,
+        (1..=GRID_YZ_MAX).contains(&splits),
+        "1 to 65535",
+    )?;
+    let (kernel, shared_bytes) = match (latent, rotary) {
+        (512, 64) => ("hopper_mla_decode_bf16_512_64", 230_400),
+        (64, 32) => ("hopper_mla_decode_bf16_64_32", 58_368),
+        _ => {
+            return Err(Unsupported {
+                operation,
+                field: "latent",
+                value: latent,
+                allowed: "latent 512 with rotary 64, or 64 with 32",
+            });
+        }
+    };
+    let rows_of_block = match tables {
+        Tables::Shared => HOPPER_LINES / heads.min(HOPPER_LINES),
+        Tables::Own => 1,
+    };
+    Ok(Launch {
+        kernel,
+        grid: [
+            rows.div_ceil(rows_of_block) as u32,
+            heads.div_ceil(HOPPER_LINES) as u32,
+            splits as u32,
+        ],
+        threads: 384,
+        shared_bytes,
+    })
+}
+
 /// Bias, norm, rotation and paged write of grouped-query attention.
 ///
 /// # Errors
