@@ -72,7 +72,11 @@ pub fn cases(small: bool) -> Vec<(String, Maker)> {
         let heads = if small { 2 } else { 16 };
         all.push((
             format!("mla_prefill {length}, {heads} heads"),
-            Box::new(move |lab| prefill(lab, length, heads)),
+            Box::new(move |lab| prefill(lab, length, heads, Generation::Any)),
+        ));
+        all.push((
+            format!("hopper_mla_prefill {length}, {heads} heads"),
+            Box::new(move |lab| prefill(lab, length, heads, Generation::Hopper)),
         ));
     }
     all
@@ -363,7 +367,14 @@ fn gqa_decode(
     b.finish(bytes, rows * context * heads * width * 4)
 }
 
-fn prefill(lab: &mut Lab, length: usize, heads: usize) -> Case {
+/// Which devices a kernel is for.
+#[derive(Clone, Copy)]
+enum Generation {
+    Any,
+    Hopper,
+}
+
+fn prefill(lab: &mut Lab, length: usize, heads: usize, generation: Generation) -> Case {
     let mut b = Builder::new(lab);
     let (nope, rotary, value) = (128, 64, 128);
     let offsets = b.values(&[0, length as i32]);
@@ -387,10 +398,11 @@ fn prefill(lab: &mut Lab, length: usize, heads: usize) -> Case {
         scale: 0.07,
         reserved: [0; 2],
     };
-    b.step(
-        plan::mla_prefill(1, length, heads, nope, rotary, value),
-        params,
-    );
+    let plan = match generation {
+        Generation::Any => plan::mla_prefill,
+        Generation::Hopper => plan::hopper_mla_prefill,
+    };
+    b.step(plan(1, length, heads, nope, rotary, value), params);
     let bytes = length * heads * 2 * (nope + rotary + nope + 2 * value);
     b.finish(
         bytes,

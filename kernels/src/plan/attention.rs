@@ -289,21 +289,7 @@ pub fn mla_prefill(
     rotary: usize,
     value: usize,
 ) -> Result<Launch, Unsupported> {
-    rows_check("mla_prefill", "queries_max", queries_max)?;
-    check(
-        "mla_prefill",
-        "sequences",
-        sequences,
-        (1..=GRID_YZ_MAX).contains(&sequences),
-        "1 to 65535",
-    )?;
-    check(
-        "mla_prefill",
-        "heads",
-        heads,
-        (1..=GRID_YZ_MAX).contains(&heads),
-        "1 to 65535",
-    )?;
+    prefill_check("mla_prefill", sequences, queries_max, heads)?;
     let kernel = match (nope, rotary, value) {
         (128, 64, 128) => "mla_prefill_bf16_128_64_128",
         (32, 32, 32) => "mla_prefill_bf16_32_32_32",
@@ -328,5 +314,65 @@ pub fn mla_prefill(
         ],
         threads: 128,
         shared_bytes: shared_bytes as u32,
+    })
+}
+
+fn prefill_check(
+    operation: &'static str,
+    sequences: usize,
+    queries_max: usize,
+    heads: usize,
+) -> Result<(), Unsupported> {
+    rows_check(operation, "queries_max", queries_max)?;
+    check(
+        operation,
+        "sequences",
+        sequences,
+        (1..=GRID_YZ_MAX).contains(&sequences),
+        "1 to 65535",
+    )?;
+    check(
+        operation,
+        "heads",
+        heads,
+        (1..=GRID_YZ_MAX).contains(&heads),
+        "1 to 65535",
+    )
+}
+
+/// [`mla_prefill`] with wgmma, for devices of capability 9.0. It sums in another order.
+///
+/// # Errors
+/// A head shape that was not instantiated.
+pub fn hopper_mla_prefill(
+    sequences: usize,
+    queries_max: usize,
+    heads: usize,
+    nope: usize,
+    rotary: usize,
+    value: usize,
+) -> Result<Launch, Unsupported> {
+    prefill_check("hopper_mla_prefill", sequences, queries_max, heads)?;
+    let (kernel, shared_bytes) = match (nope, rotary, value) {
+        (128, 64, 128) => ("hopper_mla_prefill_bf16_128_64_128", 214_016),
+        (32, 32, 32) => ("hopper_mla_prefill_bf16_32_32_32", 82_944),
+        _ => {
+            return Err(Unsupported {
+                operation: "hopper_mla_prefill",
+                field: "nope",
+                value: nope,
+                allowed: "nope, rotary, value of 128, 64, 128 or 32, 32, 32",
+            });
+        }
+    };
+    Ok(Launch {
+        kernel,
+        grid: [
+            queries_max.div_ceil(128) as u32,
+            heads as u32,
+            sequences as u32,
+        ],
+        threads: 384,
+        shared_bytes,
     })
 }

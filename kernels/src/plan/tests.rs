@@ -12,6 +12,7 @@ fn plans_print_what_they_launch() {
         hopper_mla_decode(64, 128, 512, 64, mla_splits(4096), Tables::Own),
         hopper_mla_decode(65, 16, 512, 64, mla_splits(4096), Tables::Shared),
         mla_prefill(2, 4096, 16, 128, 64, 128),
+        hopper_mla_prefill(2, 4096, 16, 128, 64, 128),
         gqa_decode(8, 64, 4, 128, mla_splits(4096)),
         gqa_decode(1, 36, 2, 64, 1),
     ]
@@ -28,6 +29,7 @@ fn plans_print_what_they_launch() {
             "hopper_mla_decode_bf16_512_64 grid 64 x 2 x 8, 384 threads, 230400 bytes shared",
             "hopper_mla_decode_bf16_512_64 grid 17 x 1 x 8, 384 threads, 230400 bytes shared",
             "mla_prefill_bf16_128_64_128 grid 64 x 16 x 2, 128 threads, 68608 bytes shared",
+            "hopper_mla_prefill_bf16_128_64_128 grid 32 x 16 x 2, 384 threads, 214016 bytes shared",
             "gqa_decode_bf16_128 grid 8 x 4 x 8, 128 threads, 104960 bytes shared",
             "gqa_decode_bf16_64 grid 1 x 4 x 1, 128 threads, 55808 bytes shared",
         ]
@@ -50,6 +52,8 @@ fn a_shape_that_no_kernel_takes_is_refused_with_its_number() {
         hopper_mla_decode(1, 0, 512, 64, 1, Tables::Shared),
         mla_cache_write(Format::Fp8, 1, 64, 32),
         mla_prefill(1, 64, 16, 64, 64, 128),
+        hopper_mla_prefill(1, 64, 16, 64, 64, 128),
+        hopper_mla_prefill(0, 64, 16, 128, 64, 128),
         gqa_decode(1, 32, 8, 96, 1),
         gqa_decode(1, 32, 5, 128, 1),
         gqa_cache_write(1, 4, 4, 256),

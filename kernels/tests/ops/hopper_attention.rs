@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use half::bf16;
-use kernels::params::{MlaCombineParams, MlaDecodeParams};
+use kernels::params::{MlaCombineParams, MlaDecodeParams, MlaPrefillParams};
 use kernels::plan::{self, Tables};
 use kernels::reference;
 
@@ -280,6 +280,200 @@ fn a_row_of_hopper_decode_is_the_same_bits_in_any_company() {
             }
             let apart = decode.run(lab, 0..lengths.len(), Tables::Own);
             assert_eq!(apart, together, "rows with tables of their own");
+        }
+    });
+}
+
+/// Sequences of random queries, keys and values.
+struct Prefill {
+    heads: usize,
+    nope: usize,
+    rotary: usize,
+    value: usize,
+    /// Queries and keys of each.
+    lengths: Vec<(usize, usize)>,
+    q: Vec<bf16>,
+    kv: Vec<bf16>,
+    rope: Vec<bf16>,
+}
+
+/// Between rows of the shared rotary keys, beyond their width.
+const ROPE_PADDING: usize = 8;
+
+impl Prefill {
+    fn new(lab: &mut Lab, heads: usize, widths: [usize; 3], lengths: &[(usize, usize)]) -> Self {
+        let [nope, rotary, value] = widths;
+        let queries: usize = lengths.iter().map(|(q, _)| q).sum();
+        let keys: usize = lengths.iter().map(|(_, k)| k).sum();
+        Self {
+            heads,
+            nope,
+            rotary,
+            value,
+            lengths: lengths.to_vec(),
+            q: lab.random.bf16s(queries * heads * (nope + rotary), 1.0),
+            kv: lab.random.bf16s(keys * heads * (nope + value), 1.0),
+            rope: lab.random.bf16s(keys * (rotary + ROPE_PADDING), 1.0),
+        }
+    }
+
+    /// Where each sequence's queries and keys begin, and the ends.
+    fn offsets(&self) -> (Vec<i32>, Vec<i32>) {
+        let (mut of_queries, mut of_keys) = (vec![0], vec![0]);
+        for (queries, keys) in &self.lengths {
+            of_queries.push(of_queries.last().copied().unwrap_or(0) + *queries as i32);
+            of_keys.push(of_keys.last().copied().unwrap_or(0) + *keys as i32);
+        }
+        (of_queries, of_keys)
+    }
+
+    /// Outputs and logarithms of some of the sequences.
+    fn run(&self, lab: &Lab, sequences: Range<usize>) -> (Vec<f64>, Vec<f64>) {
+        let Self {
+            heads,
+            nope,
+            rotary,
+            value,
+            ..
+        } = *self;
+        let (width, kv_head) = (nope + rotary, nope + value);
+        let (of_queries, of_keys) = self.offsets();
+        let (of_queries, of_keys) = (
+            &of_queries[sequences.start..=sequences.end],
+            &of_keys[sequences.start..=sequences.end],
+        );
+        let queries_max = self.lengths[sequences.clone()]
+            .iter()
+            .map(|(q, _)| *q)
+            .max();
+        let end = of_queries[sequences.len()] as usize;
+        let (q, kv, rope) = (
+            lab.upload(&self.q),
+            lab.upload(&self.kv),
+            lab.upload(&self.rope),
+        );
+        let (q_offsets, k_offsets) = (lab.upload(of_queries), lab.upload(of_keys));
+        let out = lab.poisoned(end * heads * value * 2);
+        let lse = lab.poisoned(end * heads * 4);
+        lab.run(
+            &plan::hopper_mla_prefill(
+                sequences.len(),
+                queries_max.unwrap_or(0),
+                heads,
+                nope,
+                rotary,
+                value,
+            )
+            .expect("a plan"),
+            &MlaPrefillParams {
+                q: q.address(),
+                kv: kv.address(),
+                k_rope: rope.address(),
+                out: out.address(),
+                lse: lse.address(),
+                q_offsets: q_offsets.address(),
+                k_offsets: k_offsets.address(),
+                sequences: sequences.len() as i32,
+                heads: heads as i32,
+                q_row: (heads * width) as i32,
+                q_head: width as i32,
+                kv_row: (heads * kv_head) as i32,
+                kv_head: kv_head as i32,
+                rope_row: (rotary + ROPE_PADDING) as i32,
+                out_row: (heads * value) as i32,
+                out_head: value as i32,
+                scale: SCALE,
+                reserved: [0; 2],
+            },
+        );
+        let first = of_queries[0] as usize * heads;
+        let outputs = lab.read_bf16(&out, end * heads * value);
+        let logarithms = lab.read_f32(&lse, end * heads);
+        assert!(
+            outputs[..first * value].iter().all(|v| v.is_nan()),
+            "a sequence that is not in the launch was written"
+        );
+        (
+            outputs[first * value..].to_vec(),
+            logarithms[first..].to_vec(),
+        )
+    }
+
+    fn want(&self, sequence: usize, query: usize, head: usize) -> (Vec<f64>, f64) {
+        let (width, kv_head) = (self.nope + self.rotary, self.nope + self.value);
+        let (of_queries, of_keys) = self.offsets();
+        let (queries, keys) = self.lengths[sequence];
+        let at = (of_queries[sequence] as usize + query) * self.heads + head;
+        let q = reference::widen(&self.q[at * width..][..width]);
+        let (mut seen, mut values) = (Vec::new(), Vec::new());
+        for key in 0..=query + keys - queries {
+            let key = of_keys[sequence] as usize + key;
+            let row = &self.kv[(key * self.heads + head) * kv_head..][..kv_head];
+            let mut whole = reference::widen(&row[..self.nope]);
+            let rope = &self.rope[key * (self.rotary + ROPE_PADDING)..][..self.rotary];
+            whole.extend(reference::widen(rope));
+            seen.push(whole);
+            values.push(reference::widen(&row[self.nope..]));
+        }
+        reference::attend(&q, &seen, &values, f64::from(SCALE))
+    }
+
+    fn check(&self, lab: &Lab) {
+        let (out, lse) = self.run(lab, 0..self.lengths.len());
+        let (of_queries, _) = self.offsets();
+        for (sequence, (queries, _)) in self.lengths.iter().enumerate() {
+            for query in 0..*queries {
+                // All of a tile's edge, and a sample of the rest: the reference is slow.
+                if query % 64 > 1 && query % 64 < 63 && query % 7 != 0 && query + 1 != *queries {
+                    continue;
+                }
+                for head in 0..self.heads {
+                    let (want, want_lse) = self.want(sequence, query, head);
+                    let at = (of_queries[sequence] as usize + query) * self.heads + head;
+                    let what = format!("sequence {sequence} query {query} head {head}");
+                    let got = &out[at * self.value..][..self.value];
+                    close(&what, got, &want, 2.0 * BF16, 3e-3);
+                    close(&what, &[lse[at]], &[want_lse], 1e-4, 2e-3);
+                }
+            }
+        }
+    }
+}
+
+const PUBLISHED_WIDTHS: [usize; 3] = [128, 64, 128];
+const SMALL_WIDTHS: [usize; 3] = [32, 32, 32];
+
+#[test]
+fn hopper_prefill_is_causal_attention_of_each_sequence() {
+    on_every_schedule("hopper prefill", |lab| {
+        if !is_hopper(lab) {
+            return;
+        }
+        for (heads, widths, lengths) in [
+            (2, PUBLISHED_WIDTHS, vec![(7, 7), (65, 65)]),
+            (1, PUBLISHED_WIDTHS, vec![(130, 300)]),
+            (3, SMALL_WIDTHS, vec![(1, 1), (64, 64), (129, 129)]),
+            (1, SMALL_WIDTHS, vec![(5, 40), (127, 1000), (70, 101)]), // chunks behind a prefix
+        ] {
+            Prefill::new(lab, heads, widths, &lengths).check(lab);
+        }
+    });
+}
+
+#[test]
+fn hopper_prefill_gives_a_query_the_same_bits_in_any_company() {
+    on_every_schedule("hopper prefill alone", |lab| {
+        if !is_hopper(lab) {
+            return;
+        }
+        let prefill = Prefill::new(lab, 2, SMALL_WIDTHS, &[(130, 130), (3, 200), (200, 290)]);
+        let (out, lse) = prefill.run(lab, 0..3);
+        let (of_queries, _) = prefill.offsets();
+        for sequence in 0..3 {
+            let (alone, alone_lse) = prefill.run(lab, sequence..sequence + 1);
+            let [from, to] = [0, 1].map(|i| of_queries[sequence + i] as usize * 2);
+            assert_eq!(alone, out[from * 32..to * 32], "sequence {sequence}");
+            assert_eq!(alone_lse, lse[from..to], "sequence {sequence}");
         }
     });
 }

@@ -80,6 +80,11 @@ const TARGETS: &[Target] = &[
         ],
     },
     Target {
+        file: "cuda/sm90/hopper_mla_prefill_bf16.cu",
+        sources: &["hopper_mla_prefill_bf16"],
+        tests: &["hopper_attention::hopper_prefill"],
+    },
+    Target {
         file: "cuda/sm80/gate_f32.cu",
         sources: &["gate_f32"],
         tests: &["experts::the_gate"],
