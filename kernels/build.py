@@ -45,6 +45,8 @@ CLAIMS = {
     "mla_prefill_bf16": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS", "LDSM"]},
     "hopper_gemm_bf16": {"sm_90a": ["HGMMA.64x128x16.F32.BF16", "UTMALDG.2D"]},
     "hopper_gemm_fp8": {"sm_90a": ["QGMMA.64x128x32.F32.E4M3.E4M3", "UTMALDG.2D"]},
+    "hopper_mla_prefill_bf16": {"sm_90a": ["HGMMA.64x128x16.F32.BF16", "LDGSTS", "USETMAXREG"]},
+    "hopper_mla_decode_bf16": {"sm_90a": ["HGMMA.64x64x16.F32.BF16", "HGMMA.64x256x16.F32.BF16", "LDGSTS", "USETMAXREG"]},
 }
 
 

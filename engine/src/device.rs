@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use engine_cuda::{CudaExecutor, CudaLimits, Gpu, refusal};
+use engine_cuda::{AttentionChoice, CudaExecutor, CudaLimits, Gpu, refusal};
 use engine_memory::{MemoryRequest, memory_plan};
 use engine_spec::{Device, EngineConfig, ModelConfig};
 
@@ -28,8 +28,20 @@ pub fn find(choice: DeviceChoice, driver: Option<&Path>) -> Result<Found, String
         return Ok(Found::Cpu("the device cpu was asked for".into()));
     }
     match Gpu::open(driver, 0) {
-        Ok(gpu) => Ok(Found::Gpu(gpu)),
+        Ok(gpu) => Ok(Found::Gpu(gpu.with_attention(attention_choice()?))),
         Err(error) => fall_back(choice, error.to_string()),
+    }
+}
+
+/// Forces the kernels of latent attention: `auto`, `portable` or `hopper`.
+const ATTENTION: &str = "CACHALOT_CUDA_ATTENTION";
+
+fn attention_choice() -> Result<AttentionChoice, String> {
+    match std::env::var(ATTENTION) {
+        Ok(name) => name
+            .parse()
+            .map_err(|error| format!("{ATTENTION}: {error}")),
+        Err(_) => Ok(AttentionChoice::Auto),
     }
 }
 

@@ -191,10 +191,12 @@ fn executor(
         Found::Gpu(gpu) => {
             let limits = CudaLimits::from_plan(model, plan, sequences, tokens);
             tracing::info!(device = gpu.name(), resident = ?limits.resident, "loading");
-            Box::new(match weights {
+            let executor = match weights {
                 Weights::Files => CudaExecutor::load(gpu, directory, model, limits, progress)?,
                 Weights::Random(seed) => CudaExecutor::dummy(gpu, model, seed, limits, progress)?,
-            })
+            };
+            tracing::info!(kernels = %executor.attention(), "attention chosen");
+            Box::new(executor)
         }
     })
 }

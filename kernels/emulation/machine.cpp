@@ -233,6 +233,7 @@ void run_block(Worker& worker, const Launch& launch, Dim3 index, const Schedule&
     b.shared = worker.arena + PAGE + SHARED_MAX - rounded;
     b.shared_bytes = launch.shared_bytes;
     memset(b.shared, 0xFF, launch.shared_bytes);
+    b.async_view.assign(launch.shared_bytes, char(0xFF));
     memset(b.shared + launch.shared_bytes, CANARY, rounded - launch.shared_bytes);
     if (sigsetjmp(b.escape, 1) == 0) {
         b.self = schedule.order == Schedule::BACKWARD ? &b.lanes[n - 1] : &b.lanes[0];
@@ -445,6 +446,12 @@ void product_wait(unsigned left) {
     while (done < warp.products.size() && warp.products[done].group + left < warp.product_group)
         warp.products[done].run(warp.products[done]), done++;
     warp.products.erase(warp.products.begin(), warp.products.begin() + done);
+}
+
+// Takes effect when the last lane of the warp has made it: one that goes ahead without the others has fenced nothing.
+void async_proxy_fence() {
+    if (++block->warps[block->self->warp].fenced % 32 == 0)
+        memcpy(block->async_view.data(), block->shared, block->shared_bytes);
 }
 
 Outcome run(const Launch& launch, const Schedule& schedule, unsigned workers) {

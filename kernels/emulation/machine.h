@@ -78,6 +78,7 @@ using Collective = void (*)(void* const arguments[32]);
 // A wgmma that was issued and has not been waited for.
 struct Product {
     void* arguments[32]; // per lane, owned by the wrapper's frame owner (accumulators outlive it)
+    const uint32_t* registers[32]; // per lane: operand a, where that is in registers; read as late as shared memory
     void (*run)(Product& product);
     uint64_t a, b;
     unsigned warp;
@@ -91,6 +92,7 @@ struct Warp {
     const char* name;
     void* arguments[32];
     unsigned product_group;
+    unsigned fenced; // lanes that made a proxy fence, in all
     std::vector<Product> products;
 };
 
@@ -119,6 +121,8 @@ struct Block {
     const void* params;
     char* shared;
     size_t shared_bytes;
+    // Shared memory as the asynchronous proxy saw it at the last fence: what threads wrote later is not in it.
+    std::vector<char> async_view;
     std::vector<Lane> lanes;
     std::vector<Warp> warps;
     std::vector<Mbarrier> mbarriers;
@@ -151,6 +155,7 @@ void transfer_issue(const Transfer& transfer);
 void product_issue(const Product& product);
 void product_commit();
 void product_wait(unsigned left);
+void async_proxy_fence();
 // Faults unless [at, at + bytes) is inside the block's shared memory.
 void check_shared(const void* at, size_t bytes, const char* who);
 

@@ -44,6 +44,8 @@ fatbins! {
     "grouped_gemm_fp8": ["grouped_gemm_fp8_stream16", "grouped_gemm_fp8_tile"],
     "hopper_gemm_bf16": ["hopper_gemm_bf16"],
     "hopper_gemm_fp8": ["hopper_gemm_fp8"],
+    "hopper_mla_decode_bf16": ["hopper_mla_decode_bf16_512_64", "hopper_mla_decode_bf16_64_32"],
+    "hopper_mla_prefill_bf16": ["hopper_mla_prefill_bf16_128_64_128", "hopper_mla_prefill_bf16_32_32_32"],
     "logprobs_f32": ["logprobs_f32"],
     "mla_cache_write_bf16": ["mla_cache_write_bf16"],
     "mla_cache_write_fp8": ["mla_cache_write_fp8"],

@@ -11,8 +11,8 @@ mod attention;
 mod sampling;
 
 pub use attention::{
-    gqa_cache_write, gqa_decode, mla_cache_write, mla_combine, mla_decode, mla_prefill,
-    mla_row_bytes, mla_splits,
+    Tables, gqa_cache_write, gqa_decode, hopper_mla_decode, hopper_mla_prefill, mla_cache_write,
+    mla_combine, mla_decode, mla_prefill, mla_row_bytes, mla_splits,
 };
 pub use sampling::{logprobs, mask_words, sample, sample_adjust};
 

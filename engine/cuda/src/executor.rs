@@ -21,7 +21,7 @@ use crate::picking::{Picking, Place};
 use crate::shapes::{check_shapes, refusal};
 use crate::staged::Staged;
 use crate::step::{Inputs, Step};
-use crate::{CudaError, Gpu, weights};
+use crate::{ChosenAttention, CudaError, Gpu, attention, weights};
 
 /// Of a pass.
 const NOT_FINITE: &str = "logits are not finite: the weights hold infinities or NaNs, or overflow";
@@ -57,6 +57,7 @@ pub struct CudaExecutor {
     stream: Stream,
     arena: Arena,
     device: Arc<Device>,
+    attention: ChosenAttention,
     broken: Option<Broken>,
 }
 
@@ -144,8 +145,10 @@ impl CudaExecutor {
         limits: CudaLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let launches =
-            check_shapes(&model, &limits).map_err(|reason| LoadError::Backend(refusal(&reason)))?;
+        let refused = |reason| LoadError::Backend(refusal(&reason));
+        let mut launches = check_shapes(&model, &limits).map_err(refused)?;
+        let chosen = attention::choose(gpu, &model).map_err(backend)?;
+        launches.extend(attention::launches(chosen.kernels, &model, &limits).map_err(refused)?);
         let layout = Layout::new(&model, &limits);
         let (needed, free) = (layout.bytes() as u64, gpu.free_bytes().map_err(backend)?);
         if needed > free {
@@ -156,7 +159,8 @@ impl CudaExecutor {
             )));
         }
         gpu.device.load(&launches).map_err(backend)?;
-        let executor = Self::allocate(gpu, config, model, limits, layout).map_err(backend)?;
+        let executor =
+            Self::allocate(gpu, config, model, limits, layout, chosen).map_err(backend)?;
         let Self {
             model,
             layout,
@@ -173,6 +177,7 @@ impl CudaExecutor {
         model: Model,
         limits: CudaLimits,
         layout: Layout,
+        attention: ChosenAttention,
     ) -> Result<Self, DriverError> {
         let arena = Arena::new(&gpu.device, layout.bytes())?;
         let stream = gpu.device.stream()?;
@@ -214,6 +219,7 @@ impl CudaExecutor {
             stream,
             arena,
             device: gpu.device.clone(),
+            attention,
             broken: None,
         })
     }
@@ -221,6 +227,11 @@ impl CudaExecutor {
     /// The limits it was made for.
     pub fn limits(&self) -> &CudaLimits {
         &self.limits
+    }
+
+    /// The kernels of its latent attention.
+    pub fn attention(&self) -> &ChosenAttention {
+        &self.attention
     }
 
     /// What it holds.
@@ -315,6 +326,7 @@ impl CudaExecutor {
             block_size: self.limits.block_size,
             table_length: step.table_length(),
             positions_max: self.limits.model_len_max,
+            attention: self.attention.kernels,
             power_of_two: match self.limits.resident {
                 ResidentDtype::Float8E4m3(blocks) => blocks.power_of_two,
                 ResidentDtype::Bfloat16 | ResidentDtype::Float32 | ResidentDtype::Integer(..) => {

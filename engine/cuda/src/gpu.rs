@@ -6,12 +6,13 @@ use std::sync::Arc;
 use kernels::driver::{Device, Driver};
 use kernels::plan;
 
-use crate::CudaError;
+use crate::{AttentionChoice, CudaError};
 
 /// A GPU that the kernels run on.
 #[derive(Clone, Debug)]
 pub struct Gpu {
     pub(crate) device: Arc<Device>,
+    pub(crate) attention: AttentionChoice,
 }
 
 impl Gpu {
@@ -31,7 +32,16 @@ impl Gpu {
     pub fn over(device: Arc<Device>) -> Result<Self, CudaError> {
         // The smallest kernel: a driver that has no code for this device says so at the first one.
         device.load(&[plan::embed(1, 8)?])?;
-        Ok(Self { device })
+        Ok(Self {
+            device,
+            attention: AttentionChoice::default(),
+        })
+    }
+
+    /// The same GPU, where models attend with other kernels.
+    #[must_use]
+    pub fn with_attention(self, attention: AttentionChoice) -> Self {
+        Self { attention, ..self }
     }
 
     /// As the driver calls it.

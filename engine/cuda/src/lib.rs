@@ -5,6 +5,7 @@
 //! Invariant: what is computed for a token does not depend on the rest of the batch, on how a prompt was cut into chunks,
 //! nor on whether a recorded graph ran; see `tests/invariance.rs` for the proof.
 
+mod attention;
 mod error;
 mod executor;
 mod gpu;
@@ -17,6 +18,7 @@ mod staged;
 mod step;
 mod weights;
 
+pub use attention::{AttentionChoice, AttentionKernels, ChosenAttention, UnknownKernels};
 pub use error::CudaError;
 pub use executor::{AllocatedBytes, CudaExecutor};
 pub use gpu::Gpu;

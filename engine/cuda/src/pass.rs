@@ -19,9 +19,9 @@ use kernels::driver::{Arena, Stream};
 use kernels::params::{ActivationParams, Address, EmbedParams, GemmParams, Params, RmsNormParams};
 use kernels::plan::{self, Activation, Format, Launch, QUANT_GROUP};
 
-use crate::CudaError;
 use crate::layout::{Form, Layout, Placed, Span};
 use crate::step::Run;
+use crate::{AttentionKernels, CudaError};
 
 /// What a pass runs over.
 pub(crate) struct Pass<'a> {
@@ -39,6 +39,8 @@ pub(crate) struct Pass<'a> {
     pub block_size: usize,
     pub table_length: usize,
     pub positions_max: usize,
+    /// Of latent attention.
+    pub attention: AttentionKernels,
     /// FP8 scales are powers of two.
     pub power_of_two: bool,
     /// Waits to be added to the residual stream.

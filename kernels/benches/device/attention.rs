@@ -4,7 +4,7 @@ use kernels::params::{
     Address, CacheWriteParams, GqaCacheWriteParams, GqaDecodeParams, MlaCombineParams,
     MlaDecodeParams, MlaPrefillParams, RopeParams,
 };
-use kernels::plan::{self, Format, MLA_SPLIT_TOKENS};
+use kernels::plan::{self, Format, MLA_SPLIT_TOKENS, Tables};
 
 use crate::Maker;
 use crate::build::{Builder, Case, table};
@@ -39,13 +39,17 @@ pub fn cases(small: bool) -> Vec<(String, Maker)> {
         &[(1, 4096), (64, 4096)]
     };
     for &(rows, context) in decode {
-        for form in [Format::Bf16, Format::Fp8] {
-            for heads in if small { [3, 16] } else { [16, 128] } {
+        for heads in if small { [3, 16] } else { [16, 128] } {
+            for form in [Format::Bf16, Format::Fp8] {
                 all.push((
                     format!("mla_decode {form:?} {rows}x{context}, {heads} heads"),
                     Box::new(move |lab| mla_decode(lab, form, rows, context, heads)),
                 ));
             }
+            all.push((
+                format!("hopper_mla_decode {rows}x{context}, {heads} heads"),
+                Box::new(move |lab| hopper_mla_decode(lab, rows, context, heads, Tables::Own)),
+            ));
         }
         // Qwen3-30B-A3B, Llama-3-8B, Qwen2.5-0.5B.
         for shape in [[32, 4, 128], [32, 8, 128], [14, 2, 64]] {
@@ -56,11 +60,23 @@ pub fn cases(small: bool) -> Vec<(String, Maker)> {
             ));
         }
     }
+    // A chunk of a prompt: rows over one table, all of which see the whole context here.
+    let (chunk, context) = if small { (5, 70) } else { (128, 4096) };
+    for heads in if small { [3, 16] } else { [16, 128] } {
+        all.push((
+            format!("hopper_mla_decode chunk {chunk}x{context}, {heads} heads"),
+            Box::new(move |lab| hopper_mla_decode(lab, chunk, context, heads, Tables::Shared)),
+        ));
+    }
     for length in if small { vec![33] } else { vec![1024, 4096] } {
         let heads = if small { 2 } else { 16 };
         all.push((
             format!("mla_prefill {length}, {heads} heads"),
-            Box::new(move |lab| prefill(lab, length, heads)),
+            Box::new(move |lab| prefill(lab, length, heads, Generation::Any)),
+        ));
+        all.push((
+            format!("hopper_mla_prefill {length}, {heads} heads"),
+            Box::new(move |lab| prefill(lab, length, heads, Generation::Hopper)),
         ));
     }
     all
@@ -213,24 +229,71 @@ impl Parts {
 
 fn mla_decode(lab: &mut Lab, form: Format, rows: usize, context: usize, heads: usize) -> Case {
     let mut b = Builder::new(lab);
-    let width = LATENT + ROTARY;
     let (per_row, blocks, lengths) = tables(&mut b, rows, context);
     let slots = rows * per_row * BLOCK;
     let cache = match form {
-        Format::Bf16 => b.bf16s(slots * width, 1.0),
+        Format::Bf16 => b.bf16s(slots * (LATENT + ROTARY), 1.0),
         Format::Fp8 => {
             let row = fp8_row(&mut b);
             b.values(&row.repeat(slots))
         }
     };
-    let queries = b.bf16s(rows * heads * width, 1.0);
     let parts = Parts::new(&mut b, rows, heads, LATENT, context, lengths);
-    let params = MlaDecodeParams {
+    let launch = plan::mla_decode(form, rows, heads, LATENT, ROTARY, parts.splits);
+    let params = mla_params(&mut b, &parts, [cache, blocks], per_row);
+    b.step(launch, params);
+    parts.merge(&mut b);
+    let bytes = rows * context * plan::mla_row_bytes(form, LATENT, ROTARY);
+    b.finish(bytes, mla_flops(rows, context, heads))
+}
+
+fn hopper_mla_decode(
+    lab: &mut Lab,
+    rows: usize,
+    context: usize,
+    heads: usize,
+    shared: Tables,
+) -> Case {
+    let mut b = Builder::new(lab);
+    let contexts = match shared {
+        Tables::Own => rows,
+        Tables::Shared => 1,
+    };
+    let (per_row, blocks, _) = tables(&mut b, contexts, context);
+    let lengths = b.values(&vec![context as i32; rows]);
+    let cache = b.bf16s(contexts * per_row * BLOCK * (LATENT + ROTARY), 1.0);
+    let parts = Parts::new(&mut b, rows, heads, LATENT, context, lengths);
+    let launch = plan::hopper_mla_decode(rows, heads, LATENT, ROTARY, parts.splits, shared);
+    let stride = match shared {
+        Tables::Own => per_row,
+        Tables::Shared => 0,
+    };
+    let params = mla_params(&mut b, &parts, [cache, blocks], stride);
+    b.step(launch, params);
+    parts.merge(&mut b);
+    let bytes = contexts * context * plan::mla_row_bytes(Format::Bf16, LATENT, ROTARY);
+    b.finish(bytes, mla_flops(rows, context, heads))
+}
+
+fn mla_flops(rows: usize, context: usize, heads: usize) -> usize {
+    rows * context * heads * 2 * (LATENT + ROTARY + LATENT)
+}
+
+/// Decode of rows with random queries over blocks of a cache.
+fn mla_params(
+    b: &mut Builder,
+    parts: &Parts,
+    [cache, blocks]: [Address; 2],
+    blocks_stride: usize,
+) -> MlaDecodeParams {
+    let (rows, heads, width) = (parts.rows, parts.heads, LATENT + ROTARY);
+    let queries = b.bf16s(rows * heads * width, 1.0);
+    MlaDecodeParams {
         q_latent: queries,
         q_rope: queries.offset(LATENT as u64 * 2),
         cache,
         blocks,
-        lengths,
+        lengths: parts.lengths,
         partial: parts.partial,
         lse: parts.lse,
         rows: rows as i32,
@@ -240,19 +303,12 @@ fn mla_decode(lab: &mut Lab, form: Format, rows: usize, context: usize, heads: u
         qr_row: (heads * width) as i32,
         qr_head: width as i32,
         block_size: BLOCK as i32,
-        blocks_stride: per_row as i32,
+        blocks_stride: blocks_stride as i32,
         splits: parts.splits as i32,
         split_tokens: MLA_SPLIT_TOKENS as i32,
         scale: 0.07,
         reserved: 0,
-    };
-    b.step(
-        plan::mla_decode(form, rows, heads, LATENT, ROTARY, parts.splits),
-        params,
-    );
-    parts.merge(&mut b);
-    let bytes = rows * context * plan::mla_row_bytes(form, LATENT, ROTARY);
-    b.finish(bytes, rows * context * heads * 2 * (width + LATENT))
+    }
 }
 
 /// A token's row of the fp8 form.
@@ -311,7 +367,14 @@ fn gqa_decode(
     b.finish(bytes, rows * context * heads * width * 4)
 }
 
-fn prefill(lab: &mut Lab, length: usize, heads: usize) -> Case {
+/// Which devices a kernel is for.
+#[derive(Clone, Copy)]
+enum Generation {
+    Any,
+    Hopper,
+}
+
+fn prefill(lab: &mut Lab, length: usize, heads: usize, generation: Generation) -> Case {
     let mut b = Builder::new(lab);
     let (nope, rotary, value) = (128, 64, 128);
     let offsets = b.values(&[0, length as i32]);
@@ -335,10 +398,11 @@ fn prefill(lab: &mut Lab, length: usize, heads: usize) -> Case {
         scale: 0.07,
         reserved: [0; 2],
     };
-    b.step(
-        plan::mla_prefill(1, length, heads, nope, rotary, value),
-        params,
-    );
+    let plan = match generation {
+        Generation::Any => plan::mla_prefill,
+        Generation::Hopper => plan::hopper_mla_prefill,
+    };
+    b.step(plan(1, length, heads, nope, rotary, value), params);
     let bytes = length * heads * 2 * (nope + rotary + nope + 2 * value);
     b.finish(
         bytes,

@@ -99,6 +99,70 @@ pub fn mla_decode(
     })
 }
 
+/// Whose block tables the rows of a decode launch have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tables {
+    /// All rows read one table: `blocks_stride` is 0.
+    Shared,
+    /// Each row has its own.
+    Own,
+}
+
+/// Lines of (row, head) that a block of the Hopper decode takes.
+const HOPPER_LINES: usize = 64;
+
+/// [`mla_decode`] over a bf16 cache with wgmma, for devices of capability 9.0. Rows that share a table share blocks, as
+/// many as their heads leave room for. It sums in another order than [`mla_decode`] does, so a caller uses one of the two
+/// for all rows of a model.
+///
+/// # Errors
+/// A head shape that was not instantiated.
+pub fn hopper_mla_decode(
+    rows: usize,
+    heads: usize,
+    latent: usize,
+    rotary: usize,
+    splits: usize,
+    tables: Tables,
+) -> Result<Launch, Unsupported> {
+    let operation = "hopper_mla_decode";
+    rows_check(operation, "rows", rows)?;
+    rows_check(operation, "heads", heads)?;
+    check(
+        operation,
+        "splits",
+        splits,
+        (1..=GRID_YZ_MAX).contains(&splits),
+        "1 to 65535",
+    )?;
+    let (kernel, shared_bytes) = match (latent, rotary) {
+        (512, 64) => ("hopper_mla_decode_bf16_512_64", 230_400),
+        (64, 32) => ("hopper_mla_decode_bf16_64_32", 58_368),
+        _ => {
+            return Err(Unsupported {
+                operation,
+                field: "latent",
+                value: latent,
+                allowed: "latent 512 with rotary 64, or 64 with 32",
+            });
+        }
+    };
+    let rows_of_block = match tables {
+        Tables::Shared => HOPPER_LINES / heads.min(HOPPER_LINES),
+        Tables::Own => 1,
+    };
+    Ok(Launch {
+        kernel,
+        grid: [
+            rows.div_ceil(rows_of_block) as u32,
+            heads.div_ceil(HOPPER_LINES) as u32,
+            splits as u32,
+        ],
+        threads: 384,
+        shared_bytes,
+    })
+}
+
 /// Bias, norm, rotation and paged write of grouped-query attention.
 ///
 /// # Errors
@@ -225,21 +289,7 @@ pub fn mla_prefill(
     rotary: usize,
     value: usize,
 ) -> Result<Launch, Unsupported> {
-    rows_check("mla_prefill", "queries_max", queries_max)?;
-    check(
-        "mla_prefill",
-        "sequences",
-        sequences,
-        (1..=GRID_YZ_MAX).contains(&sequences),
-        "1 to 65535",
-    )?;
-    check(
-        "mla_prefill",
-        "heads",
-        heads,
-        (1..=GRID_YZ_MAX).contains(&heads),
-        "1 to 65535",
-    )?;
+    prefill_check("mla_prefill", sequences, queries_max, heads)?;
     let kernel = match (nope, rotary, value) {
         (128, 64, 128) => "mla_prefill_bf16_128_64_128",
         (32, 32, 32) => "mla_prefill_bf16_32_32_32",
@@ -264,5 +314,65 @@ pub fn mla_prefill(
         ],
         threads: 128,
         shared_bytes: shared_bytes as u32,
+    })
+}
+
+fn prefill_check(
+    operation: &'static str,
+    sequences: usize,
+    queries_max: usize,
+    heads: usize,
+) -> Result<(), Unsupported> {
+    rows_check(operation, "queries_max", queries_max)?;
+    check(
+        operation,
+        "sequences",
+        sequences,
+        (1..=GRID_YZ_MAX).contains(&sequences),
+        "1 to 65535",
+    )?;
+    check(
+        operation,
+        "heads",
+        heads,
+        (1..=GRID_YZ_MAX).contains(&heads),
+        "1 to 65535",
+    )
+}
+
+/// [`mla_prefill`] with wgmma, for devices of capability 9.0. It sums in another order.
+///
+/// # Errors
+/// A head shape that was not instantiated.
+pub fn hopper_mla_prefill(
+    sequences: usize,
+    queries_max: usize,
+    heads: usize,
+    nope: usize,
+    rotary: usize,
+    value: usize,
+) -> Result<Launch, Unsupported> {
+    prefill_check("hopper_mla_prefill", sequences, queries_max, heads)?;
+    let (kernel, shared_bytes) = match (nope, rotary, value) {
+        (128, 64, 128) => ("hopper_mla_prefill_bf16_128_64_128", 214_016),
+        (32, 32, 32) => ("hopper_mla_prefill_bf16_32_32_32", 82_944),
+        _ => {
+            return Err(Unsupported {
+                operation: "hopper_mla_prefill",
+                field: "nope",
+                value: nope,
+                allowed: "nope, rotary, value of 128, 64, 128 or 32, 32, 32",
+            });
+        }
+    };
+    Ok(Launch {
+        kernel,
+        grid: [
+            queries_max.div_ceil(128) as u32,
+            heads as u32,
+            sequences as u32,
+        ],
+        threads: 384,
+        shared_bytes,
     })
 }

@@ -104,10 +104,12 @@ fn kernels_take_the_arguments_that_the_host_sends() {
 }
 
 fn params_bytes(kernel: &str) -> usize {
-    let sizes: [(&str, usize); 21] = [
+    let sizes: [(&str, usize); 23] = [
         ("hopper_gemm_fp8", size_of::<params::HopperFp8GemmParams>()),
         ("copy_blocks", size_of::<params::CopyBlocksParams>()),
         ("hopper_gemm", size_of::<params::HopperGemmParams>()),
+        ("hopper_mla_decode", size_of::<params::MlaDecodeParams>()),
+        ("hopper_mla_prefill", size_of::<params::MlaPrefillParams>()),
         ("gemm", size_of::<params::GemmParams>()),
         ("grouped_gemm", size_of::<params::GemmParams>()),
         ("embed", size_of::<params::EmbedParams>()),

@@ -72,6 +72,19 @@ const TARGETS: &[Target] = &[
         tests: &["gemms::hopper_fp8"],
     },
     Target {
+        file: "cuda/sm90/hopper_mla_decode_bf16.cu",
+        sources: &["hopper_mla_decode_bf16", "mla_combine_bf16"],
+        tests: &[
+            "hopper_attention::hopper_decode_a",
+            "hopper_attention::a_row",
+        ],
+    },
+    Target {
+        file: "cuda/sm90/hopper_mla_prefill_bf16.cu",
+        sources: &["hopper_mla_prefill_bf16"],
+        tests: &["hopper_attention::hopper_prefill"],
+    },
+    Target {
         file: "cuda/sm80/gate_f32.cu",
         sources: &["gate_f32"],
         tests: &["experts::the_gate"],
@@ -188,6 +201,7 @@ const RULES: &[(&str, &str)] = &[
     ("wgmma_fence()", "(void)0"),
     ("mbarrier_init_fence()", "(void)0"),
     ("wgmma_commit()", "(void)0"),
+    ("async_proxy_fence()", "(void)0"),
     ("within(", "true"),
 ];
 

@@ -7,12 +7,12 @@ use engine_model::{LatentAttention, Slot};
 use kernels::params::{
     Address, CacheWriteParams, GemmParams, MlaCombineParams, MlaDecodeParams, RopeParams,
 };
-use kernels::plan::{self, Format, MLA_SPLIT_TOKENS};
+use kernels::plan::{self, Format, MLA_SPLIT_TOKENS, Tables};
 
 use super::Pass;
-use crate::CudaError;
 use crate::layout::Form;
 use crate::step::Run;
+use crate::{AttentionKernels, CudaError};
 
 /// One product for each head: `out[row, head] = matrix[head] input[row, head]`.
 struct PerHead {
@@ -244,7 +244,20 @@ impl Pass<'_> {
             scale,
             reserved: 0,
         };
-        let launch = plan::mla_decode(Format::Bf16, run.rows, heads, latent, rope, run.splits)?;
+        let (rows, splits) = (run.rows, run.splits);
+        let launch = match self.attention {
+            AttentionKernels::Portable => {
+                plan::mla_decode(Format::Bf16, rows, heads, latent, rope, splits)?
+            }
+            AttentionKernels::Hopper => {
+                let tables = if run.one_table {
+                    Tables::Shared
+                } else {
+                    Tables::Own
+                };
+                plan::hopper_mla_decode(rows, heads, latent, rope, splits, tables)?
+            }
+        };
         self.launch(&launch, &decode)?;
         self.merge(heads, latent, run, Slot::LatentValue)
     }
