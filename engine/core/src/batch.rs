@@ -326,6 +326,15 @@ pub trait Executor: Send {
         Err(ExecuteError::InvalidBatch(problem))
     }
 
+    /// Called now and then while there is nothing to compute, for a backend that depends on others to see whether they
+    /// are there.
+    ///
+    /// # Errors
+    /// [`ExecuteError::Fatal`]: the engine must not be used any more.
+    fn idle(&mut self) -> Result<(), ExecuteError> {
+        Ok(())
+    }
+
     /// Puts `staged` in the place of the weights in use, between two steps, and gives those back. Moves pointers, no
     /// tensors. The contents of all blocks are then of other weights.
     ///

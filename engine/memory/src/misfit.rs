@@ -63,8 +63,7 @@ pub enum Misfit {
     NoPredictionLayer(Architecture),
     /// Drafts were asked for where no backend makes them.
     #[error(
-        "numSpeculativeTokens is above 0, but drafts are served on the device cpu in one rank only; leave it out, or ask \
-         for that device"
+        "numSpeculativeTokens is above 0, but drafts are served on the device cpu only; leave it out, or ask for that device"
     )]
     DraftsNotServed,
     /// The weights are in the CPU's layout.
