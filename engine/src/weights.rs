@@ -36,7 +36,11 @@ pub fn origin(
         revision: config.model.revision.clone(),
         digest: None,
     };
+    let ranks = serving.plan.ranks;
     let loader = match (weights, serving.is_cpu) {
+        (Weights::Files, _) if ranks > 1 => Err(format!(
+            "{ranks} ranks share the model, and weights are replaced in an engine of one rank only"
+        )),
         (Weights::Random(_), _) => Err("they are random numbers (--load-format dummy)".to_owned()),
         (Weights::Files, false) => {
             Err("the CUDA backend does not take other weights while it runs".to_owned())
