@@ -145,6 +145,13 @@ fn crates_import_only_what_the_architecture_allows() {
             "kubectl-cachalot",
             &["kube", "engine-", "axum", "hyper", "ureq"],
         ),
+        (
+            "engine-group",
+            &[
+                "kube", "kube-", "axum", "hyper", "tokio", "operator-", "engine-load", "engine-cpu", "engine-cuda",
+                "engine-server", "kernels",
+            ],
+        ),
         ("engine-cpu", &["kube", "axum", "tokio", "operator-"]),
         ("engine-cuda", &["kube", "axum", "tokio", "operator-"]),
         (

@@ -142,6 +142,9 @@ pub struct ServeArguments {
     /// Shared with `plan`.
     #[command(flatten)]
     pub engine: ConfigArguments,
+    /// The ranks that serve one replica together.
+    #[command(flatten)]
+    pub group: GroupArguments,
     /// Name that clients ask for [default: last part of the model]
     #[arg(long, value_name = "NAME")]
     pub served_model_name: Option<String>,
@@ -219,6 +222,42 @@ pub struct ServeArguments {
     /// Form of the log
     #[arg(long, value_enum, env = "ENGINE_LOG_FORMAT", default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
+}
+
+/// The ranks that serve one replica together, each a process with its share of the weights.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Ranks")]
+pub struct GroupArguments {
+    /// Processes that serve the model together, each with its share of the weights
+    #[arg(
+        long,
+        value_name = "COUNT",
+        env = "ENGINE_WORLD_SIZE",
+        default_value_t = 1
+    )]
+    pub world_size: u32,
+    /// Which of them this is, from 0; rank 0 takes the requests, the others answer probes only
+    #[arg(long, value_name = "NUMBER", env = "ENGINE_RANK", default_value_t = 0)]
+    pub rank: u32,
+    /// Where rank 0 listens for the others; on rank 0 a name means all addresses of the machine
+    #[arg(long, value_name = "HOST:PORT", env = "ENGINE_LEADER")]
+    pub leader: Option<String>,
+    /// Seconds that all ranks may take to come, and to load their shares
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "ENGINE_JOIN_TIMEOUT_SECONDS",
+        default_value_t = 1800
+    )]
+    pub join_timeout_seconds: u32,
+    /// Seconds without a word after which a rank counts as gone; all others then end
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "ENGINE_GROUP_TIMEOUT_SECONDS",
+        default_value_t = 30
+    )]
+    pub group_timeout_seconds: u32,
 }
 
 /// Where the weights come from.

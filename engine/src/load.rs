@@ -9,6 +9,7 @@ use std::sync::Arc;
 use engine_core::{Executor, Limits};
 use engine_cpu::{CpuExecutor, CpuLimits, available_threads};
 use engine_cuda::{CudaExecutor, CudaLimits};
+use engine_group::{Follower, LeadingExecutor, ProcessGroup, TcpGroup};
 use engine_load::{FetchSettings, LoadError, PACKED_FILE, PackedModel, Progress, read_config};
 use engine_memory::{MemoryPlan, MemoryRequest, memory_plan};
 use engine_server::{LoadFailure, Loaded, StartupHandle};
@@ -19,6 +20,7 @@ use crate::bandwidth;
 use crate::cli::DeviceChoice;
 use crate::device::{self, Found};
 use crate::dummy;
+use crate::ranks::{Joined, World, incomplete};
 use crate::weights::Serving;
 
 pub(crate) fn failure(reason: &str, message: impl Into<String>) -> LoadFailure {
@@ -53,15 +55,28 @@ pub struct Machine {
     pub cache_dir: PathBuf,
     /// Whether to check the digests of packed weights.
     pub verify_weights: bool,
+    /// This process's place among the ranks.
+    pub world: World,
 }
 
-/// Loads what `config` names; runs on the engine's thread.
-pub fn load(
+/// A model that was fetched and planned, on a machine and in a group that serve it.
+struct Prepared {
+    config: EngineConfig,
+    found: Found,
+    directory: PathBuf,
+    model: ModelConfig,
+    plan: MemoryPlan,
+    group: Arc<dyn ProcessGroup>,
+    tcp: Option<Arc<TcpGroup>>,
+}
+
+/// Fetches what `config` names, plans its memory and finds the other ranks.
+fn prepare(
     mut config: EngineConfig,
     machine: &Machine,
     weights: Weights,
     startup: &StartupHandle,
-) -> Result<Loaded, LoadFailure> {
+) -> Result<Prepared, LoadFailure> {
     let unavailable = |why: String| failure("DeviceUnavailable", why);
     // Before anything is fetched: a GPU that is not there does not come with the weights.
     let found =
@@ -78,6 +93,7 @@ pub fn load(
         Weights::Random(_) => dummy::directory(&config)?,
     };
     let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
+    config.parallelism = machine.world.parallelism(&config, &model)?;
     let found = device::settle(found, machine.choice, &config, &model).map_err(unavailable)?;
     config.device = match &found {
         Found::Cpu(_) => Device::Cpu,
@@ -93,7 +109,39 @@ pub fn load(
         max_model_len = plan.max_model_len,
         "memory planned"
     );
-    let text = read_text(&directory, |directory| match weights {
+    let Joined { group, tcp, plan } = machine.world.join(&config, &plan, weights, &directory)?;
+    Ok(Prepared {
+        config,
+        found,
+        directory,
+        model,
+        plan,
+        group,
+        tcp,
+    })
+}
+
+/// Loads what `config` names; runs on the engine's thread. `found_group` is told of the group that it leads.
+pub fn load(
+    config: EngineConfig,
+    machine: &Machine,
+    weights: Weights,
+    startup: &StartupHandle,
+    found_group: impl FnOnce(Arc<TcpGroup>),
+) -> Result<Loaded, LoadFailure> {
+    let prepared = prepare(config, machine, weights, startup)?;
+    if let Some(group) = &prepared.tcp {
+        found_group(group.clone());
+    }
+    let Prepared {
+        config,
+        found,
+        directory,
+        model,
+        plan,
+        ..
+    } = &prepared;
+    let text = read_text(directory, |directory| match weights {
         Weights::Files => {
             let message = format!(
                 "{} has no tokenizer.json; a model needs one to be served",
@@ -101,19 +149,17 @@ pub fn load(
             );
             Err(failure("ModelConfigInvalid", message))
         }
-        Weights::Random(_) => dummy::tokenizer(&model),
+        Weights::Random(_) => dummy::tokenizer(model),
     })?;
-    let roofline = match &found {
-        Found::Cpu(_) => Some(bandwidth::roofline(&model, &plan, available_threads())),
+    let roofline = match found {
+        Found::Cpu(_) => Some(bandwidth::roofline(model, plan, available_threads())),
         Found::Gpu(_) => None,
     };
-    let loaded = Arc::new(Progress::default());
-    startup.enter(StartupPhase::Loading, bytes_of(&loaded));
-    if machine.verify_weights {
-        verify(&directory, &loaded).map_err(|error| from_load_error(&error))?;
-    }
-    let executor = executor(&config, &model, &plan, &found, weights, &directory, &loaded)
-        .map_err(|error| from_load_error(&error))?;
+    let executor = load_weights(&prepared, machine, weights, startup)?;
+    let executor: Box<dyn Executor> = match prepared.tcp {
+        Some(_) => Box::new(LeadingExecutor::new(executor, prepared.group.clone())),
+        None => executor,
+    };
     let limits = Limits {
         vocabulary: executor.vocabulary(),
         max_model_len: plan.max_model_len as usize,
@@ -125,12 +171,12 @@ pub fn load(
         draft_tokens: plan.draft_tokens as usize,
     };
     let weights = crate::weights::origin(
-        &config,
+        config,
         weights,
         Serving {
-            model,
-            plan,
-            directory,
+            model: model.clone(),
+            plan: *plan,
+            directory: directory.clone(),
             is_cpu: matches!(found, Found::Cpu(_)),
         },
         &machine.cache_dir,
@@ -142,6 +188,40 @@ pub fn load(
         weights,
         roofline,
     })
+}
+
+/// Loads this rank's share of what `config` names; runs on the rank's thread.
+pub fn load_rank(
+    config: EngineConfig,
+    machine: &Machine,
+    weights: Weights,
+    startup: &StartupHandle,
+) -> Result<Follower, LoadFailure> {
+    let prepared = prepare(config, machine, weights, startup)?;
+    let executor = load_weights(&prepared, machine, weights, startup)?;
+    let timeout = machine.world.timeout;
+    Ok(Follower::new(executor, prepared.group, timeout))
+}
+
+/// Loads this rank's weights, and waits until all ranks have theirs.
+fn load_weights(
+    prepared: &Prepared,
+    machine: &Machine,
+    weights: Weights,
+    startup: &StartupHandle,
+) -> Result<Box<dyn Executor>, LoadFailure> {
+    let loaded = Arc::new(Progress::default());
+    startup.enter(StartupPhase::Loading, bytes_of(&loaded));
+    if machine.verify_weights {
+        verify(&prepared.directory, &loaded).map_err(|error| from_load_error(&error))?;
+    }
+    let executor = executor(prepared, weights, &loaded).map_err(|error| from_load_error(&error))?;
+    let patience = machine.world.patience;
+    prepared
+        .group
+        .barrier(patience)
+        .map_err(|error| incomplete(&error))?;
+    Ok(executor)
 }
 
 /// The local directory of a model.
@@ -167,14 +247,19 @@ fn verify(directory: &Path, progress: &Progress) -> Result<(), LoadError> {
 
 /// The backend of the device that was found, with the weights in its memory.
 fn executor(
-    config: &EngineConfig,
-    model: &ModelConfig,
-    plan: &MemoryPlan,
-    found: &Found,
+    prepared: &Prepared,
     weights: Weights,
-    directory: &Path,
     progress: &Progress,
 ) -> Result<Box<dyn Executor>, LoadError> {
+    let Prepared {
+        config,
+        found,
+        directory,
+        model,
+        plan,
+        group,
+        ..
+    } = prepared;
     if let Weights::Random(seed) = weights {
         tracing::warn!(seed, "the weights are random: answers mean nothing");
     }
@@ -184,8 +269,12 @@ fn executor(
             let limits = CpuLimits::from_plan(plan, sequences, tokens);
             tracing::info!(threads = limits.threads, isa = ?limits.isa, resident = ?limits.resident, "loading");
             Box::new(match weights {
-                Weights::Files => CpuExecutor::load(directory, model, limits, progress)?,
-                Weights::Random(seed) => CpuExecutor::dummy(model, seed, limits, progress)?,
+                Weights::Files => {
+                    CpuExecutor::load_share(directory, model, limits, group.clone(), progress)?
+                }
+                Weights::Random(seed) => {
+                    CpuExecutor::dummy_share(model, seed, limits, group.clone(), progress)?
+                }
             })
         }
         Found::Gpu(gpu) => {

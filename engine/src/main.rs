@@ -12,6 +12,7 @@ mod load;
 mod mapping;
 mod pack;
 mod plan;
+mod ranks;
 #[cfg(test)]
 mod reference;
 mod serve;

@@ -1,26 +1,32 @@
 //! `engine serve`: bind first, then load, then serve until a signal comes.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
+use engine_group::{Command, TcpGroup};
 use engine_server::{
-    ApiKeys, LoadFailure, Loader, ServerOptions, StartupHandle, Tls, TlsFiles, serve,
+    ApiKeys, LoadFailure, Loader, RankLoader, ServerOptions, StartupHandle, Tls, TlsFiles, serve,
+    serve_rank,
 };
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::{LoadFormat, ServeArguments};
 use crate::load::Weights;
+use crate::ranks::World;
 use crate::{configure, load, telemetry};
 
 /// Threads for HTTP; the backend has its own.
 const HTTP_THREADS: usize = 2;
+/// Time to tell the other ranks that this one ends.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// Serves until SIGTERM or SIGINT; a second signal ends the process at once.
 pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
     let config = configure::for_serve(&arguments)?;
+    let world = World::new(&arguments.group)?;
     let api_keys = keys("--api-key-file", arguments.api_key_file.as_deref())?;
     let admin_keys = keys("--admin-key-file", arguments.admin_key_file.as_deref())?;
     let tls = tls(&arguments).context("--tls-cert-file")?;
@@ -59,16 +65,12 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
             cuda_driver: arguments.engine.cuda_driver.clone(),
             cache_dir: arguments.engine.cache_dir.clone(),
             verify_weights: arguments.verify_weights,
+            world: world.clone(),
         };
         let weights = match arguments.load_format {
             LoadFormat::Auto => Weights::Files,
             LoadFormat::Dummy => Weights::Random(arguments.seed),
         };
-        let loader: Loader = Box::new(move |startup: &StartupHandle| -> Result<_, LoadFailure> {
-            let mut loaded = load::load(config, &machine, weights, startup)?;
-            loaded.text.set_tool_call_parser(tool_call_parser);
-            Ok(loaded)
-        });
         let shutdown = async move {
             tokio::select! {
                 _ = terminate.recv() => {}
@@ -83,7 +85,28 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
                 std::process::exit(1);
             });
         };
-        Ok(serve(listener, options, loader, shutdown).await?)
+        if !world.rank.is_leader() {
+            let loader: RankLoader = Box::new(move |startup: &StartupHandle| {
+                load::load_rank(config, &machine, weights, startup)
+            });
+            return Ok(serve_rank(listener, options, loader, shutdown).await?);
+        }
+        let group: Arc<OnceLock<Arc<TcpGroup>>> = Arc::default();
+        let found_group = group.clone();
+        let loader: Loader = Box::new(move |startup: &StartupHandle| -> Result<_, LoadFailure> {
+            let mut loaded = load::load(config, &machine, weights, startup, |group| {
+                // Called once.
+                let _ = found_group.set(group);
+            })?;
+            loaded.text.set_tool_call_parser(tool_call_parser);
+            Ok(loaded)
+        });
+        serve(listener, options, loader, shutdown).await?;
+        if let Some(group) = group.get() {
+            // Ranks that do not hear it notice that this one is gone.
+            let _ = group.try_broadcast(&Command::End.encode(), LAST_WORD);
+        }
+        Ok(())
     });
     // A load that is still going on must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_millis(100));

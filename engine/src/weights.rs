@@ -39,8 +39,12 @@ pub fn origin(
         revision: config.model.revision.clone(),
         digest: None,
     };
+    let ranks = serving.plan.ranks;
     let loader = match weights {
         Weights::Random(_) => Err("they are random numbers (--load-format dummy)".to_owned()),
+        Weights::Files if ranks > 1 => Err(format!(
+            "{ranks} ranks share the model, and weights are replaced in an engine of one rank only"
+        )),
         Weights::Files => {
             let Serving { model, plan, .. } = &serving;
             let (sequences, tokens) = (config.max_num_seqs, config.max_num_batched_tokens);

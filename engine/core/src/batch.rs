@@ -333,6 +333,15 @@ pub trait Executor: Send {
         None
     }
 
+    /// Called now and then while there is nothing to compute, for a backend that depends on others to see whether they
+    /// are there.
+    ///
+    /// # Errors
+    /// [`ExecuteError::Fatal`]: the engine must not be used any more.
+    fn idle(&mut self) -> Result<(), ExecuteError> {
+        Ok(())
+    }
+
     /// Puts `staged` in the place of the weights in use, between two steps, and gives those back. Moves pointers where
     /// both are in memory that computes, and bytes where one is not. The contents of all blocks are then of other weights.
     ///

@@ -12,17 +12,24 @@
 
 mod attend;
 mod attention;
+mod exchange;
 mod grouped;
 mod moe;
 mod prediction;
 
+use std::sync::Arc;
+
 use engine_core::{BlockId, Logits};
+use engine_group::ProcessGroup;
 use engine_model::{
     Attention, Backend, Gate, GatedMlp, GroupedAttention, KvLayout, LatentAttention, Mlp, Model,
-    Moe, Norm, Rope, Slot, WeightId,
+    Moe, Norm, Rope, RowShare, Slot, WeightId,
 };
+use engine_spec::Rank;
 
 use self::attend::Attending;
+pub(crate) use self::exchange::StepError;
+use self::exchange::{Columns, Owners, bytes_of};
 use self::moe::Chosen;
 use crate::cache::Cache;
 use crate::compute::{Area, Compute, Gated, Job, Shared};
@@ -88,6 +95,12 @@ struct Buffer {
 #[derive(Debug)]
 pub(crate) struct CpuBackend {
     compute: Compute,
+    /// The other ranks.
+    group: Arc<dyn ProcessGroup>,
+    rank: Rank,
+    /// By tensor: which rows of it this rank has.
+    shares: Vec<Option<RowShare>>,
+    owners: Owners,
     weights: Weights,
     cache: Cache,
     rope: Rope,
@@ -106,6 +119,7 @@ pub(crate) struct CpuBackend {
 impl CpuBackend {
     pub fn new(
         compute: Compute,
+        group: Arc<dyn ProcessGroup>,
         model: &Model,
         weights: Weights,
         cache: Cache,
@@ -144,6 +158,10 @@ impl CpuBackend {
         );
         Self {
             compute,
+            group,
+            rank: model.rank,
+            shares: model.tensors.iter().map(|spec| spec.share).collect(),
+            owners: Owners::default(),
             weights,
             cache,
             rope: model.rope.clone(),
@@ -239,26 +257,19 @@ impl CpuBackend {
 }
 
 impl Backend for CpuBackend {
-    type Error = WorkerPanic;
+    type Error = StepError;
 
-    fn embed(&mut self, table: WeightId) -> Result<(), WorkerPanic> {
+    fn embed(&mut self, table: WeightId) -> Result<(), StepError> {
         let width = self.rope.width();
         for (row, position) in self.step.positions.iter().enumerate() {
             let turn = &mut self.cos_sin[row * width..(row + 1) * width];
             self.rope.fill(*position, turn);
         }
-        let matrix = self.weights.matrix(table);
-        let hidden = &mut self.slots[Slot::Hidden as usize].values;
-        for (row, token) in hidden
-            .chunks_exact_mut(matrix.columns)
-            .zip(&self.step.tokens)
-        {
-            matrix.read_row(*token as usize, row);
-        }
-        Ok(())
+        self.fresh(Slot::Hidden);
+        self.look_up(table)
     }
 
-    fn norm(&mut self, norm: &Norm, from: Slot, to: Slot) -> Result<(), WorkerPanic> {
+    fn norm(&mut self, norm: &Norm, from: Slot, to: Slot) -> Result<(), StepError> {
         let rows = self.rows();
         let (input, out) = (self.wide(from), self.fresh(to));
         let weight = self.weights.precise(norm.weight);
@@ -271,24 +282,30 @@ impl Backend for CpuBackend {
             epsilon: norm.epsilon,
         };
         // SAFETY: each task has its own rows, as wide as the weight.
-        unsafe { self.compute.kernels(rows, rows * weight.len() * 2, &kernel) }
+        unsafe {
+            self.compute
+                .kernels(rows, rows * weight.len() * 2, &kernel)?
+        };
+        Ok(())
     }
 
-    fn linear(&mut self, weight: WeightId, from: Slot, to: Slot) -> Result<(), WorkerPanic> {
+    fn linear(&mut self, weight: WeightId, from: Slot, to: Slot) -> Result<(), StepError> {
         let count = self.rows();
         let (input, out) = (self.factors(from, &[weight])?, self.fresh(to));
+        let (first, columns) = self.place(weight, to);
         let matrix = self.weights.matrix(weight);
-        let job = Job::new(matrix, input, Rows::From(0), count, out);
+        let job = Job::new(matrix, input, Rows::From(0), count, out.skip(first));
         // SAFETY: different slots of the widths that the model planned for this weight.
-        unsafe { self.compute.products(&[job]) }
+        unsafe { self.compute.products(&[job])? };
+        self.complete(to, columns)
     }
 
-    fn mlp(&mut self, mlp: &GatedMlp, from: Slot, to: Slot) -> Result<(), WorkerPanic> {
+    fn mlp(&mut self, mlp: &GatedMlp, from: Slot, to: Slot) -> Result<(), StepError> {
         let rows = self.rows();
         let (input, out) = (self.factors(from, &[mlp.gate, mlp.up])?, self.fresh(to));
-        let part = rows * mlp.inner;
-        let gate = Area::new(&mut self.mlp, mlp.inner);
-        let mut product = gate.skip(2 * part);
+        let part = rows * mlp.held;
+        let gate = Area::new(&mut self.mlp, mlp.held);
+        let mut product = gate.skip(2 * part).with_stride(mlp.inner);
         if self.weights.is_packed(mlp.down) {
             product = product.rounded();
         }
@@ -300,40 +317,50 @@ impl Backend for CpuBackend {
             gate: job(mlp.gate, gate),
             up: job(mlp.up, gate.skip(part)),
             out: product,
+            skip: mlp.first,
         };
-        // SAFETY: three different parts of the scratch, which holds three parts of `rows * inner`.
+        // SAFETY: three different parts of the scratch, which holds two of `rows * held` and one of `rows * inner`.
         unsafe { self.compute.products(&[gated])? };
+        if !self.rank.is_alone() {
+            let layout = self.product_columns(mlp, rows, 2 * part);
+            self.group.all_gather(bytes_of(&mut self.mlp), &layout)?;
+            product.start = Area::new(&mut self.mlp, mlp.inner).skip(2 * part).start;
+        }
+        let (first, columns) = self.place(mlp.down, to);
         let matrix = self.weights.matrix(mlp.down);
-        let down = Job::new(matrix, product, Rows::From(0), rows, out);
+        let down = Job::new(matrix, product, Rows::From(0), rows, out.skip(first));
         // SAFETY: from the scratch to a slot.
-        unsafe { self.compute.products(&[down]) }
+        unsafe { self.compute.products(&[down])? };
+        self.complete(to, columns)
     }
 
     fn latent_attention(
         &mut self,
         layer: usize,
         attention: &LatentAttention,
-    ) -> Result<(), WorkerPanic> {
-        self.attend_latent(layer, attention)
+    ) -> Result<(), StepError> {
+        self.attend_latent(layer, attention)?;
+        self.complete(Slot::Value, Some(attention.all_heads * attention.value))
     }
 
     fn grouped_attention(
         &mut self,
         layer: usize,
         attention: &GroupedAttention,
-    ) -> Result<(), WorkerPanic> {
-        self.attend_grouped(layer, attention)
+    ) -> Result<(), StepError> {
+        self.attend_grouped(layer, attention)?;
+        self.complete(Slot::Value, Some(attention.all_heads * attention.width))
     }
 
-    fn gate(&mut self, gate: &Gate, from: Slot) -> Result<(), WorkerPanic> {
-        self.choose_experts(gate, from)
+    fn gate(&mut self, gate: &Gate, from: Slot) -> Result<(), StepError> {
+        Ok(self.choose_experts(gate, from)?)
     }
 
-    fn experts(&mut self, moe: &Moe, from: Slot, to: Slot) -> Result<(), WorkerPanic> {
+    fn experts(&mut self, moe: &Moe, from: Slot, to: Slot) -> Result<(), StepError> {
         self.run_experts(moe, from, to)
     }
 
-    fn add(&mut self, from: Slot, to: Slot) -> Result<(), WorkerPanic> {
+    fn add(&mut self, from: Slot, to: Slot) -> Result<(), StepError> {
         let count = self.rows() * self.slots[to as usize].width;
         let (term, sum) = (self.wide(from).start, self.wide(to).start);
         let kernel = |task: usize| {
@@ -346,16 +373,34 @@ impl Backend for CpuBackend {
             }
         };
         // SAFETY: different slots of the same width; the spans are disjoint.
-        unsafe { self.compute.kernels(count.div_ceil(SPAN), count, &kernel) }
+        unsafe { self.compute.kernels(count.div_ceil(SPAN), count, &kernel)? };
+        Ok(())
     }
 
-    fn head(&mut self, norm: &Norm, table: WeightId) -> Result<(), WorkerPanic> {
+    fn head(&mut self, norm: &Norm, table: WeightId) -> Result<(), StepError> {
         self.norm_wanted(norm, Slot::Normed)?;
-        self.project_wanted(table)
+        self.project_wanted(table)?;
+        self.collect_logits()
     }
 }
 
 impl CpuBackend {
+    /// Where the ranks' gated values are, `skip` values into the scratch.
+    fn product_columns(&self, mlp: &GatedMlp, rows: usize, skip: usize) -> Columns {
+        let element = match self.weights.is_packed(mlp.down) {
+            true => 2,
+            false => size_of::<f32>(),
+        };
+        Columns {
+            rank: self.rank,
+            rows,
+            columns: mlp.inner,
+            element,
+            skip: skip * size_of::<f32>(),
+            stride: mlp.inner * size_of::<f32>(),
+        }
+    }
+
     /// `to` = the normed hidden states of the rows that want logits, in their order.
     fn norm_wanted(&mut self, norm: &Norm, to: Slot) -> Result<(), WorkerPanic> {
         let count = self.step.wanted.len();
@@ -388,9 +433,11 @@ impl CpuBackend {
             normed = normed.rounded();
         }
         let matrix = self.weights.matrix(table);
-        let out = Area::new(self.step.logits.as_mut_slice(), matrix.rows);
+        let first = self.shares[table.index()].map_or(0, |share| share.first);
+        let vocabulary = self.step.logits.vocabulary();
+        let out = Area::new(self.step.logits.as_mut_slice(), vocabulary).skip(first);
         let job = Job::new(matrix, normed, Rows::From(0), count, out);
-        // SAFETY: the logits have `count` rows of the table's length.
+        // SAFETY: the logits have `count` rows of the vocabulary, of which the table is this rank's share.
         unsafe { self.compute.products(&[job]) }
     }
 }

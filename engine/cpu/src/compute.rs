@@ -281,6 +281,8 @@ pub(crate) struct Gated<'a> {
     pub up: Job<'a>,
     /// In the form that the products read.
     pub out: Area,
+    /// Values of an output row, in whichever form, before the first one of the product.
+    pub skip: usize,
 }
 
 impl Tiled for Gated<'_> {
@@ -310,6 +312,7 @@ impl Tiled for Gated<'_> {
                 let gate = self.gate.out.row(index).add(first).cast_const();
                 let up = self.up.out.row(index).add(first).cast_const();
                 let out = self.out.row(index);
+                let first = self.skip + first;
                 if self.out.is_rounded {
                     let out = out.cast::<u16>().add(first);
                     place.isa.run_paired(RoundedSiluProduct {

@@ -1,19 +1,21 @@
 //! The CPU backend behind [`engine_core::Executor`].
 
 use std::path::Path;
+use std::sync::Arc;
 
 use engine_core::{Batch, BatchBounds, DraftBatch, ExecuteError, Executor, Logits, StagedWeights};
+use engine_group::{Alone, ProcessGroup};
 use engine_load::{Checkpoint, Dummy, LoadError, PACKED_FILE, PackedModel, Progress};
 use engine_memory::{MemoryPlan, ResidentDtype};
-use engine_model::{Model, forward, forward_to_draft, predict};
-use engine_spec::ModelConfig;
+use engine_model::{Drafting, Model, build_share, forward, forward_to_draft, predict};
+use engine_spec::{ModelConfig, Rank};
 
-use crate::backend::{CpuBackend, Step};
+use crate::backend::{CpuBackend, Step, StepError};
 use crate::cache::Cache;
 use crate::compute::Compute;
 use crate::kernels::Isa;
 use crate::packfile;
-use crate::pool::{Pool, WorkerPanic, available_threads};
+use crate::pool::{Pool, available_threads};
 use crate::trim::return_free_memory;
 use crate::weights::Weights;
 
@@ -111,10 +113,25 @@ impl CpuExecutor {
         limits: CpuLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let model = build(config, &limits);
+        Self::load_share(dir, config, limits, Arc::new(Alone), progress)
+    }
+
+    /// The same as one of the ranks of `group`, with its share of the weights. All ranks must then be given the same
+    /// batches in the same order; rank 0 gets the logits.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn load_share(
+        dir: &Path,
+        config: &ModelConfig,
+        limits: CpuLimits,
+        group: Arc<dyn ProcessGroup>,
+        progress: &Progress,
+    ) -> Result<Self, LoadError> {
+        let model = build(config, &limits, group.rank());
         let mut pool = pool(limits.threads)?;
         let weights = read(dir, config, &model, limits.resident, &mut pool, progress)?;
-        Ok(Self::new(config, model, weights, pool, limits))
+        Ok(Self::new(config, group, model, weights, pool, limits))
     }
 
     /// The same with random weights, for benchmarks; see [`Dummy`].
@@ -127,11 +144,25 @@ impl CpuExecutor {
         limits: CpuLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let model = build(config, &limits);
+        Self::dummy_share(config, seed, limits, Arc::new(Alone), progress)
+    }
+
+    /// The same as one of the ranks of `group`; see [`Self::load_share`].
+    ///
+    /// # Errors
+    /// When a thread cannot be started or fails.
+    pub fn dummy_share(
+        config: &ModelConfig,
+        seed: u64,
+        limits: CpuLimits,
+        group: Arc<dyn ProcessGroup>,
+        progress: &Progress,
+    ) -> Result<Self, LoadError> {
+        let model = build(config, &limits, group.rank());
         let mut pool = pool(limits.threads)?;
         let source = Dummy::new(config, seed);
         let weights = Weights::load(&source, &model, limits.resident, &mut pool, progress)?;
-        Ok(Self::new(config, model, weights, pool, limits))
+        Ok(Self::new(config, group, model, weights, pool, limits))
     }
 
     /// Loads other weights of the same model beside those that an executor of these limits has in use; see
@@ -145,7 +176,7 @@ impl CpuExecutor {
         limits: &CpuLimits,
         progress: &Progress,
     ) -> Result<StagedWeights, LoadError> {
-        let model = build(config, limits);
+        let model = build(config, limits, Rank::ALONE);
         let mut pool = pool(STAGING_THREADS)?;
         let weights = read(dir, config, &model, limits.resident, &mut pool, progress)?;
         return_free_memory();
@@ -158,6 +189,7 @@ impl CpuExecutor {
 
     fn new(
         config: &ModelConfig,
+        group: Arc<dyn ProcessGroup>,
         model: Model,
         weights: Weights,
         pool: Pool,
@@ -170,7 +202,7 @@ impl CpuExecutor {
         let table = limits.model_len_max.div_ceil(limits.block_size);
         let tokens_max = limits.batched_tokens_max;
         let step = Step::new(tokens_max, limits.sequences_max * table);
-        let backend = CpuBackend::new(compute, &model, weights, cache, step, tokens_max);
+        let backend = CpuBackend::new(compute, group, &model, weights, cache, step, tokens_max);
         Self {
             config: config.clone(),
             model,
@@ -244,6 +276,13 @@ fn read(
     progress: &Progress,
 ) -> Result<Weights, LoadError> {
     let packed = dir.join(PACKED_FILE);
+    if packed.is_file() && !model.rank.is_alone() {
+        return Err(LoadError::Backend(format!(
+            "{} holds the weights of a whole model, of which a rank cannot take its share; serve it in one rank, or give \
+             the ranks the files that it was packed from",
+            packed.display()
+        )));
+    }
     if packed.is_file() {
         let packed = PackedModel::open(&packed)?;
         let weights = packfile::open(&packed, config, model, resident)?;
@@ -351,7 +390,8 @@ impl Executor for CpuExecutor {
 
     fn exchange_weights(&mut self, staged: StagedWeights) -> Result<StagedWeights, StagedWeights> {
         let mut staged = staged.0.downcast::<Staged>().map_err(StagedWeights)?;
-        if staged.config != self.config || staged.resident != self.limits.resident {
+        let is_whole = self.model.rank.is_alone();
+        if !is_whole || staged.config != self.config || staged.resident != self.limits.resident {
             return Err(StagedWeights(staged));
         }
         self.backend.exchange_weights(&mut staged.weights);
@@ -361,12 +401,13 @@ impl Executor for CpuExecutor {
     }
 }
 
-/// The model, with its prediction layer when drafts are asked for.
-fn build(config: &ModelConfig, limits: &CpuLimits) -> Model {
-    match limits.draft_tokens {
-        0 => engine_model::build(config),
-        _ => engine_model::build_to_draft(config),
-    }
+/// The rank's share of the model, with its prediction layer when drafts are asked for.
+fn build(config: &ModelConfig, limits: &CpuLimits, rank: Rank) -> Model {
+    let drafting = match limits.draft_tokens {
+        0 => Drafting::Off,
+        _ => Drafting::On,
+    };
+    build_share(config, drafting, rank)
 }
 
 impl CpuExecutor {
@@ -374,14 +415,14 @@ impl CpuExecutor {
     fn compute(
         &mut self,
         logits: &mut Logits,
-        pass: impl FnOnce(&Model, &mut CpuBackend) -> Result<(), WorkerPanic>,
+        pass: impl FnOnce(&Model, &mut CpuBackend) -> Result<(), StepError>,
     ) -> Result<(), ExecuteError> {
         // The backend writes logits in place; it borrows the caller's buffer for the time of the step.
         std::mem::swap(&mut self.backend.step.logits, logits);
         let outcome = pass(&self.model, &mut self.backend);
         std::mem::swap(&mut self.backend.step.logits, logits);
         let problem = match outcome {
-            Err(panic) => panic.to_string(),
+            Err(error) => error.to_string(),
             Ok(()) if logits.as_mut_slice().iter().all(|value| value.is_finite()) => return Ok(()),
             Ok(()) => {
                 "logits are not finite: the weights hold infinities or NaNs, or overflow".into()

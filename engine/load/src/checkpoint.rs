@@ -7,6 +7,7 @@
 //! directories are written once and then only read (an image, a read-only claim, a cache filled by renames).
 
 mod integers;
+pub(crate) mod share;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -88,6 +89,8 @@ pub struct Scales<'a> {
     pub blocks: WeightBlocks,
     /// Bits of an element.
     pub bits: u32,
+    /// Rows of the first block that come before the tensor's first row, where it is a rank's share.
+    pub rows_before: usize,
 }
 
 /// Where a backend's weights come from.
@@ -100,8 +103,8 @@ pub trait TensorSource: Sync {
 }
 
 impl TensorSource for Checkpoint {
-    fn stored_bytes(&self, _: &Model) -> u64 {
-        self.expected_bytes()
+    fn stored_bytes(&self, model: &Model) -> u64 {
+        self.expected_bytes(model)
     }
 
     fn read(&self, model: &Model, id: WeightId, take: &mut dyn FnMut(&StoredTensor<'_>)) {
@@ -157,7 +160,7 @@ impl Checkpoint {
             Some(integers) => (Some(row_blocks(spec, integers)), integers.bits),
             None => (self.blocks, 8),
         };
-        StoredTensor {
+        let whole = StoredTensor {
             spec,
             dtype: location.dtype,
             bytes: self.bytes(location),
@@ -166,17 +169,16 @@ impl Checkpoint {
                 bytes: self.bytes(scales),
                 blocks,
                 bits,
+                rows_before: 0,
             }),
-        }
+        };
+        share::of(whole)
     }
 
-    /// Bytes of all expected tensors as stored.
-    pub fn expected_bytes(&self) -> u64 {
-        let size = |location: &Location| (location.header.end - location.header.begin) as u64;
-        self.weights
-            .iter()
-            .map(|(weight, scales)| size(weight) + scales.as_ref().map_or(0, size))
-            .sum()
+    /// Bytes of all tensors of `model`, the one this checkpoint was opened for, as stored.
+    pub fn expected_bytes(&self, model: &Model) -> u64 {
+        let ids = (0..model.tensors.len()).map(|index| WeightId(index as u32));
+        ids.map(|id| self.tensor(model, id).stored_bytes()).sum()
     }
 
     fn bytes(&self, location: &Location) -> &[u8] {
@@ -422,7 +424,7 @@ fn locate(
     spec: &TensorSpec,
     config: &ModelConfig,
 ) -> Result<Location, LoadError> {
-    let location = find(shards, places, &spec.name, &spec.shape)?;
+    let location = find(shards, places, &spec.name, &spec.stored_shape())?;
     let stored = match config.stored_dtype {
         StoredDtype::Float32 => FloatType::F32,
         StoredDtype::Bfloat16 => FloatType::Bf16,
@@ -469,7 +471,7 @@ fn locate_scales(
 ) -> Result<Location, LoadError> {
     let size = [blocks.rows, blocks.columns];
     let shape: Vec<usize> = spec
-        .shape
+        .stored_shape()
         .iter()
         .zip(size)
         .map(|(length, block)| length.div_ceil(block as usize))

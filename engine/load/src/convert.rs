@@ -57,7 +57,8 @@ fn dequantise(bytes: &[u8], columns: usize, scales: &Scales<'_>, mut sink: impl 
     let per_row = columns.div_ceil(block_columns);
     for (row, values) in bytes.chunks_exact(columns).enumerate() {
         for (block, part) in values.chunks(block_columns).enumerate() {
-            let scale = scales.get(row / block_rows * per_row + block);
+            let block_row = (scales.rows_before + row) / block_rows;
+            let scale = scales.get(block_row * per_row + block);
             for byte in part {
                 sink(table[usize::from(*byte)] * scale);
             }

@@ -8,7 +8,7 @@ use engine_model::{Model, TensorRole, TensorSpec, WeightId};
 use engine_spec::{ModelConfig, StoredDtype, WeightBlocks};
 use half::{bf16, f16};
 
-use crate::checkpoint::{Scales, StoredTensor, TensorSource};
+use crate::checkpoint::{Scales, StoredTensor, TensorSource, share};
 use crate::convert::e4m3;
 use crate::header::FloatType;
 
@@ -52,8 +52,8 @@ impl Dummy {
         let blocks = self.blocks.filter(|_| is_narrow)?;
         let sizes = [blocks.rows as usize, blocks.columns as usize];
         let count = spec
-            .shape
-            .iter()
+            .stored_shape()
+            .into_iter()
             .zip(sizes)
             .map(|(length, size)| length.div_ceil(size));
         Some((blocks, count.product()))
@@ -63,7 +63,14 @@ impl Dummy {
 impl TensorSource for Dummy {
     fn stored_bytes(&self, model: &Model) -> u64 {
         let size = |spec: &TensorSpec| {
-            let scales = self.scaled(spec).map_or(0, |(_, count)| 4 * count);
+            let scales = self.scaled(spec).map_or(0, |(blocks, count)| {
+                // Of a share, the scales of the block rows that it touches.
+                let first = spec.share.map_or(0, |share| share.first) % blocks.rows as usize;
+                let rows = spec.shape.first().copied().unwrap_or_default();
+                let all = spec.stored_shape().first().copied().unwrap_or_default();
+                let of = |rows: usize| rows.div_ceil(blocks.rows as usize);
+                4 * count / of(all).max(1) * of(first + rows)
+            });
             spec.elements() * self.dtype_of(spec.role).bytes() + scales
         };
         model.tensors.iter().map(|spec| size(spec) as u64).sum()
@@ -72,9 +79,11 @@ impl TensorSource for Dummy {
     fn read(&self, model: &Model, id: WeightId, take: &mut dyn FnMut(&StoredTensor<'_>)) {
         let spec = &model.tensors[id.index()];
         let dtype = self.dtype_of(spec.role);
-        let stream = mix(self.seed ^ mix(u64::from(id.0)));
+        let stream = mix(self.seed ^ mix(u64::from(spec.ordinal)));
         let values = Values::of(spec);
-        let bytes = values.fill(stream, dtype, spec.elements());
+        // A share is cut out of the whole, so that all ranks have parts of the same model.
+        let elements = spec.stored_shape().iter().product();
+        let bytes = values.fill(stream, dtype, elements);
         let scales: Vec<u8> = match self.scaled(spec) {
             Some((_, count)) => values.scale().to_le_bytes().repeat(count),
             None => Vec::new(),
@@ -84,13 +93,14 @@ impl TensorSource for Dummy {
             bytes: &scales,
             blocks,
             bits: 8,
+            rows_before: 0,
         });
-        take(&StoredTensor {
+        take(&share::of(StoredTensor {
             spec,
             dtype,
             bytes: &bytes,
             scales,
-        });
+        }));
     }
 }
 

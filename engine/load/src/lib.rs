@@ -18,6 +18,7 @@ mod inspect;
 mod mapped;
 mod packed;
 mod progress;
+mod sample;
 mod source;
 
 pub use checkpoint::{Checkpoint, Scales, StoredTensor, TensorSource, read_config};
@@ -30,4 +31,5 @@ pub use inspect::{inspect, inspect_source};
 pub use mapped::Mapped;
 pub use packed::{PACKED_FILE, PackedHeader, PackedModel, PackedWriter, Section};
 pub use progress::Progress;
+pub use sample::sample_digest;
 pub use source::{FetchSettings, resolve};

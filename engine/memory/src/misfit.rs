@@ -63,8 +63,8 @@ pub enum Misfit {
     NoPredictionLayer(Architecture),
     /// Drafts were asked for where no backend makes them.
     #[error(
-        "numSpeculativeTokens is above 0, but drafts are served in one rank only; leave it out, or set tensor, expert \
-         and pipeline parallelism to 1"
+        "numSpeculativeTokens is above 0, but drafts are served in one rank on a GPU, and without pipeline ranks on the \
+         CPU; leave it out, or set parallelism to 1"
     )]
     DraftsNotServed,
     /// The weights are in the CPU's layout.

@@ -123,6 +123,21 @@ fn is_zero(number: &u32) -> bool {
 }
 
 impl MemoryPlan {
+    /// The same plan with fewer blocks, for ranks of which one has less room; never more than it has.
+    pub fn with_kv_blocks(self, blocks: u32) -> Self {
+        let kv_blocks = blocks.min(self.kv_blocks);
+        let kv_tokens = u64::from(kv_blocks) * u64::from(self.block_size);
+        Self {
+            per_rank: RankBytes {
+                kv_bytes: kv_tokens.saturating_mul(self.kv_bytes_per_token),
+                ..self.per_rank
+            },
+            kv_blocks,
+            kv_tokens,
+            ..self
+        }
+    }
+
     /// Bytes of the fullest rank.
     pub fn total_bytes(&self) -> u64 {
         self.per_rank.total()
@@ -159,6 +174,7 @@ pub fn resolve_max_model_len(config: &ModelConfig, asked: Option<u32>) -> Result
 pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan, Misfit> {
     let max_model_len = resolve_max_model_len(config, request.max_model_len)?;
     check_parallelism(config, request.parallelism)?;
+    check_ranks(config, request)?;
     if (request.dtype, request.device) == (Dtype::Float32, Device::Nvidia) {
         return Err(Misfit::NoArithmetic);
     }
@@ -245,7 +261,7 @@ fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest, max_model_len: u32
     };
     let drafting = match request.draft_tokens {
         0 => 0,
-        _ => prediction_bytes(config, dtype, request.device),
+        _ => prediction_bytes(config, dtype, request.device, request.parallelism),
     };
     RankBytes {
         weights_bytes: weight_bytes_per_rank(config, dtype, request.device, request.parallelism)
@@ -278,8 +294,39 @@ fn check_drafts(config: &ModelConfig, request: &MemoryRequest) -> Result<(), Mis
     if !config.can_predict() {
         return Err(Misfit::NoPredictionLayer(config.architecture));
     }
-    if request.parallelism.ranks() > 1 {
+    let Parallelism { pipeline, .. } = request.parallelism;
+    let is_split = request.device == Device::Nvidia && request.parallelism.ranks() > 1;
+    if is_split || pipeline > 1 {
         return Err(Misfit::DraftsNotServed);
+    }
+    Ok(())
+}
+
+/// The CPU backend's ranks hold whole experts and all layers.
+fn check_ranks(config: &ModelConfig, request: &MemoryRequest) -> Result<(), Misfit> {
+    let Parallelism {
+        tensor,
+        expert,
+        pipeline,
+    } = request.parallelism;
+    if request.device == Device::Nvidia {
+        return Ok(());
+    }
+    if pipeline > 1 {
+        return Err(Misfit::Indivisible {
+            axis: "pipeline",
+            found: pipeline,
+            reason: "must be 1 on the device cpu, whose ranks hold a part of every layer".into(),
+        });
+    }
+    if config.moe.is_some() && expert != tensor {
+        return Err(Misfit::Indivisible {
+            axis: "expert",
+            found: expert,
+            reason: format!(
+                "must be equal to tensor ({tensor}) on the device cpu, whose ranks hold whole experts"
+            ),
+        });
     }
     Ok(())
 }
@@ -376,7 +423,8 @@ fn nearest(
     let tensor = std::iter::successors(Some(request.parallelism.tensor * 2), |n| Some(n * 2))
         .take_while(|n| *n <= config.attention.heads().min(64))
         .find(|n| {
-            let expert = if request.parallelism.expert > 1 {
+            let whole_experts = request.device == Device::Cpu && config.moe.is_some();
+            let expert = if request.parallelism.expert > 1 || whole_experts {
                 *n
             } else {
                 1
@@ -403,6 +451,7 @@ fn memory_plan_fits(config: &ModelConfig, request: &MemoryRequest) -> bool {
         return false;
     };
     if check_parallelism(config, request.parallelism).is_err()
+        || check_ranks(config, request).is_err()
         || check_drafts(config, request).is_err()
     {
         return false;

@@ -365,7 +365,7 @@ fn drafts_without_a_layer_or_a_backend_for_them_are_refused() {
         "{text}"
     );
     let text = refusal(&r1(), on_gpus(2, None));
-    assert!(text.contains("in one rank only"), "{text}");
+    assert!(text.contains("in one rank on a GPU"), "{text}");
 }
 
 #[test]
@@ -403,6 +403,43 @@ fn on_a_gpu_drafts_take_the_layer_in_its_form_and_a_block_table_each() {
     let experts = 257 * (2 * fp8(2048, 7168) + fp8(7168, 2048));
     let rest = 2 * 7168 * 14_336 + 2 * (5 * 7168 + 1536 + 512 + 256 * 7168) + 4 * 256;
     assert_eq!(weights, attention + experts + rest);
+}
+
+#[test]
+fn ranks_on_the_cpu_hold_whole_experts_and_a_part_of_every_layer() {
+    let request = |tensor, expert, pipeline| MemoryRequest {
+        device: Device::Cpu,
+        parallelism: Parallelism {
+            tensor,
+            expert,
+            pipeline,
+        },
+        ..on_gpus(1, None)
+    };
+    let config = qwen3_30b_a3b();
+    let one = memory_plan(&config, &request(1, 1, 1)).unwrap();
+    let four = memory_plan(&config, &request(4, 4, 1)).unwrap();
+    assert_eq!(four.ranks, 4);
+    assert_eq!(four.kv_bytes_per_token * 4, one.kv_bytes_per_token);
+    // Gates and norms are on every rank.
+    let quarter = one.per_rank.weights_bytes / 4;
+    let more = four.per_rank.weights_bytes - quarter;
+    assert!(more > 0 && more < quarter / 50, "{more} of {quarter}");
+    assert!(four.per_rank.workspace_bytes < one.per_rank.workspace_bytes);
+    for (request, word) in [
+        (request(4, 1, 1), "must be equal to tensor (4)"),
+        (request(1, 1, 2), "must be 1 on the device cpu"),
+    ] {
+        let text = memory_plan(&config, &request).unwrap_err().to_string();
+        assert!(text.contains(word), "{text}");
+    }
+    let fewer = four.with_kv_blocks(7);
+    assert_eq!((fewer.kv_blocks, fewer.kv_tokens), (7, 7 * 64));
+    assert_eq!(
+        fewer.per_rank.kv_bytes,
+        fewer.kv_tokens * fewer.kv_bytes_per_token
+    );
+    assert_eq!(four.with_kv_blocks(u32::MAX), four);
 }
 
 #[test]

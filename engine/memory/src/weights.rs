@@ -145,9 +145,10 @@ fn precise_bytes(device: Device) -> u64 {
 
 /// Bytes of weights that the fullest rank holds.
 ///
-/// Split by tensor parallelism: query, key-value and output projections by head (a key-value head is
-/// copied where there are more ranks than such heads), MLPs by inner width, embedding and head by
-/// vocabulary. Split by expert parallelism: whole routed experts.
+/// Split by tensor parallelism: query and key-value projections by head (a key-value head is
+/// copied where there are more ranks than such heads), gate and up of MLPs by inner width, embedding and head by
+/// vocabulary; output and down projections on the CPU by the rows that they give, on GPUs by the columns that they
+/// read. Split by expert parallelism: whole routed experts.
 /// On every rank: norms, the low-rank down-projections, the gate and its bias. Norms, biases and
 /// gates are float32.
 /// Pipeline ranks hold whole layers; the fullest one is counted.
@@ -173,8 +174,9 @@ pub fn weight_bytes_per_rank(
     let layer_moe = config
         .moe
         .as_ref()
-        .map_or(0, |m| moe_bytes(m, d, dtype, precise, parallelism));
-    let layer_dense = mlp_bytes(d, u64::from(config.intermediate_size), dtype, tp);
+        .map_or(0, |m| moe_bytes(m, d, dtype, device, parallelism));
+    let inner = u64::from(config.intermediate_size);
+    let layer_dense = mlp_bytes(d, inner, dtype, device, tp);
     if layer_moe >= layer_dense {
         moe = moe.min(layers_here);
         dense = layers_here - moe;
@@ -183,41 +185,56 @@ pub fn weight_bytes_per_rank(
         moe = layers_here - dense;
     }
     outside
-        + u64::from(layers_here) * attention_bytes(config, dtype, precise, parallelism.tensor)
+        + u64::from(layers_here) * attention_bytes(config, dtype, device, parallelism.tensor)
         + u64::from(moe) * layer_moe
         + u64::from(dense) * layer_dense
 }
 
-/// Bytes of the prediction layer on one rank that holds the whole model: a decoder layer, two norms and the matrix that
-/// join a token with a hidden state, and the norm before the head. Embedding and head are the model's own.
-pub fn prediction_bytes(config: &ModelConfig, dtype: ResidentDtype, device: Device) -> u64 {
-    let precise = precise_bytes(device);
+/// Bytes of the prediction layer on the fullest rank: a decoder layer, two norms and the matrix that join a token with a
+/// hidden state, and the norm before the head. Embedding and head are the model's own.
+pub fn prediction_bytes(
+    config: &ModelConfig,
+    dtype: ResidentDtype,
+    device: Device,
+    parallelism: Parallelism,
+) -> u64 {
+    let tp = u64::from(parallelism.tensor);
     let d = u64::from(config.hidden_size);
     let mlp = match config
         .moe
         .as_ref()
         .filter(|_| config.is_moe_layer(config.layers))
     {
-        Some(moe) => moe_bytes(moe, d, dtype, precise, Parallelism::default()),
-        None => mlp_bytes(d, u64::from(config.intermediate_size), dtype, 1),
+        Some(moe) => moe_bytes(moe, d, dtype, device, parallelism),
+        None => mlp_bytes(d, u64::from(config.intermediate_size), dtype, device, tp),
     };
-    attention_bytes(config, dtype, precise, 1)
+    attention_bytes(config, dtype, device, parallelism.tensor)
         + mlp
-        + dtype.embedding().matrix(d, 2 * d)
-        + 3 * d * precise
+        + dtype.embedding().matrix(d.div_ceil(tp), 2 * d)
+        + 3 * d * precise_bytes(device)
 }
 
 /// Attention of one layer, with the two norms of the residual stream that belong to it.
-fn attention_bytes(config: &ModelConfig, dtype: ResidentDtype, precise: u64, tensor: u32) -> u64 {
+fn attention_bytes(config: &ModelConfig, dtype: ResidentDtype, device: Device, tensor: u32) -> u64 {
+    let precise = precise_bytes(device);
     let d = u64::from(config.hidden_size);
     2 * d * precise
         + match &config.attention {
-            AttentionConfig::Latent(mla) => latent_bytes(mla, d, dtype, precise, tensor.into()),
-            AttentionConfig::Grouped(gqa) => grouped_bytes(gqa, d, dtype, precise, tensor),
+            AttentionConfig::Latent(mla) => latent_bytes(mla, d, dtype, device, tensor.into()),
+            AttentionConfig::Grouped(gqa) => grouped_bytes(gqa, d, dtype, device, tensor),
         }
 }
 
-fn grouped_bytes(a: &GqaConfig, d: u64, dtype: ResidentDtype, precise: u64, tensor: u32) -> u64 {
+/// A matrix that gives the residual stream: a rank's rows of it on the CPU, its columns on GPUs.
+fn back_bytes(d: u64, columns: u64, dtype: ResidentDtype, device: Device, tp: u64) -> u64 {
+    match device {
+        Device::Cpu => dtype.matrix(d.div_ceil(tp), columns),
+        Device::Nvidia => dtype.matrix(d, columns.div_ceil(tp)),
+    }
+}
+
+fn grouped_bytes(a: &GqaConfig, d: u64, dtype: ResidentDtype, device: Device, tensor: u32) -> u64 {
+    let precise = precise_bytes(device);
     let width = u64::from(a.head_dim);
     let queries = u64::from(a.heads.div_ceil(tensor)) * width;
     let kv = u64::from(a.kv_heads_per_rank(tensor)) * width;
@@ -225,11 +242,12 @@ fn grouped_bytes(a: &GqaConfig, d: u64, dtype: ResidentDtype, precise: u64, tens
     let norms = if a.qk_norm { 2 * width } else { 0 };
     dtype.matrix(queries, d)
         + 2 * dtype.matrix(kv, d)
-        + dtype.matrix(d, queries)
+        + back_bytes(d, u64::from(a.heads) * width, dtype, device, tensor.into())
         + (biases + norms) * precise
 }
 
-fn latent_bytes(a: &MlaConfig, d: u64, dtype: ResidentDtype, precise: u64, tp: u64) -> u64 {
+fn latent_bytes(a: &MlaConfig, d: u64, dtype: ResidentDtype, device: Device, tp: u64) -> u64 {
+    let precise = precise_bytes(device);
     let heads = u64::from(a.heads).div_ceil(tp);
     let qk = u64::from(a.qk_head_dim());
     let latent = u64::from(a.kv_lora_rank);
@@ -243,35 +261,35 @@ fn latent_bytes(a: &MlaConfig, d: u64, dtype: ResidentDtype, precise: u64, tp: u
     query
         + dtype.matrix(u64::from(a.cached_width()), d)
         + up
-        + dtype.matrix(d, heads * u64::from(a.v_head_dim))
+        + back_bytes(d, u64::from(a.heads) * value, dtype, device, tp)
         + latent * precise
 }
 
-fn mlp_bytes(d: u64, inner: u64, dtype: ResidentDtype, tp: u64) -> u64 {
-    let inner = inner.div_ceil(tp);
-    2 * dtype.matrix(inner, d) + dtype.matrix(d, inner)
+fn mlp_bytes(d: u64, inner: u64, dtype: ResidentDtype, device: Device, tp: u64) -> u64 {
+    2 * dtype.matrix(inner.div_ceil(tp), d) + back_bytes(d, inner, dtype, device, tp)
 }
 
 fn moe_bytes(
     moe: &MoeConfig,
     d: u64,
     dtype: ResidentDtype,
-    precise: u64,
+    device: Device,
     parallelism: Parallelism,
 ) -> u64 {
+    let precise = precise_bytes(device);
     let routed = u64::from(moe.routed_experts);
     let inner = u64::from(moe.intermediate_size);
     let tp = u64::from(parallelism.tensor);
     let ep = u64::from(parallelism.expert);
     // With expert parallelism an expert is whole on its rank; without, it is split like an MLP.
     let experts = if ep > 1 {
-        routed.div_ceil(ep) * mlp_bytes(d, inner, dtype, 1)
+        routed.div_ceil(ep) * mlp_bytes(d, inner, dtype, device, 1)
     } else {
-        routed * mlp_bytes(d, inner, dtype, tp)
+        routed * mlp_bytes(d, inner, dtype, device, tp)
     };
     let shared = match u64::from(moe.shared_experts) {
         0 => 0,
-        n => mlp_bytes(d, inner * n, dtype, tp),
+        n => mlp_bytes(d, inner * n, dtype, device, tp),
     };
     let bias = match moe.selection {
         GateSelection::BiasedGroups => routed * 4,

@@ -32,7 +32,7 @@ impl Workspace {
     }
 }
 
-/// Buffers for steps of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences with `draft_tokens` drafts
+/// Buffers on the CPU for steps of at most `max_num_batched_tokens` tokens and `max_num_seqs` sequences with `draft_tokens` drafts
 /// each.
 pub fn workspace(
     config: &ModelConfig,
@@ -50,22 +50,33 @@ pub fn workspace(
         layers += 1;
     }
     let streams = if draft_tokens > 0 { 7 } else { 4 };
+    // Gate and up rows are the rank's, product rows those of all ranks.
+    let mlp = |inner: u32| 2 * u64::from(inner).div_ceil(tp) + u64::from(inner);
     let dense = match layers - moe_layers {
         0 => 0,
-        _ => 3 * u64::from(config.intermediate_size).div_ceil(tp),
+        _ => mlp(config.intermediate_size),
     };
     let moe = config
         .moe
         .as_ref()
         .filter(|_| moe_layers > 0)
         .map_or(0, |moe| {
-            let inner = u64::from(moe.intermediate_size);
+            // All experts that a token chose may be on one rank.
+            let routed = 3 * u64::from(moe.experts_per_token) * u64::from(moe.intermediate_size);
+            let shared = mlp(moe.intermediate_size * moe.shared_experts);
             let rows = u64::from(moe.experts_per_token + moe.shared_experts);
-            u64::from(moe.routed_experts) + rows * (3 * inner.div_ceil(tp) + d)
+            u64::from(moe.routed_experts) + routed + shared + rows * d
         });
+    // A rank's attention gets the outputs of all heads before they are projected back.
+    let heads = config.attention.heads();
+    let width = match &config.attention {
+        AttentionConfig::Latent(a) => a.v_head_dim,
+        AttentionConfig::Grouped(a) => a.head_dim,
+    };
+    let elsewhere = u64::from((heads - heads.div_ceil(parallelism.tensor)) * width);
     Workspace {
         hidden: streams * tokens * d,
-        attention: tokens * attention(&config.attention, parallelism.tensor),
+        attention: tokens * (attention(&config.attention, parallelism.tensor) + elsewhere),
         mlp: tokens * dense.max(moe),
         logits: u64::from(max_num_seqs)
             * u64::from(1 + draft_tokens)

@@ -5,6 +5,10 @@
 //! only say what happens to all rows.
 //!
 //! Invariant: the result of a row depends on that row's token, position and cached context alone.
+//!
+//! Where a [`crate::Model`] is a rank's share, every rank runs the same operations, and each leaves what one rank alone
+//! would: a slot that is whole ([`Slot::is_whole`]) holds the results of all ranks, the others those of the rank's heads.
+//! How the ranks tell each other is the backend's own.
 
 use crate::gate::Gate;
 use crate::layers::{GatedMlp, GroupedAttention, LatentAttention, Moe, Norm};
@@ -61,6 +65,18 @@ impl Slot {
         Self::Previous,
         Self::Joined,
     ];
+
+    /// Whether every rank holds all columns; the others have those of the rank's heads.
+    pub fn is_whole(self) -> bool {
+        !matches!(
+            self,
+            Self::Query
+                | Self::AbsorbedQuery
+                | Self::LatentValue
+                | Self::FreshKey
+                | Self::FreshValue
+        )
+    }
 }
 
 /// The operations of a device.

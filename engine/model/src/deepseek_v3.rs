@@ -3,7 +3,9 @@
 //! One file serves both architectures: they differ in what the config says (low-rank or full query, gate scoring and
 //! selection, shared experts), and in one rule that it does not say, see [`gate`].
 
-use engine_spec::{Architecture, GateSelection, MlaConfig, ModelConfig, MoeConfig, RopeScaling};
+use engine_spec::{
+    Architecture, GateSelection, MlaConfig, ModelConfig, MoeConfig, Rank, RopeScaling,
+};
 
 use crate::decoder::{self, Drafting, gated_mlp, norm};
 use crate::gate::Gate;
@@ -15,7 +17,12 @@ use crate::tensors::{TensorList, TensorRole, WeightId};
 const LATENT_NORM_EPSILON: f32 = 1e-6;
 
 /// The graph and tensors of `config`, whose attention is `shape`.
-pub(crate) fn build(config: &ModelConfig, shape: &MlaConfig, drafting: Drafting) -> Model {
+pub(crate) fn build(
+    config: &ModelConfig,
+    shape: &MlaConfig,
+    drafting: Drafting,
+    rank: Rank,
+) -> Model {
     let drafting = match config.can_predict() {
         true => drafting,
         false => Drafting::Off,
@@ -38,6 +45,7 @@ pub(crate) fn build(config: &ModelConfig, shape: &MlaConfig, drafting: Drafting)
             }
         },
         drafting,
+        rank,
     );
     let has_bias = config
         .moe
@@ -67,9 +75,20 @@ fn attention(
     tensors: &mut TensorList,
 ) -> LatentAttention {
     let hidden = config.hidden_size;
-    let queries = shape.heads * shape.qk_head_dim();
+    let held = tensors.rank.share(shape.heads as usize);
+    // The rows of the rank's heads.
+    let of_heads = |tensors: &mut TensorList, name: &str, width: u32, input: u32| {
+        let rows = held.start * width as usize..held.end * width as usize;
+        let shape = [shape.heads * width, input];
+        tensors.add_rows(
+            format!("{prefix}{name}.weight"),
+            &shape,
+            TensorRole::Matrix,
+            rows,
+        )
+    };
     let query = match shape.q_lora_rank {
-        None => Query::Full(tensors.matrix(format!("{prefix}q_proj.weight"), queries, hidden)),
+        None => Query::Full(of_heads(tensors, "q_proj", shape.qk_head_dim(), hidden)),
         Some(rank) => Query::LowRank {
             down: tensors.matrix(format!("{prefix}q_a_proj.weight"), rank, hidden),
             norm: norm(
@@ -78,7 +97,7 @@ fn attention(
                 rank,
                 LATENT_NORM_EPSILON,
             ),
-            up: tensors.matrix(format!("{prefix}q_b_proj.weight"), queries, rank),
+            up: of_heads(tensors, "q_b_proj", shape.qk_head_dim(), rank),
             rank: rank as usize,
         },
     };
@@ -101,17 +120,15 @@ fn attention(
             latent,
             LATENT_NORM_EPSILON,
         ),
-        kv_up: tensors.matrix(
-            format!("{prefix}kv_b_proj.weight"),
-            shape.heads * per_head,
-            latent,
-        ),
-        output: tensors.matrix(
+        kv_up: of_heads(tensors, "kv_b_proj", per_head, latent),
+        output: tensors.split_matrix(
             format!("{prefix}o_proj.weight"),
             hidden,
             shape.heads * shape.v_head_dim,
         ),
-        heads: shape.heads as usize,
+        heads: held.len(),
+        first_head: held.start,
+        all_heads: shape.heads as usize,
         nope: shape.qk_nope_head_dim as usize,
         rope: shape.qk_rope_head_dim as usize,
         value: shape.v_head_dim as usize,
@@ -134,12 +151,13 @@ fn experts(config: &ModelConfig, moe: &MoeConfig, prefix: &str, tensors: &mut Te
             TensorRole::Precise,
         )
     });
-    let experts = (0..moe.routed_experts)
-        .map(|expert| {
-            let prefix = format!("{prefix}experts.{expert}.");
-            gated_mlp(&prefix, hidden, moe.intermediate_size, tensors)
-        })
-        .collect();
+    let (first_expert, experts) = decoder::experts(
+        prefix,
+        moe.routed_experts,
+        hidden,
+        moe.intermediate_size,
+        tensors,
+    );
     let shared = (moe.shared_experts > 0).then(|| {
         let inner = moe.intermediate_size * moe.shared_experts;
         gated_mlp(&format!("{prefix}shared_experts."), hidden, inner, tensors)
@@ -147,6 +165,7 @@ fn experts(config: &ModelConfig, moe: &MoeConfig, prefix: &str, tensors: &mut Te
     Moe {
         gate: gate(config.architecture, moe, weight, bias),
         experts,
+        first_expert,
         shared,
     }
 }

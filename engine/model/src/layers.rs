@@ -1,15 +1,19 @@
 //! The vocabulary that families are written in: plain descriptors of layers.
 
+use engine_spec::Rank;
+
 use crate::Slot;
 use crate::gate::Gate;
 use crate::rope::Rope;
 use crate::tensors::{TensorSpec, WeightId};
 
-/// A whole model: what to load and what to compute.
+/// A whole model, or a rank's share of one: what to load and what to compute.
 #[derive(Clone, Debug)]
 pub struct Model {
     /// Every tensor the weight files must contain, indexed by [`WeightId`].
     pub tensors: Vec<TensorSpec>,
+    /// Whose share of the weights, heads and experts it is.
+    pub rank: Rank,
     /// Prefixes of tensors that may be in the files and are not used (multi-token-prediction layers).
     pub unused_prefixes: Vec<String>,
     /// Suffixes of tensors that contradict the config when present, with the config field that says so.
@@ -56,7 +60,7 @@ impl Model {
     /// Float32 values that the widest MLP needs per token between its input and its output.
     pub fn mlp_width(&self) -> usize {
         let of_layer = |layer: &Layer| match &layer.mlp {
-            Mlp::Dense(mlp) => 3 * mlp.inner,
+            Mlp::Dense(mlp) => mlp.scratch_width(),
             Mlp::Moe(moe) => moe.scratch_width(self.hidden),
         };
         self.cached_layers().map(of_layer).max().unwrap_or(0)
@@ -132,8 +136,12 @@ pub struct LatentAttention {
     pub kv_up: WeightId,
     /// `[hidden, heads * value]`.
     pub output: WeightId,
-    /// Number of heads.
+    /// Heads that the rank holds.
     pub heads: usize,
+    /// The first of them.
+    pub first_head: usize,
+    /// Heads of all ranks.
+    pub all_heads: usize,
     /// Per-head width without position.
     pub nope: usize,
     /// Per-head rotated width.
@@ -160,7 +168,7 @@ impl LatentAttention {
             },
             Slot::Query => self.heads * self.query_width(),
             Slot::AbsorbedQuery | Slot::LatentValue => self.heads * self.latent,
-            Slot::Value => self.heads * self.value,
+            Slot::Value => self.all_heads * self.value,
             Slot::CacheRow => self.latent + self.rope,
             _ => 0,
         }
@@ -180,9 +188,14 @@ pub struct GroupedAttention {
     pub head_norms: Option<HeadNorms>,
     /// `[hidden, heads * width]`.
     pub output: WeightId,
-    /// Query heads.
+    /// Query heads that the rank holds.
     pub heads: usize,
-    /// Key and value heads; divides `heads`.
+    /// The first of them.
+    pub first_head: usize,
+    /// Query heads of all ranks.
+    pub all_heads: usize,
+    /// Key and value heads that they attend with; divides `heads`. Where ranks are more than such heads, several hold the
+    /// same one.
     pub kv_heads: usize,
     /// Width of queries, keys and values per head.
     pub width: usize,
@@ -198,7 +211,8 @@ impl GroupedAttention {
 
     fn slot_width(&self, slot: Slot) -> usize {
         match slot {
-            Slot::Query | Slot::Value => self.heads * self.width,
+            Slot::Query => self.heads * self.width,
+            Slot::Value => self.all_heads * self.width,
             Slot::FreshKey | Slot::FreshValue => self.kv_heads * self.width,
             _ => 0,
         }
@@ -306,6 +320,17 @@ pub struct GatedMlp {
     pub down: WeightId,
     /// Width in between.
     pub inner: usize,
+    /// First column of it that the rank computes.
+    pub first: usize,
+    /// How many it computes.
+    pub held: usize,
+}
+
+impl GatedMlp {
+    /// Gate and up rows that the rank computes, and product rows of all ranks.
+    pub fn scratch_width(&self) -> usize {
+        2 * self.held + self.inner
+    }
 }
 
 /// Mixture of experts.
@@ -313,8 +338,10 @@ pub struct GatedMlp {
 pub struct Moe {
     /// Chooses experts and their weights.
     pub gate: Gate,
-    /// The routed experts.
+    /// The routed experts that the rank holds, each whole.
     pub experts: Vec<GatedMlp>,
+    /// The index of the first one.
+    pub first_expert: usize,
     /// Joined shared experts, weight one.
     pub shared: Option<GatedMlp>,
 }
@@ -323,13 +350,13 @@ impl Moe {
     /// Gate scores; gate, up and product rows of all chosen experts; the chosen experts' outputs.
     pub fn scratch_width(&self, hidden: usize) -> usize {
         let outputs = self.gate.top_k + usize::from(self.shared.is_some());
-        self.gate.experts + 3 * self.inner_width() + outputs * hidden
+        let shared = self.shared.as_ref().map_or(0, GatedMlp::scratch_width);
+        self.gate.experts + 3 * self.routed_width() + shared + outputs * hidden
     }
 
-    /// Inner values of all chosen experts and the shared one.
-    pub fn inner_width(&self) -> usize {
-        let routed = self.experts.first().map_or(0, |mlp| mlp.inner);
-        self.gate.top_k * routed + self.shared.as_ref().map_or(0, |mlp| mlp.inner)
+    /// Inner values of all chosen experts.
+    pub fn routed_width(&self) -> usize {
+        self.gate.top_k * self.experts.first().map_or(0, |mlp| mlp.inner)
     }
 }
 

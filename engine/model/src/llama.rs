@@ -4,14 +4,16 @@
 //! each head's query and key (Qwen3). Attention and the tensors that contradict the options are shared with
 //! [`crate::qwen3_moe`].
 
-use engine_spec::{GqaConfig, ModelConfig};
+use std::ops::Range;
+
+use engine_spec::{GqaConfig, ModelConfig, Rank};
 
 use crate::decoder::{self, Drafting, gated_mlp, norm};
 use crate::layers::{Attention, GroupedAttention, HeadNorms, KvLayout, Mlp, Model, Projection};
-use crate::tensors::TensorList;
+use crate::tensors::{TensorList, TensorRole};
 
 /// The graph and tensors of `config`, whose attention is `shape`.
-pub(crate) fn build(config: &ModelConfig, shape: &GqaConfig) -> Model {
+pub(crate) fn build(config: &ModelConfig, shape: &GqaConfig, rank: Rank) -> Model {
     let model = decoder::build(
         config,
         |prefix, tensors| attention(config, shape, prefix, tensors),
@@ -20,6 +22,7 @@ pub(crate) fn build(config: &ModelConfig, shape: &GqaConfig) -> Model {
             Mlp::Dense(gated_mlp(prefix, config.hidden_size, inner, tensors))
         },
         Drafting::Off,
+        rank,
     );
     Model {
         forbidden_suffixes: contradictions(shape),
@@ -36,15 +39,23 @@ pub(crate) fn attention(
 ) -> (Attention, KvLayout) {
     let hidden = config.hidden_size;
     let (heads, kv_heads, width) = (shape.heads, shape.kv_heads, shape.head_dim);
-    let mut projection = |name: &str, heads: u32| Projection {
-        weight: tensors.matrix(format!("{prefix}{name}.weight"), heads * width, hidden),
-        bias: shape
-            .qkv_bias
-            .then(|| tensors.vector(format!("{prefix}{name}.bias"), heads * width)),
+    let held = tensors.rank.share(heads as usize);
+    let held_kv = kv_share(shape, &held);
+    let mut projection = |name: &str, heads: u32, held: &Range<usize>| {
+        let rows = held.start * width as usize..held.end * width as usize;
+        let mut add = |part: &str, shape: &[u32], role| {
+            tensors.add_rows(format!("{prefix}{name}.{part}"), shape, role, rows.clone())
+        };
+        Projection {
+            weight: add("weight", &[heads * width, hidden], TensorRole::Matrix),
+            bias: shape
+                .qkv_bias
+                .then(|| add("bias", &[heads * width], TensorRole::Precise)),
+        }
     };
-    let query = projection("q_proj", heads);
-    let key = projection("k_proj", kv_heads);
-    let value = projection("v_proj", kv_heads);
+    let query = projection("q_proj", heads, &held);
+    let key = projection("k_proj", kv_heads, &held_kv);
+    let value = projection("v_proj", kv_heads, &held_kv);
     let mut head_norm = |name: &str| {
         let epsilon = config.rms_norm_eps as f32;
         norm(tensors, &format!("{prefix}{name}"), width, epsilon)
@@ -58,9 +69,11 @@ pub(crate) fn attention(
         key,
         value,
         head_norms,
-        output: tensors.matrix(format!("{prefix}o_proj.weight"), hidden, heads * width),
-        heads: heads as usize,
-        kv_heads: kv_heads as usize,
+        output: tensors.split_matrix(format!("{prefix}o_proj.weight"), hidden, heads * width),
+        heads: held.len(),
+        first_head: held.start,
+        all_heads: heads as usize,
+        kv_heads: held_kv.len(),
         width: width as usize,
         scale: f64::from(width).powf(-0.5) as f32,
     };
@@ -69,6 +82,12 @@ pub(crate) fn attention(
         width: attention.width,
     };
     (Attention::Grouped(attention), kv)
+}
+
+/// The key-value heads that the query heads `held` attend with: a rank's share, or one that several ranks hold.
+fn kv_share(shape: &GqaConfig, held: &Range<usize>) -> Range<usize> {
+    let group = (shape.heads / shape.kv_heads.max(1)).max(1) as usize;
+    held.start / group..held.end.div_ceil(group)
 }
 
 /// Suffixes of tensors that a model with other options would have.

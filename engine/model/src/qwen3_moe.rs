@@ -1,6 +1,6 @@
 //! Qwen3 with routed experts: attention of Qwen3, and in most layers a softmax gate over experts, none of them shared.
 
-use engine_spec::{GqaConfig, ModelConfig, MoeConfig};
+use engine_spec::{GqaConfig, ModelConfig, MoeConfig, Rank};
 
 use crate::decoder::{self, Drafting, gated_mlp};
 use crate::gate::Gate;
@@ -9,7 +9,7 @@ use crate::llama::{attention, contradictions};
 use crate::tensors::{TensorList, TensorRole};
 
 /// The graph and tensors of `config`, whose attention is `shape` and whose experts are `moe`.
-pub(crate) fn build(config: &ModelConfig, shape: &GqaConfig, moe: &MoeConfig) -> Model {
+pub(crate) fn build(config: &ModelConfig, shape: &GqaConfig, moe: &MoeConfig, rank: Rank) -> Model {
     let model = decoder::build(
         config,
         |prefix, tensors| attention(config, shape, prefix, tensors),
@@ -21,6 +21,7 @@ pub(crate) fn build(config: &ModelConfig, shape: &GqaConfig, moe: &MoeConfig) ->
             Mlp::Dense(gated_mlp(prefix, config.hidden_size, inner, tensors))
         },
         Drafting::Off,
+        rank,
     );
     let mut forbidden_suffixes = contradictions(shape);
     // Qwen2-MoE has the same names otherwise.
@@ -50,15 +51,17 @@ fn experts(config: &ModelConfig, moe: &MoeConfig, prefix: &str, tensors: &mut Te
         normalise: moe.normalise_weights,
         scale: moe.routed_scaling as f32,
     };
-    let experts = (0..moe.routed_experts)
-        .map(|expert| {
-            let prefix = format!("{prefix}experts.{expert}.");
-            gated_mlp(&prefix, config.hidden_size, moe.intermediate_size, tensors)
-        })
-        .collect();
+    let (first_expert, experts) = decoder::experts(
+        prefix,
+        moe.routed_experts,
+        config.hidden_size,
+        moe.intermediate_size,
+        tensors,
+    );
     Moe {
         gate,
         experts,
+        first_expert,
         shared: None,
     }
 }

@@ -212,6 +212,18 @@ impl ApiError {
         }
     }
 
+    /// A rank that takes no requests was asked.
+    pub fn not_this_rank() -> Self {
+        Self {
+            code: Some("not_this_rank"),
+            ..Self::new(
+                StatusCode::NOT_FOUND,
+                "invalid_request_error",
+                "this rank takes no requests; send them to rank 0 of its group",
+            )
+        }
+    }
+
     /// There is no such path or method here.
     pub fn no_route(method: &str, path: &str) -> Self {
         let refused = REFUSED.iter().find(|(prefix, _)| path.starts_with(prefix));

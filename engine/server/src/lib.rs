@@ -19,6 +19,7 @@ mod messages;
 mod metrics;
 pub mod offline;
 mod prepare;
+mod rank;
 mod request;
 mod respond;
 mod responses;
@@ -33,6 +34,7 @@ mod weights;
 mod worker;
 
 pub use caller::ApiKeys;
+pub use rank::{RankLoader, serve_rank};
 pub use serve::{ServeError, serve};
 pub use startup::{LoadFailure, Loaded, Loader, Roofline, StartupHandle};
 pub use state::ServerOptions;

@@ -66,7 +66,7 @@ pub fn router(shared: Arc<Shared>) -> Router {
 }
 
 /// Gives every request a name, counts and logs it. Prompts and answers never appear in a log.
-async fn observe(State(shared): AppState, mut request: Request, next: Next) -> Response {
+pub async fn observe(State(shared): AppState, mut request: Request, next: Next) -> Response {
     let began = Instant::now();
     let name = request
         .headers()
@@ -418,7 +418,7 @@ async fn detokenize(
     Ok(json_response(&json!({"prompt": model.text.decode(&ids)})))
 }
 
-fn probe(problem: Option<String>) -> Response {
+pub fn probe(problem: Option<String>) -> Response {
     match problem {
         None => json_response(&json!({"ok": true})),
         Some(problem) => {
@@ -430,7 +430,7 @@ fn probe(problem: Option<String>) -> Response {
 }
 
 /// Alive: the engine's thread makes progress, or the model is still loading.
-async fn livez(State(shared): AppState) -> Response {
+pub async fn livez(State(shared): AppState) -> Response {
     probe(shared.heartbeat.problem())
 }
 
@@ -439,7 +439,7 @@ async fn readyz(State(shared): AppState) -> Response {
     probe(shared.serving().err().map(|error| error.message))
 }
 
-async fn startupz(State(shared): AppState) -> Response {
+pub async fn startupz(State(shared): AppState) -> Response {
     let report = shared.startup.report();
     let started = report.phase == StartupPhase::Ready;
     let mut response = json_response(&json!(report));
@@ -477,11 +477,11 @@ async fn load(State(shared): AppState) -> Response {
     }))
 }
 
-async fn version(State(shared): AppState) -> Response {
+pub async fn version(State(shared): AppState) -> Response {
     json_response(&json!({"version": shared.options.version}))
 }
 
-async fn metrics(State(shared): AppState) -> Response {
+pub async fn metrics(State(shared): AppState) -> Response {
     let format = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(CONTENT_TYPE, format)], shared.metrics.render()).into_response()
 }

@@ -73,7 +73,7 @@ pub async fn serve(
 }
 
 /// Notices a failed start, a dead thread and a hang; returns only when the server should end.
-async fn watch(shared: &Shared) -> ServeError {
+pub async fn watch(shared: &Shared) -> ServeError {
     let mut failed_since: Option<Instant> = None;
     let mut stalled = false;
     loop {
@@ -114,7 +114,7 @@ async fn watch(shared: &Shared) -> ServeError {
 }
 
 /// Takes over certificates that were rotated; never returns.
-async fn follow_tls_files(shared: &Shared) -> ServeError {
+pub async fn follow_tls_files(shared: &Shared) -> ServeError {
     let Some(tls) = &shared.options.tls else {
         return std::future::pending().await;
     };

@@ -129,7 +129,7 @@ pub fn run(shared: &Arc<Shared>, loader: Loader, commands: &Receiver<Command>) {
     worker.give_up(failure);
 }
 
-fn describe(panic: &(dyn std::any::Any + Send)) -> &str {
+pub fn describe(panic: &(dyn std::any::Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()
@@ -220,6 +220,7 @@ impl Worker {
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return Ok(()),
                 }
+                self.executor.idle()?;
             }
             while let Ok(command) = commands.try_recv() {
                 self.handle(command);

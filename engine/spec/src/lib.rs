@@ -11,6 +11,7 @@ pub mod inspect;
 pub mod metrics;
 pub mod model_config;
 mod published;
+pub mod rank;
 
 pub use engine_config::{
     Device, Dtype, EngineConfig, EngineConfigError, ModelSource, NUM_SPECULATIVE_TOKENS_MAX,
@@ -22,3 +23,4 @@ pub use model_config::{
     Architecture, AttentionConfig, ConfigError, GateScoring, GateSelection, GqaConfig, MlaConfig,
     ModelConfig, MoeConfig, Packing, RopeScaling, StoredDtype, StoredIntegers, WeightBlocks, Yarn,
 };
+pub use rank::Rank;

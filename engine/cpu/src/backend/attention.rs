@@ -15,7 +15,7 @@ use crate::kernels::{Attend, Element, GROUP, RmsNorm, Rows};
 use crate::pool::WorkerPanic;
 
 impl CpuBackend {
-    /// Caches the step's rows and leaves every head's output in [`Slot::Value`].
+    /// Caches the step's rows and leaves the output of every head of this rank in [`Slot::Value`].
     pub(super) fn attend_latent(
         &mut self,
         layer: usize,
@@ -31,7 +31,8 @@ impl CpuBackend {
         self.attend(cache, attention)?;
         let latent = self.factors(Slot::LatentValue, &[attention.kv_up])?;
         let latent = (latent, attention.latent);
-        let value = (self.fresh(Slot::Value), attention.value);
+        let own = attention.first_head * attention.value;
+        let value = (self.fresh(Slot::Value).skip(own), attention.value);
         self.per_head(attention.kv_up, false, heads, latent, value)
     }
 

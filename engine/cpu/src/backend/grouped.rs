@@ -71,7 +71,7 @@ impl<'a> Finish<'a> {
 }
 
 impl CpuBackend {
-    /// Caches the step's keys and values and leaves every head's output in [`Slot::Value`].
+    /// Caches the step's keys and values and leaves the output of every head of this rank in [`Slot::Value`].
     pub(super) fn attend_grouped(
         &mut self,
         layer: usize,
@@ -110,7 +110,7 @@ impl CpuBackend {
                     // The first part is all of it.
                     second: queries,
                     first_width: width,
-                    out: self.fresh(Slot::Value),
+                    out: self.fresh(Slot::Value).skip(attention.first_head * width),
                     scale,
                 };
                 // SAFETY: blocks were checked to exist and cover the context; the slots have the model's widths.
@@ -177,7 +177,8 @@ impl CpuBackend {
     ) -> Result<(), WorkerPanic> {
         let rows = self.rows();
         let queries = self.wide(Slot::Query);
-        let out = self.fresh(Slot::Value);
+        let own = attention.first_head * attention.width;
+        let out = self.fresh(Slot::Value).skip(own);
         let block_size = self.cache.block_size();
         let step = &self.step;
         let (width, group) = (attention.width, attention.group());

@@ -8,7 +8,8 @@
 
 use engine_model::{Choice, Gate, GateScratch, GatedMlp, Mlp, Model, Moe, Slot};
 
-use super::CpuBackend;
+use super::exchange::{Columns, ExpertOutputs, bytes_of};
+use super::{CpuBackend, StepError};
 use crate::compute::{Area, Gated, Job, Shared, emptied};
 use crate::kernels::{AddScaled, Rows};
 use crate::pool::{WorkerPanic, current_thread};
@@ -67,15 +68,20 @@ impl Chosen {
 }
 
 /// Where the experts of a layer work: after the scores, three parts (gate, up, product) of all inner values, then the
-/// outputs. Choices come first, in the order of [`Chosen::rows`], the shared expert's rows last.
+/// outputs. Choices come first, in the order of [`Chosen::rows`], the shared expert's rows last. Rows of experts that other
+/// ranks hold stay as they are until the outputs.
 #[derive(Clone, Copy)]
 struct ExpertScratch {
     rows: usize,
     hidden: usize,
     /// Inner values of a routed expert.
     routed: usize,
-    /// Values of one of the three parts.
+    /// Values before the three parts.
+    scores: usize,
+    /// Values of the gate's part, and of the up's.
     part: usize,
+    /// Values of the product's, which has all columns of the shared expert.
+    products: usize,
     inner: Area,
     outputs: Area,
 }
@@ -87,6 +93,7 @@ struct ExpertRun<'a> {
     rows: Option<&'a [u32]>,
     count: usize,
     inner: Area,
+    product: Area,
     output: Area,
 }
 
@@ -94,15 +101,20 @@ impl ExpertScratch {
     fn new(backend: &mut CpuBackend, moe: &Moe) -> Self {
         let rows = backend.rows();
         let routed = moe.experts.first().map_or(0, |mlp| mlp.inner);
-        let part = rows * moe.inner_width();
-        let inner = Area::new(&mut backend.mlp, routed).skip(rows * moe.gate.experts);
+        let scores = rows * moe.gate.experts;
+        let shared = |width: fn(&GatedMlp) -> usize| moe.shared.as_ref().map_or(0, width);
+        let part = rows * (moe.routed_width() + shared(|mlp| mlp.held));
+        let products = rows * (moe.routed_width() + shared(|mlp| mlp.inner));
+        let inner = Area::new(&mut backend.mlp, routed).skip(scores);
         Self {
             rows,
             hidden: backend.hidden,
             routed,
+            scores,
             part,
+            products,
             inner,
-            outputs: inner.skip(3 * part).with_stride(backend.hidden),
+            outputs: inner.skip(2 * part + products).with_stride(backend.hidden),
         }
     }
 
@@ -113,12 +125,14 @@ impl ExpertScratch {
             .iter()
             .enumerate()
             .filter_map(move |(expert, mlp)| {
+                let expert = moe.first_expert + expert;
                 let [start, end] = [expert, expert + 1].map(|at| chosen.starts[at] as usize);
                 (start < end).then(|| ExpertRun {
                     mlp,
                     rows: Some(&chosen.rows[start..end]),
                     count: end - start,
                     inner: self.inner.skip(start * self.routed),
+                    product: self.inner.skip(2 * self.part + start * self.routed),
                     output: self.outputs.skip(start * self.hidden),
                 })
             });
@@ -126,9 +140,10 @@ impl ExpertScratch {
             mlp,
             rows: None,
             count: self.rows,
-            inner: self
+            inner: self.inner.skip(choices * self.routed).with_stride(mlp.held),
+            product: self
                 .inner
-                .skip(choices * self.routed)
+                .skip(2 * self.part + choices * self.routed)
                 .with_stride(mlp.inner),
             output: self.outputs.skip(choices * self.hidden),
         });
@@ -137,12 +152,11 @@ impl ExpertScratch {
 }
 
 /// Where an expert's gated values go, in the form that the last product reads.
-fn inner_products(weights: &Weights, run: &ExpertRun<'_>, part: usize) -> Area {
-    let products = run.inner.skip(2 * part);
+fn inner_products(weights: &Weights, run: &ExpertRun<'_>) -> Area {
     if weights.is_packed(run.mlp.down) {
-        products.rounded()
+        run.product.rounded()
     } else {
-        products
+        run.product
     }
 }
 
@@ -186,12 +200,7 @@ impl CpuBackend {
     }
 
     /// `to = Σ weight · expert(from) + shared(from)`: two regions of products for all experts together.
-    pub(super) fn run_experts(
-        &mut self,
-        moe: &Moe,
-        from: Slot,
-        to: Slot,
-    ) -> Result<(), WorkerPanic> {
+    pub(super) fn run_experts(&mut self, moe: &Moe, from: Slot, to: Slot) -> Result<(), StepError> {
         // All routed experts are stored alike; the shared one may differ.
         let mut input = self.factors(from, &[])?;
         for mlp in moe.experts.first().into_iter().chain(&moe.shared) {
@@ -211,25 +220,70 @@ impl CpuBackend {
             Gated {
                 gate: job(run.mlp.gate, run.inner),
                 up: job(run.mlp.up, run.inner.skip(part)),
-                out: inner_products(weights, &run, part),
+                out: inner_products(weights, &run),
+                skip: run.mlp.first,
             }
         }));
         // SAFETY: every expert's rows have their own place in the three parts of the scratch.
         let outcome = unsafe { self.compute.products(&gated) };
         self.gated = emptied(gated);
         outcome?;
+        self.complete_products(moe, scratch)?;
+        let scratch = ExpertScratch::new(self, moe);
+        let weights = &self.weights;
         let mut jobs = emptied(std::mem::take(&mut self.jobs));
         jobs.extend(scratch.runs(moe, &self.chosen).map(|run| {
             let matrix = weights.matrix(run.mlp.down);
-            let products = inner_products(weights, &run, part);
-            Job::new(matrix, products, Rows::From(0), run.count, run.output)
+            let products = inner_products(weights, &run);
+            let first = self.shares[run.mlp.down.index()].map_or(0, |share| share.first);
+            let output = run.output.skip(first);
+            Job::new(matrix, products, Rows::From(0), run.count, output)
         }));
         // SAFETY: as above, for the outputs.
         let outcome = unsafe { self.compute.products(&jobs) };
         self.jobs = emptied(jobs);
         outcome?;
-        let outputs = scratch.outputs;
-        self.combine(moe, outputs, out)
+        self.complete_outputs(moe, scratch)?;
+        let outputs = ExpertScratch::new(self, moe).outputs;
+        Ok(self.combine(moe, outputs, out)?)
+    }
+
+    /// Gets the other ranks' columns of what the shared expert multiplies next.
+    fn complete_products(&mut self, moe: &Moe, scratch: ExpertScratch) -> Result<(), StepError> {
+        let Some(shared) = moe.shared.as_ref().filter(|_| !self.rank.is_alone()) else {
+            return Ok(());
+        };
+        let choices = scratch.rows * moe.gate.top_k;
+        let skip = scratch.scores + 2 * scratch.part + choices * scratch.routed;
+        let layout = self.product_columns(shared, scratch.rows, skip);
+        self.group.all_gather(bytes_of(&mut self.mlp), &layout)?;
+        Ok(())
+    }
+
+    /// Gets the outputs of the other ranks' experts.
+    fn complete_outputs(&mut self, moe: &Moe, scratch: ExpertScratch) -> Result<(), StepError> {
+        if self.rank.is_alone() {
+            return Ok(());
+        }
+        let row_bytes = scratch.hidden * size_of::<f32>();
+        let skip = (scratch.scores + 2 * scratch.part + scratch.products) * size_of::<f32>();
+        let choices = scratch.rows * moe.gate.top_k;
+        let layout = ExpertOutputs {
+            rank: self.rank,
+            starts: &self.chosen.starts,
+            skip,
+            row_bytes,
+            shared: moe.shared.as_ref().map(|_| Columns {
+                rank: self.rank,
+                rows: scratch.rows,
+                columns: scratch.hidden,
+                element: size_of::<f32>(),
+                skip: skip + choices * row_bytes,
+                stride: row_bytes,
+            }),
+        };
+        self.group.all_gather(bytes_of(&mut self.mlp), &layout)?;
+        Ok(())
     }
 
     /// Groups the choices by expert.

@@ -4,13 +4,12 @@
 
 use engine_model::{Backend, Norm, PredictionBackend, Slot, WeightId};
 
-use super::CpuBackend;
+use super::{CpuBackend, StepError};
 use crate::compute::Shared;
 use crate::kernels::RmsNorm;
-use crate::pool::WorkerPanic;
 
 impl PredictionBackend for CpuBackend {
-    fn join(&mut self, token_norm: &Norm, hidden_norm: &Norm) -> Result<(), WorkerPanic> {
+    fn join(&mut self, token_norm: &Norm, hidden_norm: &Norm) -> Result<(), StepError> {
         let rows = self.rows();
         let (tokens, previous) = (self.wide(Slot::Hidden), self.wide(Slot::Previous));
         let joined = self.fresh(Slot::Joined);
@@ -37,10 +36,11 @@ impl PredictionBackend for CpuBackend {
         };
         // SAFETY: both norms are as wide as the residual stream; each task writes its own half of a row of another slot
         // than it reads, and a source is a row that the pass before left, as the executor checked.
-        unsafe { self.compute.kernels(2 * rows, rows * width * 4, &kernel) }
+        unsafe { self.compute.kernels(2 * rows, rows * width * 4, &kernel)? };
+        Ok(())
     }
 
-    fn predict_head(&mut self, norm: &Norm, table: WeightId) -> Result<(), WorkerPanic> {
+    fn predict_head(&mut self, norm: &Norm, table: WeightId) -> Result<(), StepError> {
         self.norm_wanted(norm, Slot::Previous)?;
         self.head(norm, table)
     }

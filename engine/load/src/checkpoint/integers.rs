@@ -54,7 +54,7 @@ pub(super) fn locate(
             return mismatch(&part, format!("is in the file, expected none: {why}"));
         }
     }
-    let (rows, columns) = match spec.shape.as_slice() {
+    let (rows, columns) = match spec.stored_shape().as_slice() {
         [rows, columns] => (*rows, *columns),
         other => (1, other.iter().product()),
     };
