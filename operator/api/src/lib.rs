@@ -16,7 +16,7 @@ pub use crd::crd;
 pub use quantity::Quantity;
 pub use spec::{
     Accelerator, AcceleratorType, Autoscaling, AutoscalingTargets, Binding, ConfigMapReference,
-    Context, Model, ModelDeployment, ModelDeploymentSpec, OnFailure, Parallelism, Placement,
+    Context, Mig, Model, ModelDeployment, ModelDeploymentSpec, OnFailure, Parallelism, Placement,
     Precision, Quantization, Rollout, RolloutAnalysis, RolloutStep, SecretReference, Spot,
     Stabilization, Topology,
 };

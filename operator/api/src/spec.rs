@@ -54,6 +54,8 @@ use crate::template::PodTemplate;
         .message("set exactly one of spec.replicas (a fixed number) and spec.autoscaling (a range)"),
     validation = Rule::new("self.accelerator.type != 'cpu' || !has(self.parallelism) || ((!has(self.parallelism.tensor) || self.parallelism.tensor == 1) && (!has(self.parallelism.expert) || self.parallelism.expert == 1))")
         .message("the cpu accelerator runs one rank per replica; remove spec.parallelism or choose accelerator type nvidia"),
+    validation = Rule::new("!has(self.accelerator.mig) || self.accelerator.mig != 'only' || !has(self.parallelism) || ((!has(self.parallelism.tensor) || self.parallelism.tensor == 1) && (!has(self.parallelism.expert) || self.parallelism.expert == 1))")
+        .message("nothing connects MIG devices, so a replica on them is one device; remove spec.parallelism or set accelerator.mig to allowed or never"),
     validation = Rule::new("self.quantization == 'none' || (self.precision != 'float32' && self.accelerator.type == 'cpu')")
         .message("spec.quantization makes integers on the cpu accelerator, with precision auto or bfloat16; set it to none or change those")
 )]
@@ -203,6 +205,19 @@ pub enum AcceleratorType {
     Cpu,
 }
 
+/// Whether parts of GPUs are used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Mig {
+    /// Whole GPUs alone.
+    #[default]
+    Never,
+    /// The smallest device on which the memory plan fits, MIG devices included.
+    Allowed,
+    /// MIG devices alone.
+    Only,
+}
+
 /// What the replicas compute on.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
@@ -210,7 +225,11 @@ pub enum AcceleratorType {
     validation = Rule::new("self.type != 'cpu' || !has(self.products)")
         .message("accelerator.products names GPUs; remove it or choose accelerator type nvidia"),
     validation = Rule::new("self.type != 'cpu' || !has(self.minMemory)")
-        .message("accelerator.minMemory is the memory of one GPU; remove it or choose accelerator type nvidia")
+        .message("accelerator.minMemory is the memory of one GPU; remove it or choose accelerator type nvidia"),
+    validation = Rule::new("self.type != 'cpu' || !has(self.mig)")
+        .message("accelerator.mig is about parts of GPUs; remove it or choose accelerator type nvidia"),
+    validation = Rule::new("!has(self.migProfiles) || (has(self.mig) && self.mig != 'never')")
+        .message("accelerator.migProfiles needs accelerator.mig allowed or only")
 )]
 pub struct Accelerator {
     /// Kind of device: `nvidia` or `cpu`.
@@ -232,6 +251,23 @@ pub struct Accelerator {
     /// Least memory of one GPU, for example `80Gi`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min_memory: Option<Quantity>,
+
+    /// Whether MIG devices, parts of a GPU, are used: `never` (the default), `allowed` beside whole
+    /// GPUs, or `only`. A replica on one is one device: nothing connects two of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mig: Option<Mig>,
+
+    /// Profiles of MIG devices that may be used, for example `3g.71gb`. Absent: any on which the
+    /// memory plan fits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 16),
+        inner(
+            length(min = 1, max = 32),
+            regex(pattern = r"^[1-9]g\.[1-9][0-9]{0,3}gb(\.me|\.me\.all|\.gfx|-me)?$")
+        )
+    )]
+    pub mig_profiles: Vec<String>,
 }
 
 /// How one replica is split over devices.

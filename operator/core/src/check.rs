@@ -40,7 +40,7 @@ pub enum Flaw {
     },
     /// First choices of new pods take more of a node than it has.
     Overbooked(String),
-    /// New pods ask for more GPUs than a quota of the namespace leaves.
+    /// New pods ask for more devices than a quota of the namespace leaves.
     OverQuota(String),
     /// A created object without owner, label or valid name.
     Malformed(String),
@@ -61,7 +61,7 @@ impl fmt::Display for Flaw {
                 write!(f, "{ready} replicas would answer, {promised} are promised")
             }
             Self::Overbooked(node) => write!(f, "node {node} is overbooked"),
-            Self::OverQuota(name) => write!(f, "quota {name} leaves too few GPUs"),
+            Self::OverQuota(name) => write!(f, "quota {name} leaves too few devices"),
             Self::Malformed(name) => write!(f, "{name} is malformed"),
             Self::Unrestricted(name) => write!(f, "pod {name} is not restricted"),
             Self::Condition(kind) => write!(f, "condition {kind} is wrong"),
@@ -286,20 +286,21 @@ fn check_room(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
             *taken.entry(node.clone()).or_default() += Resources::of_pod(spec);
         }
     }
-    let gpus: u64 = taken.values().map(|amount| amount.gpus).sum();
+    let all = taken
+        .values()
+        .fold(Resources::default(), |sum, amount| sum + *amount)
+        .accelerators();
     for quota in &snapshot.quotas {
-        if gpus > 0 && quota.gpus_used.saturating_add(gpus) > quota.gpus_max {
+        if quota.exceeded(&all, &BTreeMap::new()).is_some() {
             flaws.push(Flaw::OverQuota(quota.name.clone()));
         }
     }
     for (name, amount) in taken {
-        let fits = snapshot.cluster.nodes.get(&name).is_some_and(|node| {
-            let free = snapshot.cluster.free(node);
-            amount.gpus <= free.gpus
-                && amount.memory_bytes <= free.memory_bytes
-                && amount.cpu_millis <= free.cpu_millis
-                && amount.pods <= free.pods
-        });
+        let fits = snapshot
+            .cluster
+            .nodes
+            .get(&name)
+            .is_some_and(|node| amount.fit_in(&snapshot.cluster.free(node)));
         if !fits {
             flaws.push(Flaw::Overbooked(name));
         }

@@ -13,9 +13,10 @@ use engine_spec::{Device, EngineConfig, ModelFacts, Parallelism};
 use operator_api::Reason;
 use serde::{Deserialize, Serialize};
 
-use crate::resources::human_bytes;
+use crate::mig::{self, MigProfile, MigStrategy};
+use crate::resources::{NVIDIA_GPU, Resources, human_bytes};
 use crate::snapshot::{Cluster, NodeView};
-use crate::validate::{ValidAccelerator, ValidDeployment};
+use crate::validate::{ValidAccelerator, ValidDeployment, ValidMig};
 
 /// Share of a GPU's memory that is planned with, in percent: drivers keep some for themselves, and
 /// the label counts it.
@@ -38,14 +39,32 @@ pub enum DeviceKind {
         /// Memory of one GPU by its label.
         memory_bytes: u64,
     },
+    /// MIG devices, parts of GPUs, of one product and profile.
+    #[serde(rename_all = "camelCase")]
+    Mig {
+        /// Product with the profile at its end, as `nvidia.com/gpu.product` or
+        /// `nvidia.com/mig-<profile>.product` has it.
+        product: String,
+        /// Memory of one device by its label.
+        memory_bytes: u64,
+        /// Profile.
+        profile: MigProfile,
+        /// How they are counted.
+        strategy: MigStrategy,
+    },
 }
 
 impl DeviceKind {
     /// Memory of one device that may be planned with.
     pub fn usable_bytes(&self) -> Option<u64> {
+        self.memory_bytes()
+            .map(|bytes| bytes / 100 * GPU_USABLE_PERCENT)
+    }
+
+    fn memory_bytes(&self) -> Option<u64> {
         match self {
             Self::Cpu => None,
-            Self::Gpu { memory_bytes, .. } => Some(memory_bytes / 100 * GPU_USABLE_PERCENT),
+            Self::Gpu { memory_bytes, .. } | Self::Mig { memory_bytes, .. } => Some(*memory_bytes),
         }
     }
 
@@ -53,8 +72,49 @@ impl DeviceKind {
     pub fn product(&self) -> Option<&str> {
         match self {
             Self::Cpu => None,
-            Self::Gpu { product, .. } => Some(product),
+            Self::Gpu { product, .. } | Self::Mig { product, .. } => Some(product),
         }
+    }
+
+    /// What one device is called in sentences.
+    pub fn noun(&self) -> &'static str {
+        match self {
+            Self::Cpu => "replica",
+            Self::Gpu { .. } => "GPU",
+            Self::Mig { .. } => "MIG device",
+        }
+    }
+
+    /// The extended resource that a pod asks for.
+    pub fn resource(&self) -> Option<String> {
+        match self {
+            Self::Cpu => None,
+            Self::Mig {
+                profile,
+                strategy: MigStrategy::Mixed,
+                ..
+            } => Some(profile.resource()),
+            Self::Gpu { .. } | Self::Mig { .. } => Some(NVIDIA_GPU.to_owned()),
+        }
+    }
+
+    /// How many devices of this kind an amount has, on a node that offers them.
+    pub fn count_in(&self, amount: &Resources) -> u64 {
+        match self {
+            Self::Cpu => 0,
+            Self::Mig {
+                profile,
+                strategy: MigStrategy::Mixed,
+                ..
+            } => amount.mig.get(*profile),
+            Self::Gpu { .. } | Self::Mig { .. } => amount.gpus,
+        }
+    }
+
+    /// Whether one replica can be on several of them: MIG devices have neither NVLink nor
+    /// peer-to-peer copies between them.
+    pub fn can_combine(&self) -> bool {
+        !matches!(self, Self::Mig { .. })
     }
 }
 
@@ -62,24 +122,24 @@ impl fmt::Display for DeviceKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => f.write_str("CPU"),
-            Self::Gpu { product, .. } => f.write_str(product),
+            Self::Gpu { product, .. } | Self::Mig { product, .. } => f.write_str(product),
         }
     }
 }
 
-/// What the labels of a node say about its GPUs.
+/// What the labels of a node say about the devices counted as `nvidia.com/gpu`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NodeGpus {
     /// No GPU, or none that is labelled.
     None,
-    /// GPUs that several pods share, or parts of GPUs.
+    /// GPUs that several pods share, or that are divided in a way their strategy does not allow.
     Shared,
     /// GPUs too old for the engine's arithmetic.
     Old {
         /// Compute capability, major part.
         compute_major: u32,
     },
-    /// GPUs that can be used.
+    /// GPUs, or MIG devices of the strategy `single`, that can be used.
     Usable(DeviceKind),
 }
 
@@ -90,8 +150,7 @@ pub fn node_gpus(node: &NodeView) -> NodeGpus {
         return NodeGpus::None;
     };
     let strategy = node.label("nvidia.com/gpu.sharing-strategy");
-    if product.ends_with("-SHARED") || product.contains("-MIG-") || !matches!(strategy, "" | "none")
-    {
+    if product.ends_with("-SHARED") || !matches!(strategy, "" | "none") {
         return NodeGpus::Shared;
     }
     if let Ok(compute_major) = node.label("nvidia.com/gpu.compute.major").parse::<u32>()
@@ -99,10 +158,38 @@ pub fn node_gpus(node: &NodeView) -> NodeGpus {
     {
         return NodeGpus::Old { compute_major };
     }
-    NodeGpus::Usable(DeviceKind::Gpu {
-        product: product.to_owned(),
-        memory_bytes: memory_mib.saturating_mul(1 << 20),
-    })
+    let memory_bytes = memory_mib.saturating_mul(1 << 20);
+    let product = product.to_owned();
+    if !product.contains("-MIG-") {
+        return NodeGpus::Usable(DeviceKind::Gpu {
+            product,
+            memory_bytes,
+        });
+    }
+    match MigProfile::of_product(&product) {
+        Some(profile) => NodeGpus::Usable(DeviceKind::Mig {
+            product,
+            memory_bytes,
+            profile,
+            strategy: MigStrategy::Single,
+        }),
+        // gpu-feature-discovery says `-MIG-INVALID` when GPUs are not divided alike.
+        None => NodeGpus::Shared,
+    }
+}
+
+/// Kinds of device that a node offers: under the MIG strategy `mixed` several. Those it has none of
+/// are named only where it has none at all.
+pub fn offered_kinds(node: &NodeView) -> Vec<DeviceKind> {
+    let mut kinds = mig::mixed_kinds(node);
+    if let NodeGpus::Usable(kind) = node_gpus(node) {
+        kinds.push(kind);
+    }
+    let is_there = |kind: &DeviceKind| kind.count_in(&node.allocatable) > 0;
+    if kinds.iter().any(is_there) {
+        kinds.retain(is_there);
+    }
+    kinds
 }
 
 /// A layout of one replica that fits its devices.
@@ -119,11 +206,11 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// GPUs of one replica; 0 on processors.
+    /// GPUs or MIG devices of one replica; 0 on processors.
     pub fn gpus(&self) -> u32 {
         match self.kind {
             DeviceKind::Cpu => 0,
-            DeviceKind::Gpu { .. } => self.parallelism.ranks(),
+            DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } => self.parallelism.ranks(),
         }
     }
 }
@@ -156,11 +243,7 @@ pub fn layouts(
             ),
         });
     }
-    let ValidAccelerator::Nvidia {
-        products,
-        memory_bytes_min,
-    } = &valid.accelerator
-    else {
+    if valid.accelerator == ValidAccelerator::Cpu {
         let parallelism = Parallelism::default();
         return layout_on(valid, facts, DeviceKind::Cpu, parallelism)
             .map(|layout| vec![layout])
@@ -168,18 +251,19 @@ pub fn layouts(
                 reason: Reason::MemoryDoesNotFit,
                 message: format!("on the CPU: {misfit}"),
             });
-    };
+    }
     let kinds = gpu_kinds(cluster);
     if kinds.is_empty() {
         return Err(NoLayout {
             reason: Reason::NoNodeFits,
             message: format!(
-                "no node offers whole NVIDIA GPUs with the labels nvidia.com/gpu.memory and nvidia.com/gpu.product; add GPU nodes with gpu-feature-discovery, or use spec.accelerator.type cpu. {}",
+                "no node offers NVIDIA GPUs with the labels nvidia.com/gpu.memory and nvidia.com/gpu.product; add GPU nodes with gpu-feature-discovery, or use spec.accelerator.type cpu. {}",
                 without_gpus(cluster).join("; ")
             ),
         });
     }
-    let gpus_per_node_max = kinds.values().map(|present| present.gpus_per_node).max();
+    let whole = kinds.iter().filter(|(kind, _)| kind.can_combine());
+    let gpus_per_node_max = whole.map(|(_, present)| present.gpus_per_node).max();
     if let Some(given) = valid.parallelism
         && gpus_per_node_max.is_some_and(|most| given.ranks() > most)
     {
@@ -200,9 +284,12 @@ pub fn layouts(
             nodes(present.nodes),
             present.gpus_per_node
         );
-        let Some(rank) = preference(&kind, products, *memory_bytes_min) else {
-            misfits.push(format!("{nodes}: not asked for by spec.accelerator"));
-            continue;
+        let rank = match preference(&kind, &valid.accelerator) {
+            Ok(rank) => rank,
+            Err(why) => {
+                misfits.push(format!("{nodes}: {why}"));
+                continue;
+            }
         };
         match smallest_layout(valid, facts, &kind, present.gpus_per_node) {
             Ok(layout) => fitting.push((rank, layout)),
@@ -238,10 +325,11 @@ struct Present {
 fn gpu_kinds(cluster: &Cluster) -> BTreeMap<DeviceKind, Present> {
     let mut kinds: BTreeMap<DeviceKind, Present> = BTreeMap::new();
     for node in cluster.nodes.values() {
-        if let NodeGpus::Usable(kind) = node_gpus(node)
-            && node.allocatable.gpus > 0
-        {
-            let gpus = u32::try_from(node.allocatable.gpus).unwrap_or(u32::MAX);
+        for kind in offered_kinds(node) {
+            let gpus = u32::try_from(kind.count_in(&node.allocatable)).unwrap_or(u32::MAX);
+            if gpus == 0 {
+                continue;
+            }
             let present = kinds.entry(kind).or_default();
             present.nodes += 1;
             present.gpus_per_node = gpus.max(present.gpus_per_node);
@@ -254,13 +342,20 @@ fn gpu_kinds(cluster: &Cluster) -> BTreeMap<DeviceKind, Present> {
 fn without_gpus(cluster: &Cluster) -> Vec<String> {
     let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
     for node in cluster.nodes.values() {
+        let offered = offered_kinds(node);
+        let mut counts_of = offered.iter().map(|kind| kind.count_in(&node.allocatable));
+        if counts_of.any(|count| count > 0) {
+            continue;
+        }
         let why = match node_gpus(node) {
-            NodeGpus::Usable(_) if node.allocatable.gpus > 0 => continue,
+            _ if offered.iter().any(|kind| !kind.can_combine()) => {
+                "MIG devices by their labels, but none to allocate; is the device plugin running with their strategy?"
+            }
             NodeGpus::Usable(_) => {
                 "GPUs by their labels, but no nvidia.com/gpu to allocate; is the device plugin running?"
             }
             NodeGpus::None => "no GPU",
-            NodeGpus::Shared => "GPUs are shared or sliced, which is not served yet",
+            NodeGpus::Shared => "GPUs are shared by pods, which is not served",
             NodeGpus::Old { .. } => "GPUs of a compute capability below 8.0",
         };
         *counts.entry(why).or_default() += 1;
@@ -275,28 +370,48 @@ fn nodes(count: usize) -> String {
     format!("{count} {}", if count == 1 { "node" } else { "nodes" })
 }
 
-/// Rank of a kind in the order asked for; none when it is excluded.
-pub fn preference(
-    kind: &DeviceKind,
-    products: &[String],
-    memory_bytes_min: Option<u64>,
-) -> Option<usize> {
-    let DeviceKind::Gpu {
-        product,
-        memory_bytes,
-    } = kind
+/// Rank of a kind in the order asked for.
+///
+/// # Errors
+/// Why it is excluded.
+fn preference(kind: &DeviceKind, wanted: &ValidAccelerator) -> Result<usize, &'static str> {
+    let ValidAccelerator::Nvidia {
+        products,
+        memory_bytes_min,
+        mig,
+    } = wanted
     else {
-        return Some(0);
+        return Ok(0);
     };
-    if memory_bytes_min.is_some_and(|least| *memory_bytes < least) {
-        return None;
+    match (kind, mig) {
+        (DeviceKind::Mig { .. }, ValidMig::Never) => {
+            return Err(
+                "MIG devices are used when asked for: set spec.accelerator.mig to allowed or only",
+            );
+        }
+        (
+            DeviceKind::Mig { profile, .. },
+            ValidMig::Allowed { profiles } | ValidMig::Only { profiles },
+        ) if !profiles.is_empty() && !profiles.contains(profile) => {
+            return Err("not asked for by spec.accelerator.migProfiles");
+        }
+        (DeviceKind::Gpu { .. }, ValidMig::Only { .. }) => {
+            return Err("spec.accelerator.mig = only excludes whole GPUs");
+        }
+        _ => {}
+    }
+    let not_asked = "not asked for by spec.accelerator";
+    if memory_bytes_min.is_some_and(|least| kind.memory_bytes().is_some_and(|has| has < least)) {
+        return Err(not_asked);
     }
     if products.is_empty() {
-        return Some(0);
+        return Ok(0);
     }
+    let product = kind.product().unwrap_or_default();
     products
         .iter()
         .position(|prefix| product.starts_with(prefix))
+        .ok_or(not_asked)
 }
 
 fn smallest_layout(
@@ -306,6 +421,19 @@ fn smallest_layout(
     gpus_per_node: u32,
 ) -> Result<Layout, String> {
     let capacity = kind.usable_bytes();
+    if !kind.can_combine() {
+        let given = valid.parallelism.unwrap_or_default();
+        if given.ranks() > 1 {
+            return Err(format!(
+                "spec.parallelism asks for {} devices, and nothing connects MIG devices: a replica on them is one device",
+                given.ranks()
+            ));
+        }
+        let fitted = layout(valid, facts, kind.clone(), given, capacity);
+        return fitted.map_err(|misfit| {
+            format!("one of them: it {misfit}; nothing connects MIG devices, so more of them do not help")
+        });
+    }
     if let Some(given) = valid.parallelism {
         if given.ranks() > gpus_per_node {
             return Err(format!(
@@ -360,7 +488,7 @@ pub fn layout_on(
     let limits = valid.template.resources.as_ref().map(|r| &r.limits);
     let capacity = match kind {
         DeviceKind::Cpu => limits.and_then(|limits| limits.get("memory")?.value()),
-        DeviceKind::Gpu { .. } => kind.usable_bytes(),
+        DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } => kind.usable_bytes(),
     };
     layout(valid, facts, kind, parallelism, capacity)
 }
@@ -377,7 +505,7 @@ fn layout(
     engine.served_model_name = Some(valid.served_name.clone());
     engine.device = match kind {
         DeviceKind::Cpu => Device::Cpu,
-        DeviceKind::Gpu { .. } => Device::Nvidia,
+        DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } => Device::Nvidia,
     };
     engine.dtype = valid.dtype;
     engine.quantization = valid.quantization;
@@ -419,11 +547,10 @@ pub fn parallelism_words(layout: &Layout) -> String {
 
 /// One line on a layout, for the condition Planned.
 pub fn layout_words(layout: &Layout) -> String {
-    let per = match layout.kind {
-        DeviceKind::Cpu => "per replica".to_owned(),
-        DeviceKind::Gpu { .. } => {
-            format!("per GPU, {} x {} per replica", layout.gpus(), layout.kind)
-        }
+    let noun = layout.kind.noun();
+    let per = match layout.gpus() {
+        0 => format!("per {noun}"),
+        gpus => format!("per {noun}, {gpus} x {} per replica", layout.kind),
     };
     format!(
         "{} {per}: weights {}, KV cache {} for {} tokens, workspace {}, runtime {}",

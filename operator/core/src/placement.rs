@@ -4,15 +4,19 @@
 //! that are not bound yet included. A replica is offered several nodes, best first, so that a
 //! choice made on slightly old news is not wrong at once.
 
+mod device;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use k8s_openapi::api::core::v1::Toleration;
 
-use crate::fit::{DeviceKind, Layout, NodeGpus, node_gpus};
+use crate::fit::Layout;
 use crate::resources::{Resources, human_bytes};
 use crate::snapshot::{Cluster, NodeView, Taint, TaintEffect};
 use crate::validate::ValidPlacement;
+
+pub use device::DeviceWhyNot;
 
 /// Nodes a replica is offered.
 pub const OFFERED_NODES_MAX: usize = 16;
@@ -32,8 +36,10 @@ pub enum WhyNot {
     Faulty(String),
     /// It has no GPU.
     NoGpu,
-    /// Its GPUs are shared or parts of GPUs.
+    /// Its GPUs are shared by pods.
     SharedGpu,
+    /// Its devices are divided, counted or given out in another way.
+    Device(DeviceWhyNot),
     /// Its GPUs are too old.
     OldGpu(u32),
     /// Its GPUs are of a kind that was not asked for.
@@ -89,6 +95,7 @@ impl WhyNot {
             | Self::GpusTaken { has, .. }
             | Self::Memory { has, .. }
             | Self::Cpu { has, .. } => std::mem::take(has),
+            Self::Device(why) => why.amount().map(std::mem::take).unwrap_or(0),
             _ => 0,
         };
         (amount, same)
@@ -100,6 +107,11 @@ impl WhyNot {
         | Self::GpusTaken { has, .. }
         | Self::Memory { has, .. }
         | Self::Cpu { has, .. } = &mut self
+        {
+            *has = amount;
+        }
+        if let Self::Device(why) = &mut self
+            && let Some(has) = why.amount()
         {
             *has = amount;
         }
@@ -126,7 +138,10 @@ impl WhyNot {
                 "repair it; it is used again when the fault is no longer reported".into()
             }
             Self::NoGpu => "none: the plan is for GPUs".into(),
-            Self::SharedGpu => "offer whole GPUs: no time-slicing, no MPS, no MIG".into(),
+            Self::SharedGpu => {
+                "offer GPUs, or MIG devices, that one pod has alone: no time-slicing, no MPS".into()
+            }
+            Self::Device(why) => why.remedy(),
             Self::OldGpu(_) => "none: bfloat16 needs newer GPUs".into(),
             Self::OtherProduct(product) => {
                 format!("name {product} first in spec.accelerator.products to plan for it instead")
@@ -174,7 +189,8 @@ impl fmt::Display for WhyNot {
             ),
             Self::Faulty(condition) => write!(f, "GPU fault {condition}"),
             Self::NoGpu => f.write_str("no GPU"),
-            Self::SharedGpu => f.write_str("GPUs are shared or sliced, which is not served yet"),
+            Self::SharedGpu => f.write_str("GPUs are shared by pods, which is not served"),
+            Self::Device(why) => why.fmt(f),
             Self::OldGpu(major) => write!(
                 f,
                 "GPUs of compute capability {major}.x, needs 8.0 or newer"
@@ -363,38 +379,14 @@ fn standing(node: &NodeView, wish: &Wish<'_>) -> Option<WhyNot> {
     if let Some(fault) = node.faults.first() {
         return Some(WhyNot::Faulty(fault.clone()));
     }
-    match node_gpus(node) {
-        NodeGpus::None => Some(WhyNot::NoGpu),
-        NodeGpus::Shared => Some(WhyNot::SharedGpu),
-        NodeGpus::Old { compute_major } => Some(WhyNot::OldGpu(compute_major)),
-        NodeGpus::Usable(kind) => other_kind(&kind, wish.layout),
-    }
-}
-
-fn other_kind(kind: &DeviceKind, layout: &Layout) -> Option<WhyNot> {
-    if *kind == layout.kind {
-        return None;
-    }
-    let needs = layout.memory.total_bytes();
-    match kind.usable_bytes() {
-        Some(has) if has < needs => Some(WhyNot::GpuMemory { needs, has }),
-        _ => Some(WhyNot::OtherProduct(kind.to_string())),
-    }
+    device::why_not(node, wish.layout)
 }
 
 fn shortage(wish: &Wish<'_>, node: &NodeView, free: Resources) -> Option<WhyNot> {
     let needs = wish.requests;
-    if node.allocatable.gpus < needs.gpus {
-        return Some(WhyNot::FewGpus {
-            needs: needs.gpus,
-            has: node.allocatable.gpus,
-        });
-    }
-    if free.gpus < needs.gpus {
-        return Some(WhyNot::GpusTaken {
-            needs: needs.gpus,
-            has: free.gpus,
-        });
+    let devices = device::shortage(&wish.layout.kind, &needs, node, &free);
+    if devices.is_some() {
+        return devices;
     }
     if free.memory_bytes < needs.memory_bytes {
         return Some(WhyNot::Memory {
@@ -588,10 +580,10 @@ pub struct Rank {
 pub fn rank(node: &NodeView, wish: &Wish<'_>, room: &Room<'_>) -> Rank {
     let free = room.free(node);
     let (own, first) = if wish.layout.gpus() > 0 {
-        (0, free.gpus)
+        (0, wish.layout.kind.count_in(&free))
     } else {
         let own = wish.own.get(&node.name).copied().unwrap_or(0);
-        (own, node.allocatable.gpus)
+        (own, node.allocatable.devices())
     };
     Rank {
         failed_here: wish.avoid.contains(&node.name),

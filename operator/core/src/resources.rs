@@ -7,6 +7,8 @@ use k8s_openapi::api::core::v1::PodSpec;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use operator_api::quantity::parse_millis;
 
+use crate::mig::{MigDevices, MigProfile};
+
 /// The extended resource of NVIDIA GPUs.
 pub const NVIDIA_GPU: &str = "nvidia.com/gpu";
 
@@ -17,8 +19,10 @@ pub struct Resources {
     pub cpu_millis: u64,
     /// Memory.
     pub memory_bytes: u64,
-    /// Whole GPUs.
+    /// Devices counted as `nvidia.com/gpu`.
     pub gpus: u64,
+    /// Devices counted as `nvidia.com/mig-<profile>`.
+    pub mig: MigDevices,
     /// Pods.
     pub pods: u64,
 }
@@ -32,10 +36,17 @@ impl Resources {
                 .unwrap_or(0)
         };
         let units = |key: &str| u64::try_from(millis(key) / 1000).unwrap_or(u64::MAX);
+        let mut mig = MigDevices::default();
+        for key in list.keys() {
+            if let Some(profile) = MigProfile::of_resource(key) {
+                mig.set(profile, units(key));
+            }
+        }
         Self {
             cpu_millis: u64::try_from(millis("cpu")).unwrap_or(u64::MAX),
             memory_bytes: units("memory"),
             gpus: units(NVIDIA_GPU),
+            mig,
             pods: units("pods"),
         }
     }
@@ -47,7 +58,7 @@ impl Resources {
             let resources = container.resources.as_ref();
             // An extended resource may be given as a limit alone.
             let mut list = resources.and_then(|r| r.limits.clone()).unwrap_or_default();
-            list.retain(|key, _| key == NVIDIA_GPU);
+            list.retain(|key, _| key == NVIDIA_GPU || MigProfile::of_resource(key).is_some());
             list.extend(
                 resources
                     .and_then(|r| r.requests.clone())
@@ -79,8 +90,38 @@ impl Resources {
             cpu_millis: self.cpu_millis.saturating_sub(used.cpu_millis),
             memory_bytes: self.memory_bytes.saturating_sub(used.memory_bytes),
             gpus: self.gpus.saturating_sub(used.gpus),
+            mig: self.mig.minus(used.mig),
             pods: self.pods.saturating_sub(used.pods),
         }
+    }
+
+    /// Whether no more is asked for than `free` has.
+    pub fn fit_in(&self, free: &Self) -> bool {
+        let Self {
+            cpu_millis,
+            memory_bytes,
+            gpus,
+            mig,
+            pods,
+        } = self;
+        *cpu_millis <= free.cpu_millis
+            && *memory_bytes <= free.memory_bytes
+            && *gpus <= free.gpus
+            && mig.fit_in(&free.mig)
+            && *pods <= free.pods
+    }
+
+    /// Devices of every kind.
+    pub fn devices(&self) -> u64 {
+        self.gpus.saturating_add(self.mig.total())
+    }
+
+    /// Amounts of accelerators by the name of their resource; those that are zero are left out.
+    pub fn accelerators(&self) -> BTreeMap<String, u64> {
+        let gpus = (self.gpus > 0).then(|| (NVIDIA_GPU.to_owned(), self.gpus));
+        let mig = self.mig.iter();
+        let mig = mig.map(|(profile, count)| (profile.resource(), count));
+        gpus.into_iter().chain(mig).collect()
     }
 
     fn max(self, other: Self) -> Self {
@@ -88,6 +129,7 @@ impl Resources {
             cpu_millis: self.cpu_millis.max(other.cpu_millis),
             memory_bytes: self.memory_bytes.max(other.memory_bytes),
             gpus: self.gpus.max(other.gpus),
+            mig: self.mig.max(other.mig),
             pods: self.pods.max(other.pods),
         }
     }
@@ -100,6 +142,7 @@ impl Add for Resources {
             cpu_millis: self.cpu_millis.saturating_add(other.cpu_millis),
             memory_bytes: self.memory_bytes.saturating_add(other.memory_bytes),
             gpus: self.gpus.saturating_add(other.gpus),
+            mig: self.mig.plus(other.mig),
             pods: self.pods.saturating_add(other.pods),
         }
     }

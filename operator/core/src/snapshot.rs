@@ -10,17 +10,16 @@ use std::sync::Arc;
 use engine_spec::{LoadReport, StartupReport};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    ConfigMap, ContainerStatus, Node, Pod, PodStatus, ResourceQuota, Service, Taint as NodeTaint,
+    ConfigMap, ContainerStatus, Node, Pod, PodStatus, Service, Taint as NodeTaint,
 };
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
-use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use operator_api::ModelDeployment;
-use operator_api::quantity::parse_millis;
 
 use crate::marks::Marks;
 use crate::names;
 use crate::plan::{Action, Object, Plan};
-use crate::resources::{NVIDIA_GPU, Resources};
+pub use crate::quota::QuotaView;
+use crate::resources::Resources;
 
 /// Seconds after which the window of a comparison moves on.
 const WINDOW_SECONDS: u64 = 300;
@@ -205,17 +204,6 @@ pub struct Cluster {
     pub nodes: BTreeMap<String, Arc<NodeView>>,
     /// Sum of claims by node name.
     pub used: BTreeMap<String, Resources>,
-}
-
-/// A limit on the GPUs of a namespace.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct QuotaView {
-    /// Name of the ResourceQuota.
-    pub name: String,
-    /// GPUs that all pods of the namespace may ask for.
-    pub gpus_max: u64,
-    /// GPUs that they ask for now, as Kubernetes counts.
-    pub gpus_used: u64,
 }
 
 /// A config map.
@@ -509,33 +497,6 @@ impl Cluster {
     pub fn free(&self, node: &NodeView) -> Resources {
         let used = self.used.get(&node.name).copied().unwrap_or_default();
         node.allocatable.minus(used)
-    }
-}
-
-impl QuotaView {
-    /// The view of a quota; none when it does not limit the GPUs of every pod. One with scopes
-    /// holds for some pods only, and Kubernetes alone can say for which.
-    pub fn of(quota: &ResourceQuota) -> Option<Self> {
-        let spec = quota.spec.as_ref()?;
-        if spec
-            .scopes
-            .as_ref()
-            .is_some_and(|scopes| !scopes.is_empty())
-            || spec.scope_selector.is_some()
-        {
-            return None;
-        }
-        let key = format!("requests.{NVIDIA_GPU}");
-        let count = |list: Option<&BTreeMap<String, Quantity>>| {
-            let millis = parse_millis(&list?.get(&key)?.0)?;
-            Some(u64::try_from(millis / 1000).unwrap_or(u64::MAX))
-        };
-        let status = quota.status.as_ref();
-        Some(Self {
-            name: quota.metadata.name.clone().unwrap_or_default(),
-            gpus_max: count(spec.hard.as_ref())?,
-            gpus_used: count(status.and_then(|status| status.used.as_ref())).unwrap_or(0),
-        })
     }
 }
 

@@ -4,6 +4,7 @@
 //! rules that no schema can state. A [`ValidDeployment`] cannot hold a value that a later stage
 //! would have to refuse. All violations are reported at once.
 
+mod accelerator;
 mod model;
 mod rollout;
 mod template;
@@ -14,10 +15,10 @@ use std::fmt;
 use engine_spec::{Dtype, NUM_SPECULATIVE_TOKENS_MAX, Parallelism, Quantization};
 use k8s_openapi::api::core::v1::Toleration;
 use operator_api::{
-    AcceleratorType, Autoscaling, Binding, ModelDeployment, ModelDeploymentSpec, Placement,
-    PodTemplate, Precision,
+    Autoscaling, Binding, ModelDeployment, ModelDeploymentSpec, Placement, PodTemplate, Precision,
 };
 
+pub use accelerator::{ValidAccelerator, ValidMig};
 pub use model::{CLAIM_MOUNT, Source};
 pub use rollout::{Step, ValidAnalysis, ValidRollout};
 
@@ -111,20 +112,6 @@ pub struct ValidDeployment {
     pub placement: ValidPlacement,
     /// Overrides.
     pub template: PodTemplate,
-}
-
-/// What to compute on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ValidAccelerator {
-    /// The node's processors.
-    Cpu,
-    /// NVIDIA GPUs.
-    Nvidia {
-        /// Product prefixes in order of preference; empty for any.
-        products: Vec<String>,
-        /// Least memory of one GPU.
-        memory_bytes_min: Option<u64>,
-    },
 }
 
 /// How many replicas.
@@ -250,7 +237,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         "must be at most 40 lower case letters, digits and '-', starting with a letter: it names a Service and, with a suffix, pods; create the ModelDeployment again under another name",
     );
     let source = model::source(&mut rules, model);
-    let accelerator = valid_accelerator(&mut rules, accelerator);
+    let accelerator = accelerator::valid_accelerator(&mut rules, accelerator);
     let parallelism = valid_parallelism(&mut rules, parallelism.as_ref(), &accelerator);
     let quantization = match quantization {
         operator_api::Quantization::None => Quantization::None,
@@ -323,54 +310,6 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
     })
 }
 
-fn valid_accelerator(rules: &mut Rules, given: &operator_api::Accelerator) -> ValidAccelerator {
-    let memory_bytes_min = given.min_memory.as_ref().and_then(|quantity| {
-        let value = quantity.value();
-        rules.require(
-            value.is_some(),
-            "spec.accelerator.minMemory",
-            quantity,
-            "must be a quantity such as 80Gi",
-        );
-        value
-    });
-    rules.require(
-        given.products.len() <= 16,
-        "spec.accelerator.products",
-        format_args!("{} entries", given.products.len()),
-        "at most 16 entries",
-    );
-    for product in &given.products {
-        rules.require(
-            is_word(product, 63, "._-"),
-            "spec.accelerator.products",
-            format_args!("\"{product}\""),
-            "must be the beginning of a value of the node label nvidia.com/gpu.product, such as NVIDIA-H200",
-        );
-    }
-    match given.kind {
-        AcceleratorType::Nvidia => ValidAccelerator::Nvidia {
-            products: given.products.clone(),
-            memory_bytes_min,
-        },
-        AcceleratorType::Cpu => {
-            rules.require(
-                given.products.is_empty(),
-                "spec.accelerator.products",
-                given.products.join(", "),
-                "names GPUs; remove it or choose accelerator type nvidia",
-            );
-            rules.require(
-                given.min_memory.is_none(),
-                "spec.accelerator.minMemory",
-                given.min_memory.as_ref().map_or("", |q| q.0.as_str()),
-                "is the memory of one GPU; remove it or choose accelerator type nvidia",
-            );
-            ValidAccelerator::Cpu
-        }
-    }
-}
-
 fn valid_parallelism(
     rules: &mut Rules,
     given: Option<&operator_api::Parallelism>,
@@ -403,6 +342,7 @@ fn valid_parallelism(
         valid.expert,
         "must be 1 or equal to spec.parallelism.tensor: both use the same GPUs",
     );
+    accelerator::check_ranks(rules, accelerator, valid.ranks());
     if *accelerator == ValidAccelerator::Cpu {
         rules.require(
             valid.ranks() == 1,

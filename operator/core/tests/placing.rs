@@ -10,6 +10,7 @@ use std::sync::Arc;
 use common::*;
 use k8s_openapi::api::core::v1::{Node, ResourceQuota};
 use operator_core::placement::{self, Offers, Room, Wish};
+use operator_core::quota::QuotaLimit;
 use operator_core::snapshot::{PodPhase, PodView, QuotaView};
 use operator_core::{Action, Object, Plan, fit, names, objects};
 use proptest::prelude::*;
@@ -112,10 +113,14 @@ fn a_pod_that_failed_otherwise_does_not_blame_its_node() {
 }
 
 fn quota(hard: u64, used: u64) -> Arc<QuotaView> {
+    quota_on("nvidia.com/gpu", hard, used)
+}
+
+fn quota_on(resource: &str, hard: u64, used: u64) -> Arc<QuotaView> {
+    let limit = QuotaLimit { most: hard, used };
     Arc::new(QuotaView {
         name: "gpus".into(),
-        gpus_max: hard,
-        gpus_used: used,
+        limits: [(resource.to_owned(), limit)].into(),
     })
 }
 
@@ -172,9 +177,20 @@ proptest! {
 fn a_quota_object_is_read_as_kubernetes_counts() {
     let of = |value: Value| {
         let quota: ResourceQuota = serde_json::from_value(value).unwrap();
-        QuotaView::of(&quota).map(|view| (view.gpus_max, view.gpus_used))
+        let view = QuotaView::of(&quota)?;
+        let limit = view.limits.into_values().next()?;
+        Some((limit.most, limit.used))
     };
     let key = "requests.nvidia.com/gpu";
+    let mig = "requests.nvidia.com/mig-3g.71gb";
+    assert_eq!(
+        of(json!({"spec": {"hard": {mig: "4"}}, "status": {"used": {mig: "1"}}})),
+        Some((4, 1))
+    );
+    assert_eq!(
+        of(json!({"spec": {"hard": {"requests.nvidia.com/x": "4"}}})),
+        None
+    );
     assert_eq!(
         of(json!({"spec": {"hard": {key: "16", "pods": "9"}}, "status": {"used": {key: "8"}}})),
         Some((16, 8))

@@ -65,6 +65,7 @@ fn requests_are_summed_as_the_scheduler_does() {
         memory_bytes: (1024 + 10) << 20,
         gpus: 2,
         pods: 1,
+        ..Resources::default()
     };
     assert_eq!((claim.node.as_str(), claim.requests), ("a", expected));
 }

@@ -124,10 +124,10 @@ fn engine_resources(valid: &ValidDeployment, layout: &Layout) -> ResourceRequire
             }
         }
     }
-    if gpus > 0 {
+    if let Some(resource) = layout.kind.resource() {
         let count = Quantity(gpus.to_string());
-        requests.insert(NVIDIA_GPU.to_owned(), count.clone());
-        limits.insert(NVIDIA_GPU.to_owned(), count);
+        requests.insert(resource.clone(), count.clone());
+        limits.insert(resource, count);
     }
     ResourceRequirements {
         requests: Some(requests),

@@ -15,6 +15,7 @@ use crate::names;
 use crate::objects::{self, Slot};
 use crate::placement::{self, Offers, Room, Wish};
 use crate::plan::{Action, Object};
+use crate::resources::NVIDIA_GPU;
 use crate::snapshot::{PodView, Scheduled};
 use crate::time::seconds_between;
 
@@ -28,8 +29,8 @@ pub(super) struct Planner<'a> {
     gone: BTreeSet<&'a str>,
     /// Pods that this plan creates on nodes that are not spot.
     on_demand: u32,
-    /// GPUs of the pods that this plan creates.
-    gpus_granted: u64,
+    /// Accelerators of the pods that this plan creates, by resource.
+    granted: BTreeMap<String, u64>,
     /// Nodes for new replicas of each side, once one is asked for.
     offers: Vec<Option<Offers>>,
     /// Draining replicas of each side that this plan takes back.
@@ -51,7 +52,7 @@ impl<'a> Planner<'a> {
                 .collect(),
             gone: BTreeSet::new(),
             on_demand: 0,
-            gpus_granted: 0,
+            granted: BTreeMap::new(),
             offers: vec![None; given.sides.len()],
             taken_back: vec![0; given.sides.len()],
             indices: replicas.iter().filter_map(Replica::index).collect(),
@@ -370,7 +371,7 @@ impl<'a> Planner<'a> {
 
     fn create(&mut self, moves: &mut Moves, index: usize, mut slot: Slot) -> bool {
         let side = &self.given.sides[index];
-        if let Some(words) = self.over_quota(side) {
+        if let Some(words) = self.over_quota(index) {
             moves.over_quota = Some(words);
             return false;
         }
@@ -387,7 +388,9 @@ impl<'a> Planner<'a> {
         if self.given.valid.placement.binding == Binding::Direct {
             slot.nodes.truncate(1);
         }
-        self.gpus_granted += u64::from(side.layout.gpus());
+        for (resource, count) in self.wishes[index].requests.accelerators() {
+            *self.granted.entry(resource).or_default() += count;
+        }
         if let Some(node) = slot.nodes.first() {
             self.on_demand += u32::from(self.is_on_demand(node));
             self.take(index, node);
@@ -490,19 +493,25 @@ impl<'a> Planner<'a> {
     }
 
     /// The quota of the namespace under which no further replica can be made, in words.
-    fn over_quota(&self, side: &Side) -> Option<String> {
-        let needs = u64::from(side.layout.gpus());
-        let quota = self.given.snapshot.quotas.iter().find(|quota| {
-            let used = quota.gpus_used.saturating_add(self.gpus_granted);
-            needs > 0 && used.saturating_add(needs) > quota.gpus_max
-        })?;
+    fn over_quota(&self, index: usize) -> Option<String> {
+        if self.given.snapshot.quotas.is_empty() {
+            return None;
+        }
+        let needs = self.wishes[index].requests.accelerators();
+        let mut quotas = self.given.snapshot.quotas.iter();
+        let exceeded = quotas.find_map(|quota| quota.exceeded(&needs, &self.granted))?;
+        let words = match exceeded.resource {
+            NVIDIA_GPU => "GPUs",
+            other => other,
+        };
         Some(format!(
-            "ResourceQuota {} allows {} GPUs in namespace {} and {} are asked for already; a replica needs {needs}. Raise requests.{}, or ask for fewer replicas",
-            quota.name,
-            quota.gpus_max,
+            "ResourceQuota {} allows {} {words} in namespace {} and {} are asked for already; a replica needs {}. Raise requests.{}, or ask for fewer replicas",
+            exceeded.quota,
+            exceeded.limit.most,
             self.given.valid.namespace,
-            quota.gpus_used.saturating_add(self.gpus_granted),
-            crate::resources::NVIDIA_GPU,
+            exceeded.limit.used,
+            needs.get(exceeded.resource).copied().unwrap_or(0),
+            exceeded.resource,
         ))
     }
 

@@ -166,7 +166,7 @@ impl World {
                 && is_open
                 && node.ready
                 && !node.unschedulable
-                && has_room(stored.view.requests, cluster.free(node))
+                && stored.view.requests.fit_in(&cluster.free(node))
         };
         let chosen = cluster
             .nodes
@@ -204,7 +204,7 @@ impl World {
             .filter_map(|(_, pod)| pod.claim.as_ref())
             .fold(Resources::default(), |sum, claim| sum + claim.requests);
         let free = self.nodes[&node].view.allocatable.minus(taken);
-        if has_room(view.requests, free) {
+        if view.requests.fit_in(&free) {
             self.starts(key);
             return;
         }
@@ -340,19 +340,6 @@ impl World {
             end(status, "Failed", reason, 137, "", now);
         });
     }
-}
-
-fn has_room(needs: Resources, free: Resources) -> bool {
-    let Resources {
-        cpu_millis,
-        memory_bytes,
-        gpus,
-        pods,
-    } = needs;
-    cpu_millis <= free.cpu_millis
-        && memory_bytes <= free.memory_bytes
-        && gpus <= free.gpus
-        && pods <= free.pods
 }
 
 pub(super) fn later(now: Timestamp, seconds: u64) -> Timestamp {

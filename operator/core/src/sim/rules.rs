@@ -345,10 +345,10 @@ fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), Str
     if reason(&status, "Planned") == "GpuQuotaExceeded" {
         let needs = status.plan.as_ref().map_or(0, |plan| plan.gpus_per_replica);
         let needs = u64::try_from(needs).unwrap_or(0);
-        let is_so = snapshot
-            .quotas
-            .iter()
-            .any(|quota| quota.gpus_used + needs > quota.gpus_max);
+        let is_so = snapshot.quotas.iter().any(|quota| {
+            let mut limits = quota.limits.values();
+            limits.any(|limit| limit.used + needs > limit.most)
+        });
         return if is_so {
             Ok(())
         } else {

@@ -132,8 +132,8 @@ pub struct World {
     pub(super) bad_revision: u64,
     /// Until when a pod is not deleted because a create of it may still take effect.
     pub(super) held: BTreeMap<Key, Timestamp>,
-    /// Names of quotas and the GPUs they allow, by namespace.
-    pub(super) quotas: BTreeMap<String, Vec<(String, u64)>>,
+    /// Quotas by namespace; what they say is used is counted anew.
+    pub(super) quotas: BTreeMap<String, Vec<QuotaView>>,
     /// Pods that answered until something else than the operator ended that.
     pub(super) lost: BTreeSet<Key>,
     /// Whether requests come; without, replicas are idle.
@@ -201,8 +201,7 @@ impl World {
         for quota in &quotas {
             let namespace = quota.metadata.namespace.clone().unwrap_or_default();
             if let Some(view) = QuotaView::of(quota) {
-                let of_namespace = world.quotas.entry(namespace).or_default();
-                of_namespace.push((view.name, view.gpus_max));
+                world.quotas.entry(namespace).or_default().push(view);
             }
         }
         for deployment in deployments {
@@ -516,14 +515,18 @@ impl World {
                 .pods
                 .iter()
                 .filter(|((space, _), pod)| space == namespace && !pod.view.is_finished());
-            pods.map(|(_, pod)| pod.view.requests.gpus).sum()
-        };
-        let view = |namespace: &String, (name, gpus_max): &(String, u64)| {
-            Arc::new(QuotaView {
-                name: name.clone(),
-                gpus_max: *gpus_max,
-                gpus_used: used(namespace),
+            pods.fold(Resources::default(), |sum, (_, pod)| {
+                sum + pod.view.requests
             })
+            .accelerators()
+        };
+        let view = |namespace: &String, quota: &QuotaView| {
+            let mut quota = quota.clone();
+            let used = used(namespace);
+            for (resource, limit) in &mut quota.limits {
+                limit.used = used.get(resource).copied().unwrap_or(0);
+            }
+            Arc::new(quota)
         };
         self.quotas
             .iter()
@@ -536,15 +539,13 @@ impl World {
             .collect()
     }
 
-    /// Whether the API server refuses a pod because a quota allows no further GPUs.
+    /// Whether the API server refuses a pod because a quota allows no further devices.
     pub fn is_over_quota(&self, namespace: &str, pod: &Pod) -> bool {
-        let needs = pod
-            .spec
-            .as_ref()
-            .map_or(0, |spec| Resources::of_pod(spec).gpus);
+        let needs = pod.spec.as_ref().map(Resources::of_pod);
+        let needs = needs.unwrap_or_default().accelerators();
         let quotas = self.quota_views();
         let mut quotas = quotas.get(namespace).into_iter().flatten();
-        needs > 0 && quotas.any(|quota| quota.gpus_used + needs > quota.gpus_max)
+        quotas.any(|quota| quota.exceeded(&needs, &BTreeMap::new()).is_some())
     }
 
     /// Whether a fresh read shows that what a write supposes of a node is not so.

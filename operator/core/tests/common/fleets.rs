@@ -7,7 +7,7 @@ use operator_core::Inventory;
 use operator_core::sim::{Faults, Seed, Story};
 use serde_json::{Value, json};
 
-use super::{deployment, gpu_node, node, settings, small_report, with};
+use super::{deployment, gpu_node, mig_mixed, mig_single, node, settings, small_report, with};
 
 /// The story of a seed.
 pub fn story_of(seed: u64) -> Story {
@@ -22,7 +22,10 @@ pub fn story_of(seed: u64) -> Story {
     let deployments = (0..wishes)
         .map(|index| random_wish(&mut dice, index, on_gpus))
         .collect();
-    let quotas = (on_gpus && dice.below(3) == 0).then(|| quota(2 + dice.below(8)));
+    let quotas = (on_gpus && dice.below(3) == 0).then(|| {
+        let resource = *dice.of(&["gpu", "gpu", "mig-3g.71gb"]).unwrap();
+        quota(resource, 2 + dice.below(8))
+    });
     let inventory = Inventory {
         nodes,
         deployments,
@@ -39,11 +42,11 @@ pub fn story_of(seed: u64) -> Story {
     }
 }
 
-fn quota(gpus: u64) -> ResourceQuota {
-    let key = "requests.nvidia.com/gpu";
+fn quota(resource: &str, most: u64) -> ResourceQuota {
+    let key = format!("requests.nvidia.com/{resource}");
     serde_json::from_value(json!({
         "metadata": {"name": "gpus", "namespace": "default"},
-        "spec": {"hard": {key: gpus.to_string()}},
+        "spec": {"hard": {key: most.to_string()}},
     }))
     .unwrap()
 }
@@ -64,7 +67,12 @@ fn random_node(dice: &mut Seed, index: u64, on_gpus: bool) -> Node {
         let (product, memory_mib) = *dice
             .of(&[("NVIDIA-H200", 143_771), ("NVIDIA-H100-80GB-HBM3", 81_559)])
             .unwrap();
-        return with(gpu_node(&name, product, memory_mib, gpus), zone);
+        let node = match dice.below(5) {
+            0 => mig_single(&name, "3g.71gb", 71_424, 2 * gpus),
+            1 => mig_mixed(&name, gpus / 2, &[("3g.71gb", 71_424, gpus)]),
+            _ => gpu_node(&name, product, memory_mib, gpus),
+        };
+        return with(node, zone);
     }
     // Room for a few replicas, each of which asks for 250m, and always for inspections.
     let cpu = format!("{}m", 250 * (1 + dice.below(4)) + 200);
@@ -113,6 +121,11 @@ fn random_wish(dice: &mut Seed, index: u64, on_gpus: bool) -> ModelDeployment {
         let tensor = *dice.of(&[0, 1, 2, 4]).unwrap();
         if tensor > 0 {
             spec["parallelism"] = json!({"tensor": tensor});
+        }
+        match dice.below(4) {
+            0 => spec["accelerator"]["mig"] = json!("allowed"),
+            1 if tensor < 2 => spec["accelerator"]["mig"] = json!("only"),
+            _ => {}
         }
     }
     spec["placement"] = json!({});

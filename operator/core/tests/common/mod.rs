@@ -131,6 +131,40 @@ pub fn gpu_node(name: &str, product: &str, memory_mib: u64, gpus: u64) -> Node {
     serde_json::from_value(node).unwrap()
 }
 
+/// A node whose GPUs are all divided alike: MIG strategy `single`.
+pub fn mig_single(name: &str, profile: &str, memory_mib: u64, count: u64) -> Node {
+    let product = format!("NVIDIA-H200-MIG-{profile}");
+    let labels = json!({"metadata": {"labels": {
+        "nvidia.com/mig.capable": "true",
+        "nvidia.com/mig.strategy": "single",
+        "nvidia.com/mig.config.state": "success",
+    }}});
+    with(gpu_node(name, &product, memory_mib, count), labels)
+}
+
+/// A node with whole GPUs and, counted apart, MIG devices: strategy `mixed`.
+pub fn mig_mixed(name: &str, gpus: u64, devices: &[(&str, u64, u64)]) -> Node {
+    let mut node = with(
+        gpu_node(name, "NVIDIA-H200", 143_771, gpus),
+        json!({"metadata": {"labels": {"nvidia.com/mig.strategy": "mixed"}}}),
+    );
+    for (profile, memory_mib, count) in devices {
+        let resource = format!("nvidia.com/mig-{profile}");
+        let about = |what: &str| format!("{resource}.{what}");
+        let labels = json!({
+            about("memory"): memory_mib.to_string(),
+            about("count"): count.to_string(),
+            about("product"): format!("NVIDIA-H200-MIG-{profile}"),
+        });
+        let allocatable = json!({resource.clone(): count.to_string()});
+        node = with(
+            node,
+            json!({"metadata": {"labels": labels}, "status": {"allocatable": allocatable}}),
+        );
+    }
+    node
+}
+
 pub fn h200x8(name: &str) -> Node {
     gpu_node(name, "NVIDIA-H200", 143_771, 8)
 }
@@ -217,6 +251,19 @@ impl Story {
         self
     }
 
+    /// A pod of someone else that holds a resource.
+    pub fn holds(mut self, node: &str, resource: &str, count: u64) -> Self {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": "other"},
+            "spec": {"nodeName": node, "containers": [
+                {"name": "one", "resources": {"limits": {resource: count.to_string()}}}]},
+        }))
+        .unwrap();
+        self.claims.extend(Claim::of(&pod));
+        self.recount();
+        self
+    }
+
     /// A pod of someone else.
     pub fn taken(mut self, node: &str, gpus: u64) -> Self {
         self.claims.push(Claim {
@@ -226,6 +273,7 @@ impl Story {
                 cpu_millis: 1000,
                 memory_bytes: 1 << 30,
                 pods: 1,
+                ..operator_core::Resources::default()
             },
         });
         self.recount();

@@ -392,6 +392,44 @@ fn table() -> Vec<(&'static str, Refused, &'static str, Value)> {
             gpu(json!({"accelerator": {"products": ["NVIDIA-H200"], "minMemory": "80Gi"}})),
         ),
         (
+            "parts of GPUs",
+            Never,
+            "",
+            gpu(
+                json!({"accelerator": {"mig": "allowed", "migProfiles": ["3g.71gb", "1g.10gb.me"]}}),
+            ),
+        ),
+        (
+            "parts of GPUs on the CPU",
+            Everywhere,
+            "is about parts of GPUs",
+            spec(json!({"accelerator": {"mig": "never"}})),
+        ),
+        (
+            "profiles without parts",
+            Everywhere,
+            "needs spec.accelerator.mig allowed or only",
+            gpu(json!({"accelerator": {"migProfiles": ["3g.71gb"]}})),
+        ),
+        (
+            "a profile as a person would say it",
+            Everywhere,
+            "spec.accelerator.migProfiles = \"3g.71GB\": must be a MIG profile",
+            gpu(json!({"accelerator": {"mig": "only", "migProfiles": ["3g.71GB"]}})),
+        ),
+        (
+            "a profile as nvidia-smi writes it",
+            Everywhere,
+            "1g.10gb.me",
+            gpu(json!({"accelerator": {"mig": "only", "migProfiles": ["1g.10gb+me"]}})),
+        ),
+        (
+            "two parts for a replica",
+            Everywhere,
+            "nothing connects MIG devices",
+            gpu(json!({"accelerator": {"mig": "only"}, "parallelism": {"tensor": 2}})),
+        ),
+        (
             "GPU products on the CPU",
             Everywhere,
             "names GPUs",
