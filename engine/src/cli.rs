@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use engine_spec::{Device, Dtype, Quantization};
+use engine_spec::{Device, Dtype, KvCacheDtype, Quantization};
 use engine_text::ToolCallParser;
 use serde::Deserialize;
 
@@ -55,6 +55,9 @@ pub struct ConfigArguments {
     /// Integers that the large matrices are made into at load, on the processors: none, int8 or int4 [default: none]
     #[arg(long)]
     pub quantization: Option<Quantization>,
+    /// What keys and values are kept as: auto, or fp8 on a GPU for models with DeepSeek-V3's attention [default: auto]
+    #[arg(long, value_name = "DTYPE")]
+    pub kv_cache_dtype: Option<KvCacheDtype>,
     /// Longest prompt plus answer, tokens [default: the model's own, at most 8192]
     #[arg(long, value_name = "TOKENS")]
     pub max_model_len: Option<u32>,

@@ -29,6 +29,7 @@ fn base(arguments: &ConfigArguments) -> anyhow::Result<EngineConfig> {
     }
     set(&mut config.dtype, arguments.dtype);
     set(&mut config.quantization, arguments.quantization);
+    set(&mut config.kv_cache_dtype, arguments.kv_cache_dtype);
     set(&mut config.max_num_seqs, arguments.max_num_seqs);
     set(&mut config.block_size, arguments.block_size);
     set(

@@ -289,6 +289,25 @@ fn drafts_of_a_checkpoint_without_the_layer_are_refused_on_a_gpu_too() {
 }
 
 #[test]
+fn a_cache_in_eight_bits_is_refused_where_no_kernel_reads_it() {
+    let Some(driver) = driver() else { return };
+    for (device, why) in [
+        ("cpu", "this is the device cpu"),
+        // Its latents are 64 wide.
+        ("cuda", "this model has other widths"),
+    ] {
+        let mut command = engine(&tiny(), device, &driver);
+        command.args(["--kv-cache-dtype", "fp8"]);
+        let (code, text) = run(command);
+        assert_eq!(code, 1, "{text}");
+        assert!(
+            text.contains("kvCacheDtype = fp8:") && text.contains(why),
+            "{text}"
+        );
+    }
+}
+
+#[test]
 fn auto_without_a_driver_serves_on_the_cpu_and_says_why() {
     let command = engine(&tiny(), "auto", Path::new("/nowhere/libcuda.so.1"));
     let mut engine = Engine::start(command);

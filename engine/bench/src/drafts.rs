@@ -13,7 +13,7 @@ use engine_core::{
 use engine_cpu::{CpuExecutor, CpuLimits};
 use engine_load::Progress;
 use engine_memory::{MemoryRequest, memory_plan};
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
+use engine_spec::{Device, Dtype, KvCacheDtype, ModelConfig, Parallelism, Quantization};
 
 use crate::median;
 use bench_report::{Report, Row};
@@ -71,6 +71,7 @@ fn limits(
         max_num_seqs: 1,
         block_size: 16,
         max_num_batched_tokens: PROMPT as u32,
+        kv_cache: KvCacheDtype::Auto,
         draft_tokens: u32::try_from(drafts)?,
         capacity_bytes: None,
     };

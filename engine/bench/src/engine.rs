@@ -8,7 +8,7 @@ use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, Toke
 use engine_cpu::{CpuExecutor, CpuLimits};
 use engine_load::Progress;
 use engine_memory::{MemoryRequest, memory_plan, resident_dtype, weight_bytes_per_rank};
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
+use engine_spec::{Device, Dtype, KvCacheDtype, ModelConfig, Parallelism, Quantization};
 
 use crate::machine::Bounds;
 use crate::median;
@@ -59,6 +59,7 @@ impl Loaded {
             max_num_seqs: u32::try_from(sequences)?,
             block_size: 16,
             max_num_batched_tokens: PROMPT as u32,
+            kv_cache: KvCacheDtype::Auto,
             draft_tokens: 0,
             capacity_bytes: None,
         };

@@ -6,7 +6,7 @@ use engine_core::{Batch, ExecuteError, Executor, Logits};
 use engine_cpu::{CpuExecutor, CpuLimits};
 use engine_load::{Progress, read_config};
 use engine_memory::{MemoryRequest, ResidentDtype, memory_plan};
-use engine_spec::{Device, Dtype, Parallelism, Quantization};
+use engine_spec::{Device, Dtype, KvCacheDtype, Parallelism, Quantization};
 use support::{MODELS, entry, folder, limits, load, prefill};
 
 #[test]
@@ -31,6 +31,7 @@ fn allocations_are_those_of_the_memory_plan() {
                 max_num_seqs: 3,
                 block_size: 8,
                 max_num_batched_tokens: 64,
+                kv_cache: KvCacheDtype::Auto,
                 draft_tokens,
                 capacity_bytes: None,
             };

@@ -11,7 +11,7 @@ use std::path::Path;
 use engine_cpu::CpuExecutor;
 use engine_load::{PACKED_FILE, Progress, read_config};
 use engine_memory::{MemoryRequest, ResidentDtype, memory_plan, resident_dtype};
-use engine_spec::{Device, Dtype, Parallelism, Quantization};
+use engine_spec::{Device, Dtype, KvCacheDtype, Parallelism, Quantization};
 use support::{folder, golden, greedy, limits, load, prefill, relative_error};
 
 const COMPRESSED: [&str; 3] = ["llama-w4a16", "qwen3-w8a8", "v2-w8a16"];
@@ -85,6 +85,7 @@ fn they_are_planned_exactly_and_packed_without_a_change() {
             block_size: 8,
             max_num_batched_tokens: 64,
             capacity_bytes: None,
+            kv_cache: KvCacheDtype::Auto,
             draft_tokens: 0,
         };
         let plan = memory_plan(&config, &request).unwrap();

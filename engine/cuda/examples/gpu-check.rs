@@ -16,7 +16,7 @@ use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, Toke
 use engine_cuda::{CudaExecutor, CudaLimits, Gpu};
 use engine_load::{Progress, read_config};
 use engine_memory::{MemoryRequest, memory_plan, resident_dtype};
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
+use engine_spec::{Device, Dtype, KvCacheDtype, ModelConfig, Parallelism, Quantization};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -63,6 +63,7 @@ fn limits(config: &ModelConfig, length: usize, sequences: usize, tokens: usize) 
     let heads = config.attention.heads() as usize;
     CudaLimits {
         resident: resident_dtype(Dtype::Auto, Quantization::None, config, Device::Nvidia),
+        kv_cache: KvCacheDtype::Auto,
         kv_blocks: per_sequence * sequences,
         block_size: BLOCK,
         model_len_max: length,
@@ -153,6 +154,7 @@ fn planned_bytes(
             max_num_batched_tokens: batch.max(1) as u32,
             capacity_bytes: None,
             quantization: Quantization::None,
+            kv_cache: KvCacheDtype::Auto,
             draft_tokens: 0,
         },
     )?;

@@ -8,6 +8,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use engine_model::{Attention as Layer, LatentAttention, Model};
+use engine_spec::KvCacheDtype;
 use half::bf16;
 use kernels::driver::{Arena, Part, Stream};
 use kernels::params::{MlaCombineParams, MlaDecodeParams};
@@ -82,8 +83,16 @@ impl fmt::Display for ChosenAttention {
 ///
 /// # Errors
 /// The device failed.
-pub(crate) fn choose(gpu: &Gpu, model: &Model) -> Result<ChosenAttention, CudaError> {
+pub(crate) fn choose(
+    gpu: &Gpu,
+    model: &Model,
+    kv_cache: KvCacheDtype,
+) -> Result<ChosenAttention, CudaError> {
     let chosen = |kernels, reason: String| Ok(ChosenAttention { kernels, reason });
+    if kv_cache == KvCacheDtype::Fp8 {
+        let reason = "only they read a cache in eight bits".into();
+        return chosen(AttentionKernels::Portable, reason);
+    }
     if let AttentionChoice::Forced(kernels) = gpu.attention {
         return chosen(kernels, "as asked for".into());
     }

@@ -147,7 +147,7 @@ impl CudaExecutor {
     ) -> Result<Self, LoadError> {
         let refused = |reason| LoadError::Backend(refusal(&reason));
         let mut launches = check_shapes(&model, &limits).map_err(refused)?;
-        let chosen = attention::choose(gpu, &model).map_err(backend)?;
+        let chosen = attention::choose(gpu, &model, limits.kv_cache).map_err(backend)?;
         launches.extend(attention::launches(chosen.kernels, &model, &limits).map_err(refused)?);
         let layout = Layout::new(&model, &limits);
         let (needed, free) = (layout.bytes() as u64, gpu.free_bytes().map_err(backend)?);

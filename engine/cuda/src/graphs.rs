@@ -60,11 +60,13 @@ pub(crate) type Graphs = HashMap<GraphKey, ArenaGraph>;
 mod tests {
     use super::*;
     use engine_memory::ResidentDtype;
+    use engine_spec::KvCacheDtype;
 
     #[test]
     fn shapes_are_rounded_up_within_the_limits() {
         let limits = CudaLimits {
             resident: ResidentDtype::Bfloat16,
+            kv_cache: KvCacheDtype::Auto,
             kv_blocks: 1,
             block_size: 16,
             model_len_max: 1500,

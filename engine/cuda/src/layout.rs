@@ -5,10 +5,10 @@
 
 use engine_memory::{MemoryPlan, ResidentDtype, StepBounds, device_workspace};
 use engine_model::{
-    Attention, GatedMlp, LatentAttention, Mlp, Model, Moe, Slot, TensorRole, WeightId,
+    Attention, GatedMlp, KvLayout, LatentAttention, Mlp, Model, Moe, Slot, TensorRole, WeightId,
 };
-use engine_spec::{ModelConfig, Parallelism};
-use kernels::plan::{self, QUANT_GROUP};
+use engine_spec::{KvCacheDtype, ModelConfig, Parallelism};
+use kernels::plan::{self, Format, QUANT_GROUP};
 
 use crate::picking::PickSpans;
 use crate::shapes::part_width;
@@ -21,6 +21,8 @@ const ALIGNMENT: usize = 256;
 pub struct CudaLimits {
     /// Dtype of weights.
     pub resident: ResidentDtype,
+    /// What keys and values are kept as.
+    pub kv_cache: KvCacheDtype,
     /// Blocks of the cache.
     pub kv_blocks: usize,
     /// Positions per block.
@@ -57,6 +59,7 @@ impl CudaLimits {
         let workspace = device_workspace(config, plan.resident, Parallelism::default(), bounds);
         Self {
             resident: plan.resident,
+            kv_cache: plan.kv_cache,
             kv_blocks: plan.kv_blocks as usize,
             block_size: plan.block_size as usize,
             model_len_max: plan.max_model_len as usize,
@@ -177,9 +180,22 @@ pub(crate) struct Layout {
     pub weights_bytes: usize,
     /// One per layer, the prediction layer's last.
     pub cache: Vec<Span>,
+    /// Positions that each has room for, and their form.
+    pub cache_rows: usize,
+    pub cache_format: Format,
     pub cache_bytes: usize,
     pub buffers: Buffers,
     pub workspace_bytes: usize,
+}
+
+/// Bytes of a position in a layer's cache. In eight bits: codes, a float32 scale for each group, rotated keys in bf16.
+fn row_bytes(kv: KvLayout, kv_cache: KvCacheDtype) -> usize {
+    match (kv, kv_cache) {
+        (KvLayout::Latent { latent, rope }, KvCacheDtype::Fp8) => {
+            latent + 4 * latent.div_ceil(QUANT_GROUP) + 2 * rope
+        }
+        _ => 2 * kv.width(),
+    }
 }
 
 #[derive(Default)]
@@ -201,7 +217,7 @@ impl Layout {
         let rows = limits.kv_blocks * limits.block_size;
         let cache = model
             .cached_layers()
-            .map(|layer| bump.take(rows * layer.kv.width() * 2))
+            .map(|layer| bump.take(rows * row_bytes(layer.kv, limits.kv_cache)))
             .collect();
         let cache_end = bump.0;
         let buffers = buffers(model, limits, &mut bump);
@@ -209,6 +225,11 @@ impl Layout {
             weights,
             weights_bytes,
             cache,
+            cache_rows: rows,
+            cache_format: match limits.kv_cache {
+                KvCacheDtype::Auto => Format::Bf16,
+                KvCacheDtype::Fp8 => Format::Fp8,
+            },
             cache_bytes: cache_end - weights_bytes,
             buffers,
             workspace_bytes: bump.0 - cache_end,
@@ -448,7 +469,7 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
 mod tests {
     use super::*;
     use engine_memory::{MemoryRequest, memory_plan};
-    use engine_spec::{Device, Dtype, Quantization};
+    use engine_spec::{AttentionConfig, Device, Dtype, Quantization};
 
     /// Published configurations: V3 in FP8, V2-Lite in bf16, a V3 whose FP8 blocks no product takes, Qwen2.5-7B and the FP8
     /// form of Qwen3-30B-A3B.
@@ -477,6 +498,10 @@ mod tests {
             [(8192, 16, 512, 0), (131_072, 64, 8192, 2), (100, 1, 1, 0)].map(
                 |(length, sequences, tokens, drafts)| {
                     let drafts = if config.can_predict() { drafts } else { 0 };
+                    let kv_cache = match config.attention {
+                        AttentionConfig::Latent(_) if tokens == 8192 => KvCacheDtype::Fp8,
+                        _ => KvCacheDtype::Auto,
+                    };
                     let request = MemoryRequest {
                         dtype: Dtype::Auto,
                         quantization: Quantization::None,
@@ -486,6 +511,7 @@ mod tests {
                         max_num_seqs: sequences,
                         block_size: 64,
                         max_num_batched_tokens: tokens,
+                        kv_cache,
                         draft_tokens: drafts,
                         capacity_bytes: None,
                     };

@@ -2,7 +2,7 @@
 
 use engine_memory::{PICK_TOP_MAX, ResidentDtype};
 use engine_model::{Attention, Gate, GroupedAttention, LatentAttention, Layer, Mlp, Model, Query};
-use engine_spec::GateSelection;
+use engine_spec::{GateSelection, KvCacheDtype};
 use kernels::plan::{self, Activation, Format, Launch, Unsupported};
 
 use crate::layout::CudaLimits;
@@ -133,6 +133,14 @@ fn of_grouped(
         width,
         ..
     } = *attention;
+    if limits.kv_cache == KvCacheDtype::Fp8 {
+        return Err(Unsupported {
+            operation: "gqa_cache_write",
+            field: "bits of a cached value",
+            value: 8,
+            allowed: "16",
+        });
+    }
     Ok([
         plan::gqa_cache_write(rows, heads, kv_heads, width)?,
         plan::gqa_decode(rows, heads, kv_heads, width, limits.splits_max())?,
@@ -153,11 +161,15 @@ fn of_latent(
         latent,
         ..
     } = *attention;
+    let cache = match limits.kv_cache {
+        KvCacheDtype::Auto => Format::Bf16,
+        KvCacheDtype::Fp8 => Format::Fp8,
+    };
     Ok([
         plan::rope(rows, heads, rope)?,
-        plan::mla_cache_write(Format::Bf16, rows, latent, rope)?,
+        plan::mla_cache_write(cache, rows, latent, rope)?,
         plan::gemm(Format::Bf16, rows, latent, nope, heads)?,
-        plan::mla_decode(Format::Bf16, rows, heads, latent, rope, limits.splits_max())?,
+        plan::mla_decode(cache, rows, heads, latent, rope, limits.splits_max())?,
         plan::mla_combine(rows, heads)?,
         plan::gemm(Format::Bf16, rows, value, latent, heads)?,
     ])

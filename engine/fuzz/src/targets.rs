@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use engine_load::safetensors_header as read_header;
 use engine_memory::{MemoryRequest, memory_plan};
 use engine_server::{ServerOptions, offline};
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
+use engine_spec::{Device, Dtype, KvCacheDtype, ModelConfig, Parallelism, Quantization};
 use engine_text::{
     Allowed, AllowedCalls, AnswerRule, CallDelta, ChatMessage, ContentRule, OutputParser,
     ReasoningParser, Role, Text, TextFiles, ToolCall, ToolFormat, ToolParser,
@@ -85,6 +85,7 @@ pub fn model_config(data: &[u8]) {
     let request = MemoryRequest {
         dtype: Dtype::Auto,
         quantization: Quantization::None,
+        kv_cache: KvCacheDtype::Auto,
         draft_tokens: 0,
         parallelism: Parallelism::default(),
         device: Device::Cpu,

@@ -67,6 +67,12 @@ pub enum Misfit {
          CPU; leave it out, or set parallelism to 1"
     )]
     DraftsNotServed,
+    /// A cache in eight bits was asked for where no kernel reads one.
+    #[error(
+        "kvCacheDtype = fp8: the GPU keeps a cache in eight bits for latent attention with kv_lora_rank 512 and \
+         qk_rope_head_dim 64, and {0}; ask for auto"
+    )]
+    NoFp8Cache(&'static str),
     /// The weights are in the CPU's layout.
     #[error(
         "the model is packed for the CPU; serve it on the device cpu, or give the GPU the files that it was packed from"

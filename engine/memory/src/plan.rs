@@ -4,7 +4,8 @@ use std::fmt;
 
 use engine_spec::engine_config::MAX_MODEL_LEN_DEFAULT;
 use engine_spec::{
-    AttentionConfig, Device, Dtype, EngineConfig, ModelConfig, Parallelism, Quantization,
+    AttentionConfig, Device, Dtype, EngineConfig, KvCacheDtype, ModelConfig, Parallelism,
+    Quantization,
 };
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,11 @@ const RUNTIME_CPU_BYTES: u64 = 96 << 20;
 const RUNTIME_NVIDIA_BYTES: u64 = 1 << 30;
 /// Communicator buffers when more than one rank works together; an estimate until measured.
 const RUNTIME_COLLECTIVES_BYTES: u64 = 1 << 30;
+
+/// Latents of a cached token that share a scale in eight bits.
+const KV_GROUP: u32 = 128;
+/// Latent and rotated key of the rows that the GPU keeps in eight bits.
+const FP8_CACHE_WIDTHS: (u32, u32) = (512, 64);
 
 /// Everything about a deployment that decides its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +45,8 @@ pub struct MemoryRequest {
     pub block_size: u32,
     /// Tokens per step.
     pub max_num_batched_tokens: u32,
+    /// What keys and values are kept as.
+    pub kv_cache: KvCacheDtype,
     /// Tokens that the prediction layer drafts for a sequence in a step; 0 leaves the layer out.
     pub draft_tokens: u32,
     /// Bytes of one device that may be used; absent = as many as are wanted.
@@ -57,6 +65,7 @@ impl MemoryRequest {
             max_num_seqs: config.max_num_seqs,
             block_size: config.block_size,
             max_num_batched_tokens: config.max_num_batched_tokens,
+            kv_cache: config.kv_cache_dtype,
             draft_tokens: config.num_speculative_tokens,
             capacity_bytes,
         }
@@ -113,6 +122,9 @@ pub struct MemoryPlan {
     pub kv_tokens: u64,
     /// Bytes of one cached token on one rank, all layers.
     pub kv_bytes_per_token: u64,
+    /// What keys and values are kept as.
+    #[serde(default, skip_serializing_if = "KvCacheDtype::is_auto")]
+    pub kv_cache: KvCacheDtype,
     /// Tokens that the prediction layer drafts for a sequence in a step; 0 when it is left out.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub draft_tokens: u32,
@@ -179,6 +191,7 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
         return Err(Misfit::NoArithmetic);
     }
     check_drafts(config, request)?;
+    check_kv_cache(config, request)?;
     if config.packed.is_some() && request.device == Device::Nvidia {
         return Err(Misfit::Packed);
     }
@@ -214,6 +227,7 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
         kv_blocks,
         kv_tokens: u64::from(kv_blocks) * u64::from(request.block_size),
         kv_bytes_per_token: block_bytes / u64::from(request.block_size),
+        kv_cache: request.kv_cache,
         draft_tokens: request.draft_tokens,
     })
 }
@@ -279,12 +293,39 @@ fn kv_bytes_per_token(config: &ModelConfig, request: &MemoryRequest) -> u64 {
     let Parallelism {
         tensor, pipeline, ..
     } = request.parallelism;
-    let width = match &config.attention {
-        AttentionConfig::Latent(mla) => mla.cached_width(),
-        AttentionConfig::Grouped(gqa) => 2 * gqa.kv_heads_per_rank(tensor) * gqa.head_dim,
+    let of_layer = match (&config.attention, request.kv_cache) {
+        (AttentionConfig::Latent(mla), KvCacheDtype::Fp8) => {
+            let (codes, rotated) = (mla.kv_lora_rank, mla.cached_width() - mla.kv_lora_rank);
+            u64::from(codes + 4 * codes.div_ceil(KV_GROUP) + 2 * rotated)
+        }
+        (AttentionConfig::Latent(mla), KvCacheDtype::Auto) => {
+            u64::from(mla.cached_width()) * dtype.kv_bytes()
+        }
+        (AttentionConfig::Grouped(gqa), _) => {
+            u64::from(2 * gqa.kv_heads_per_rank(tensor) * gqa.head_dim) * dtype.kv_bytes()
+        }
     };
     let layers = config.layers.div_ceil(pipeline) + u32::from(request.draft_tokens > 0);
-    u64::from(layers) * u64::from(width) * dtype.kv_bytes()
+    u64::from(layers) * of_layer
+}
+
+/// Only the GPU has kernels for a cache in eight bits, and for the published shape alone.
+fn check_kv_cache(config: &ModelConfig, request: &MemoryRequest) -> Result<(), Misfit> {
+    let why = match (request.kv_cache, request.device, &config.attention) {
+        (KvCacheDtype::Auto, ..) => return Ok(()),
+        (KvCacheDtype::Fp8, Device::Cpu, _) => "this is the device cpu",
+        (KvCacheDtype::Fp8, Device::Nvidia, AttentionConfig::Grouped(_)) => {
+            "this model caches keys and values of heads"
+        }
+        (KvCacheDtype::Fp8, Device::Nvidia, AttentionConfig::Latent(mla)) => {
+            let rotated = mla.cached_width() - mla.kv_lora_rank;
+            if (mla.kv_lora_rank, rotated) == FP8_CACHE_WIDTHS {
+                return Ok(());
+            }
+            "this model has other widths"
+        }
+    };
+    Err(Misfit::NoFp8Cache(why))
 }
 
 fn check_drafts(config: &ModelConfig, request: &MemoryRequest) -> Result<(), Misfit> {

@@ -1,6 +1,6 @@
 //! Expected numbers are those of the published checkpoints and papers.
 
-use engine_spec::{Device, Dtype, ModelConfig, Packing, Parallelism, Quantization};
+use engine_spec::{Device, Dtype, KvCacheDtype, ModelConfig, Packing, Parallelism, Quantization};
 
 use crate::{MemoryRequest, Misfit, ResidentDtype, memory_plan, resident_dtype};
 
@@ -29,6 +29,7 @@ fn on_gpus(tensor: u32, capacity_gib: Option<u64>) -> MemoryRequest {
         max_num_seqs: 64,
         block_size: 64,
         max_num_batched_tokens: 8192,
+        kv_cache: KvCacheDtype::Auto,
         draft_tokens: 0,
         capacity_bytes: capacity_gib.map(|n| n * GIB),
     }
@@ -344,6 +345,35 @@ fn drafts_take_a_layer_of_weights_and_cache_and_the_buffers_that_it_goes_through
     // Norms, the gate and its bias stay in four bytes.
     let precise = 5 * 7168 + 1536 + 512 + 256 * 7168 + 256;
     assert_eq!(halved, 2 * parameters + 2 * precise);
+}
+
+#[test]
+fn a_cache_in_eight_bits_takes_656_bytes_a_layer_and_is_refused_where_there_is_none() {
+    let fp8 = MemoryRequest {
+        kv_cache: KvCacheDtype::Fp8,
+        ..on_gpus(8, None)
+    };
+    let plan = memory_plan(&r1(), &fp8).unwrap();
+    assert_eq!(plan.kv_bytes_per_token, 61 * 656);
+    assert_eq!(
+        plan.per_rank.kv_bytes,
+        plan.kv_tokens * plan.kv_bytes_per_token
+    );
+    assert_eq!(plan.kv_cache, KvCacheDtype::Fp8);
+    let text = memory_plan(&qwen3_30b_a3b(), &fp8).unwrap_err().to_string();
+    assert!(
+        text.contains("kvCacheDtype = fp8") && text.contains("keys and values of heads"),
+        "{text}"
+    );
+    let on_cpu = MemoryRequest {
+        device: Device::Cpu,
+        ..fp8
+    };
+    let text = memory_plan(&r1(), &on_cpu).unwrap_err().to_string();
+    assert!(
+        text.contains("this is the device cpu; ask for auto"),
+        "{text}"
+    );
 }
 
 #[test]

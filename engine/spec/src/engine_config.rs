@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::kv_cache::KvCacheDtype;
+
 /// The only version of the file so far.
 pub const API_VERSION: &str = "engine.cachalot.dev/v1";
 
@@ -182,6 +184,9 @@ pub struct EngineConfig {
     /// Integer weights.
     #[serde(default, skip_serializing_if = "Quantization::is_none")]
     pub quantization: Quantization,
+    /// What keys and values are kept as.
+    #[serde(default, skip_serializing_if = "KvCacheDtype::is_auto")]
+    pub kv_cache_dtype: KvCacheDtype,
     /// Ranks.
     #[serde(default)]
     pub parallelism: Parallelism,
@@ -277,6 +282,7 @@ impl EngineConfig {
             device: Device::default(),
             dtype: Dtype::default(),
             quantization: Quantization::default(),
+            kv_cache_dtype: KvCacheDtype::default(),
             parallelism: Parallelism::default(),
             max_model_len: None,
             max_num_seqs: default_max_num_seqs(),

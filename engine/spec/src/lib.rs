@@ -8,6 +8,7 @@
 pub mod engine_config;
 pub mod health;
 pub mod inspect;
+pub mod kv_cache;
 pub mod metrics;
 pub mod model_config;
 mod published;
@@ -19,6 +20,7 @@ pub use engine_config::{
 };
 pub use health::{LoadReport, StartupPhase, StartupReport};
 pub use inspect::{InspectError, InspectReport, ModelFacts, ModelFault};
+pub use kv_cache::KvCacheDtype;
 pub use model_config::{
     Architecture, AttentionConfig, ConfigError, GateScoring, GateSelection, GqaConfig, MlaConfig,
     ModelConfig, MoeConfig, Packing, RopeScaling, StoredDtype, StoredIntegers, WeightBlocks, Yarn,

@@ -127,6 +127,15 @@ MODELS = {
                     routed_scaling_factor=2.5, norm_topk_prob=True, rope_parameters=yarn(40.0, 64, 1.0, 1.0),
                     num_nextn_predict_layers=1),
         published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
+    # The published shape of cached rows, 512 and 64, whose form in eight bits the GPU knows.
+    "v3-kv-cuda": dict(
+        family="deepseek_v3", seed=19, stored="bf16", shards=1, config="published", kv_fp8=True,
+        fields=dict(SHAPE, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, kv_lora_rank=512, qk_nope_head_dim=32,
+                    qk_rope_head_dim=64, v_head_dim=32, num_attention_heads=4, num_hidden_layers=2, first_k_dense_replace=1,
+                    q_lora_rank=48, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1,
+                    routed_scaling_factor=1.0, norm_topk_prob=True,
+                    rope_parameters=dict(rope_type="default", rope_theta=10000.0), num_nextn_predict_layers=0),
+        published=dict(scoring_func="sigmoid", topk_method="noaux_tc")),
     # DeepSeek-V3.1: scales are powers of two, here stored as e8m0 for most tensors and as float32 for some.
     "v31-ue8m0": dict(
         family="deepseek_v3", seed=31, stored="fp8", scales="ue8m0", blocks=[32, 48], shards=1, config="transformers",
@@ -446,6 +455,30 @@ def check_rounded_cache(model, prompts, gates):
         assert all(map(torch.equal, *seen)), "a rounded cache chooses other experts: choose another seed"
 
 
+def fp8_cache(model, prompts):
+    """Logits in float64 where every latent goes through the form that the cache keeps it in: e4m3 codes and a float32 scale
+    for each 128 of them. Rotated keys are not quantised."""
+    model = model.double()
+    model.config._experts_implementation = "eager"  # the grouped product has no float64
+
+    def cached(module, inputs, latent):
+        groups = latent.float().unflatten(-1, (-1, 128))
+        scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448
+        codes = (groups / scales).to(torch.float8_e4m3fn)
+        return (codes.double() * scales.double()).flatten(-2)
+
+    hooks = [layer.self_attn.kv_a_layernorm.register_forward_hook(cached) for layer in model.model.layers]
+    out = []
+    with torch.no_grad():
+        for tokens in prompts:
+            logits = model(input_ids=torch.tensor([tokens])).logits[0]
+            kept = sorted({0, len(tokens) // 2, len(tokens) - 1})
+            out.append({"tokens": tokens, "positions": kept, "logits": [rounded(logits[p]) for p in kept], "greedy": []})
+    for hook in hooks:
+        hook.remove()
+    return out
+
+
 def drafts(folder, prompts, gates):
     """The prediction layer after each prompt and the token that follows it: logits at some positions, then a chain of drafts."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -563,6 +596,8 @@ def random_models(names):
         if spec.get("mtp"):
             drafted = drafts(folder, prompts, gates)
             (folder / "drafts.json").write_text(json.dumps({"prompts": drafted}) + "\n")
+        if spec.get("kv_fp8"):
+            (folder / "fp8_cache.json").write_text(json.dumps({"prompts": fp8_cache(model, prompts)}) + "\n")
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner alone
         size = sum(f.stat().st_size for f in folder.iterdir())

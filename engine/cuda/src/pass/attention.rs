@@ -105,7 +105,6 @@ impl Pass<'_> {
         let (fresh, stride) = self.slot(Slot::CacheRow);
         let buffers = &self.layout.buffers;
         let cache = self.layout.cache[layer];
-        let width = attention.latent + attention.rope;
         let params = CacheWriteParams {
             kv: fresh,
             weight: self.place(self.placed(attention.kv_norm.weight).span),
@@ -113,7 +112,7 @@ impl Pass<'_> {
             slots: self.place(buffers.cache_rows),
             table: self.place(buffers.rotary),
             cache: self.place(cache),
-            slots_count: (cache.bytes / (width * 2)) as i64,
+            slots_count: self.layout.cache_rows as i64,
             rows: self.rows as i32,
             kv_stride: stride as i32,
             latent: attention.latent as i32,
@@ -121,8 +120,8 @@ impl Pass<'_> {
             positions_max: self.positions_max as i32,
             eps: attention.kv_norm.epsilon,
         };
-        let launch =
-            plan::mla_cache_write(Format::Bf16, self.rows, attention.latent, attention.rope)?;
+        let format = self.layout.cache_format;
+        let launch = plan::mla_cache_write(format, self.rows, attention.latent, attention.rope)?;
         self.launch(&launch, &params)
     }
 
@@ -247,7 +246,7 @@ impl Pass<'_> {
         let (rows, splits) = (run.rows, run.splits);
         let launch = match self.attention {
             AttentionKernels::Portable => {
-                plan::mla_decode(Format::Bf16, rows, heads, latent, rope, splits)?
+                plan::mla_decode(self.layout.cache_format, rows, heads, latent, rope, splits)?
             }
             AttentionKernels::Hopper => {
                 let tables = if run.one_table {

@@ -10,7 +10,7 @@ use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, Toke
 use engine_cuda::{CudaExecutor, CudaLimits, Gpu};
 use engine_load::{Progress, read_config};
 use engine_memory::{MemoryPlan, MemoryRequest, ResidentDtype, memory_plan};
-use engine_spec::{Device as Kind, Dtype, ModelConfig, Parallelism, Quantization};
+use engine_spec::{Device as Kind, Dtype, KvCacheDtype, ModelConfig, Parallelism, Quantization};
 use kernels::driver::{Device, Driver};
 use kernels::emulation::{BuildError, Emulation};
 use serde::Deserialize;
@@ -94,6 +94,7 @@ pub fn gpu_of(device: &Arc<Device>) -> Gpu {
 pub fn limits(resident: ResidentDtype) -> CudaLimits {
     CudaLimits {
         resident,
+        kv_cache: KvCacheDtype::Auto,
         kv_blocks: 64,
         block_size: 8,
         model_len_max: 256,
@@ -126,6 +127,7 @@ pub fn request(dtype: Dtype) -> MemoryRequest {
         max_num_seqs: 4,
         block_size: 16,
         max_num_batched_tokens: 64,
+        kv_cache: KvCacheDtype::Auto,
         draft_tokens: 0,
         capacity_bytes: None,
     }
