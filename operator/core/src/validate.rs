@@ -109,6 +109,8 @@ pub struct ValidDeployment {
     pub placement: ValidPlacement,
     /// Overrides.
     pub template: PodTemplate,
+    /// Whether plans may be made that the engine does not serve yet.
+    pub is_preview: bool,
 }
 
 /// What to compute on.
@@ -248,7 +250,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
     );
     let source = model::source(&mut rules, model);
     let accelerator = valid_accelerator(&mut rules, accelerator);
-    let parallelism = valid_parallelism(&mut rules, parallelism.as_ref(), &accelerator);
+    let parallelism = valid_parallelism(&mut rules, parallelism.as_ref());
     let quantization = match quantization {
         operator_api::Quantization::None => Quantization::None,
         operator_api::Quantization::Int8 => Quantization::Int8,
@@ -310,6 +312,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         rollout,
         placement,
         template: pod_template.clone(),
+        is_preview: crate::gang::is_preview(deployment.metadata.annotations.as_ref()),
     })
 }
 
@@ -364,7 +367,6 @@ fn valid_accelerator(rules: &mut Rules, given: &operator_api::Accelerator) -> Va
 fn valid_parallelism(
     rules: &mut Rules,
     given: Option<&operator_api::Parallelism>,
-    accelerator: &ValidAccelerator,
 ) -> Option<Parallelism> {
     let given = given?;
     let operator_api::Parallelism {
@@ -393,14 +395,6 @@ fn valid_parallelism(
         valid.expert,
         "must be 1 or equal to spec.parallelism.tensor: both use the same GPUs",
     );
-    if *accelerator == ValidAccelerator::Cpu {
-        rules.require(
-            valid.ranks() == 1,
-            "spec.parallelism",
-            format_args!("tensor {}, expert {}", valid.tensor, valid.expert),
-            "the cpu accelerator runs one rank per replica; remove spec.parallelism or choose accelerator type nvidia",
-        );
-    }
     Some(valid)
 }
 
