@@ -52,8 +52,6 @@ use crate::template::PodTemplate;
 #[x_kube(
     validation = Rule::new("has(self.replicas) != has(self.autoscaling)")
         .message("set exactly one of spec.replicas (a fixed number) and spec.autoscaling (a range)"),
-    validation = Rule::new("self.accelerator.type != 'cpu' || !has(self.parallelism) || ((!has(self.parallelism.tensor) || self.parallelism.tensor == 1) && (!has(self.parallelism.expert) || self.parallelism.expert == 1))")
-        .message("the cpu accelerator runs one rank per replica; remove spec.parallelism or choose accelerator type nvidia"),
     validation = Rule::new("!has(self.accelerator.mig) || self.accelerator.mig != 'only' || !has(self.parallelism) || ((!has(self.parallelism.tensor) || self.parallelism.tensor == 1) && (!has(self.parallelism.expert) || self.parallelism.expert == 1))")
         .message("nothing connects MIG devices, so a replica on them is one device; remove spec.parallelism or set accelerator.mig to allowed or never"),
     validation = Rule::new("self.quantization == 'none' || (self.precision != 'float32' && self.accelerator.type == 'cpu')")
@@ -68,7 +66,7 @@ pub struct ModelDeploymentSpec {
     pub accelerator: Accelerator,
 
     /// How one replica is split over devices. Absent or empty: the smallest number of devices of
-    /// one node on which the memory plan fits.
+    /// one node on which the memory plan fits. On the processors each rank is a pod of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parallelism: Option<Parallelism>,
 

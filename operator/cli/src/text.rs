@@ -60,6 +60,9 @@ fn head(explanation: &Explanation) -> String {
     let mut text = format!("{namespace}/{name}: {wanted} {replicas} wanted, {verdict}\n");
     if let Some(layout) = layout {
         let device = match layout.gpus_per_replica {
+            0 if layout.pods_per_replica.is_some() => {
+                format!("{}, {}", layout.device, layout.parallelism)
+            }
             0 => layout.device.clone(),
             gpus => format!(
                 "{gpus} x {} per replica, {}",

@@ -10,9 +10,9 @@ use k8s_openapi::api::core::v1::Pod;
 
 use crate::names;
 use crate::plan::{Action, Kind, Object, Plan};
-use crate::replicas::{Replica, State, observe};
+use crate::replicas::{GroupKey, Replica, State, observe};
 use crate::resources::Resources;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{PodView, Snapshot};
 use crate::validate::validate;
 
 /// A rule that a plan breaks.
@@ -22,8 +22,10 @@ pub enum Flaw {
     WrittenTwice(String),
     /// A delete or patch of a pod that was not observed with that uid.
     Unobserved(String),
-    /// A replica index would have two pods that may run.
+    /// A replica index would have two pods of one rank that may run.
     IndexTwice(u32),
+    /// A replica of several pods would be made or removed in part, or mixed with another.
+    PartGroup(u32),
     /// More pods than wanted plus surge.
     TooMany {
         /// Pods after the plan.
@@ -56,6 +58,9 @@ impl fmt::Display for Flaw {
             Self::WrittenTwice(name) => write!(f, "{name} is written twice"),
             Self::Unobserved(name) => write!(f, "{name} was not observed"),
             Self::IndexTwice(index) => write!(f, "replica {index} would have two pods"),
+            Self::PartGroup(index) => {
+                write!(f, "the group of replica {index} would not be whole")
+            }
             Self::TooMany { pods, allowed } => write!(f, "{pods} pods, {allowed} are allowed"),
             Self::TooFew { ready, promised } => {
                 write!(f, "{ready} replicas would answer, {promised} are promised")
@@ -225,19 +230,14 @@ fn check_replicas(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
             _ => {}
         }
     }
-    let stays = |replica: &&Replica<'_>| !removed.contains(replica.pod.name.as_str());
-    let may_run = |replica: &&Replica<'_>| !matches!(replica.state, State::Failed { .. });
-    let mut indices = BTreeSet::new();
-    // A pod that is only being deleted may still run: its index is taken as well.
-    let existing = replicas.iter().filter(may_run).filter_map(Replica::index);
-    let new = created
-        .iter()
-        .filter_map(|pod| label(pod, names::REPLICA).parse().ok());
-    for (index, is_new) in existing.map(|i| (i, false)).chain(new.map(|i| (i, true))) {
-        if !indices.insert(index) && is_new {
-            flaws.push(Flaw::IndexTwice(index));
-        }
-    }
+    let stays = |replica: &&Replica<'_>| {
+        !replica
+            .pods()
+            .any(|pod| removed.contains(pod.name.as_str()))
+    };
+    let created: Vec<PodView> = created.into_iter().map(PodView::of).collect();
+    check_indices(&replicas, &created, flaws);
+    check_groups(&replicas, &created, &removed, flaws);
     let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
     let wanted = plan
         .status
@@ -245,14 +245,11 @@ fn check_replicas(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
         .and_then(|n| u32::try_from(n).ok())
         .unwrap_or(0);
     let live_before = count(replicas.iter().filter(|r| r.is_live()).count());
-    let live_after = count(
-        replicas
-            .iter()
-            .filter(|r| r.is_live())
-            .filter(stays)
-            .count()
-            + created.len(),
-    );
+    // Pods that complete a group make no further replica.
+    let new: BTreeSet<_> = created.iter().map(PodView::group).collect();
+    let is_known = |group: &&GroupKey<'_>| replicas.iter().any(|r| r.pod.group() == **group);
+    let kept = replicas.iter().filter(|r| r.is_live()).filter(stays);
+    let live_after = count(kept.count() + new.iter().filter(|new| !is_known(new)).count());
     let allowed = wanted
         .saturating_add(valid.rollout.surge_max)
         .max(live_before);
@@ -263,15 +260,73 @@ fn check_replicas(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
         });
     }
     let ready_before = count(replicas.iter().filter(|r| r.is_ready()).count());
-    let is_taken_away = |r: &&Replica<'_>| {
-        r.is_ready()
-            && (removed.contains(r.pod.name.as_str()) || drained.contains(r.pod.name.as_str()))
-    };
+    let is_taken_away =
+        |r: &&Replica<'_>| r.is_ready() && (!stays(r) || drained.contains(r.pod.name.as_str()));
     let taken_away = count(replicas.iter().filter(is_taken_away).count());
     let ready = ready_before - taken_away;
     let promised = wanted.saturating_sub(valid.rollout.unavailable_max);
     if taken_away > 0 && ready < promised {
         flaws.push(Flaw::TooFew { ready, promised });
+    }
+}
+
+/// One pod that may run for each rank of each index, and none of them of another group.
+fn check_indices(replicas: &[Replica<'_>], created: &[PodView], flaws: &mut Vec<Flaw>) {
+    let mut ranks = BTreeSet::new();
+    // A pod that is only being deleted may still run: its index is taken as well.
+    let existing: Vec<&PodView> = replicas
+        .iter()
+        .flat_map(Replica::pods)
+        .filter(|pod| !pod.is_finished())
+        .collect();
+    let new = created.iter().map(|pod| (pod, true));
+    for (pod, is_new) in existing.iter().map(|pod| (*pod, false)).chain(new) {
+        let Ok(index) = pod.label(names::REPLICA).parse::<u32>() else {
+            continue;
+        };
+        if !ranks.insert((index, pod.rank())) && is_new {
+            flaws.push(Flaw::IndexTwice(index));
+        }
+        let is_other = |other: &&&PodView| {
+            other.label(names::REPLICA) == pod.label(names::REPLICA) && other.group() != pod.group()
+        };
+        if is_new && existing.iter().find(is_other).is_some() {
+            flaws.push(Flaw::PartGroup(index));
+        }
+    }
+}
+
+/// What is created makes groups whole, and what is removed leaves no part of one that lives.
+fn check_groups(
+    replicas: &[Replica<'_>],
+    created: &[PodView],
+    removed: &BTreeSet<&str>,
+    flaws: &mut Vec<Flaw>,
+) {
+    let index = |pod: &PodView| pod.label(names::REPLICA).parse().unwrap_or(u32::MAX);
+    for pod in created.iter().filter(|pod| pod.ranks() > 1) {
+        let of_it = |other: &&PodView| other.group() == pod.group();
+        let there = replicas.iter().flat_map(Replica::pods).filter(of_it);
+        let ranks: BTreeSet<u32> = created
+            .iter()
+            .filter(of_it)
+            .chain(there)
+            .map(PodView::rank)
+            .collect();
+        if !ranks.into_iter().eq(0..pod.ranks()) {
+            flaws.push(Flaw::PartGroup(index(pod)));
+        }
+    }
+    for replica in replicas {
+        let is_draining = matches!(replica.state, State::Draining { .. });
+        let leaving = replica
+            .pods()
+            .filter(|pod| removed.contains(pod.name.as_str()));
+        let leaving = leaving.count();
+        let is_part = leaving > 0 && leaving < replica.pods().count();
+        if is_part && (replica.is_live() || is_draining) {
+            flaws.push(Flaw::PartGroup(index(replica.pod)));
+        }
     }
 }
 

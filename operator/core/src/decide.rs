@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use engine_spec::ModelFacts;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use operator_api::{ConditionStatus, Reason, RolloutStatus};
 
 use crate::check::check;
 use crate::fit::{self, Layout, NoLayout};
+use crate::gang::{self, Asked};
 use crate::inspect::{self, Facts, source_hash};
 use crate::names::{self, Revision};
 use crate::objects;
@@ -204,9 +206,10 @@ impl<'a> Decided<'a> {
                 Reason::WaitingForFacts,
                 "planning waits for the model's facts",
             ),
-            (Ok(_), Some(facts)) => match self.choose(facts, settings) {
+            (Ok(_), Some(facts)) => match self.chosen_with_ranks(facts, settings) {
                 Err(NoLayout { reason, message }) => Verdict::no(reason, message),
-                Ok((revision, layout)) => {
+                Ok((revision, layout, ranks_service)) => {
+                    actions.extend(ranks_service);
                     let spec = &self.snapshot.deployment.spec;
                     let record = || objects::record(spec, &layout, settings, facts);
                     actions.extend(self.engine_config(&layout, &revision, record));
@@ -262,7 +265,9 @@ impl<'a> Decided<'a> {
     /// The Service and the budget, where they differ from what is wanted.
     fn front_door(&self) -> Result<Vec<Action>, String> {
         let service = objects::service(self.valid);
-        let budget = objects::disruption_budget(self.valid, self.wanted);
+        let ranks = self.replicas.iter().map(|replica| replica.pod.ranks());
+        let ranks = ranks.min().unwrap_or(1);
+        let budget = objects::disruption_budget(self.valid, self.wanted, ranks);
         let owners = [
             (
                 "Service",
@@ -277,11 +282,7 @@ impl<'a> Decided<'a> {
             ),
         ];
         for (kind, metadata) in owners {
-            let is_foreign = metadata.is_some_and(|metadata| {
-                let mut owners = metadata.owner_references.iter().flatten();
-                !owners.any(|owner| owner.uid == self.valid.uid)
-            });
-            if is_foreign {
+            if metadata.is_some_and(|metadata| self.is_foreign(metadata)) {
                 return Err(format!(
                     "metadata.name = {}: a {kind} of that name belongs to someone else; delete it or choose another name",
                     self.valid.name
@@ -305,6 +306,48 @@ impl<'a> Decided<'a> {
         Ok(actions)
     }
 
+    fn is_foreign(&self, metadata: &ObjectMeta) -> bool {
+        let mut owners = metadata.owner_references.iter().flatten();
+        !owners.any(|owner| owner.uid == self.valid.uid)
+    }
+
+    /// The Service that gives ranks their host names, where there are groups and it differs from what is
+    /// wanted.
+    fn ranks_service(&self, layout: &Layout) -> Result<Option<Action>, String> {
+        if layout.pods == 1 {
+            return Ok(None);
+        }
+        let wanted = objects::ranks_service(self.valid);
+        let Some(found) = self.snapshot.ranks_service.as_deref() else {
+            return Ok(Some(Action::Apply(Object::Service(Box::new(wanted)))));
+        };
+        if self.is_foreign(&found.metadata) {
+            return Err(format!(
+                "metadata.name = {}: a Service named {} belongs to someone else, and replicas of several pods need it; delete it or choose another name",
+                self.valid.name,
+                names::ranks_service(&self.valid.name),
+            ));
+        }
+        let is_same = objects::covers(&serde_json::json!(found), &serde_json::json!(wanted));
+        Ok((!is_same).then(|| Action::Apply(Object::Service(Box::new(wanted)))))
+    }
+
+    /// The layout to use, and what it needs of a Service for its ranks.
+    fn chosen_with_ranks(
+        &self,
+        facts: &ModelFacts,
+        settings: &Settings,
+    ) -> Result<(Revision, Layout, Option<Action>), NoLayout> {
+        let (revision, layout) = self.choose(facts, settings)?;
+        match self.ranks_service(&layout) {
+            Ok(service) => Ok((revision, layout, service)),
+            Err(message) => Err(NoLayout {
+                reason: Reason::NameTaken,
+                message,
+            }),
+        }
+    }
+
     /// The layout to use: the one that replicas run already, else the first with room, else the
     /// best. Nodes that come and go must not change the revision of what runs.
     fn choose(
@@ -322,6 +365,8 @@ impl<'a> Decided<'a> {
                 replica.revision() == revision.as_str() && replica.state != State::Leaving
             })
         });
+        // Several nodes only where no one node would do.
+        let has_single = candidates.iter().any(|(_, layout)| layout.pods == 1);
         let has_room = |layout: &Layout| {
             let wish = Wish {
                 layout,
@@ -330,7 +375,15 @@ impl<'a> Decided<'a> {
                 own: Default::default(),
                 avoid: Vec::new(),
             };
-            placement::offer(&wish, &Room::new(&self.snapshot.cluster)).is_ok()
+            let room = Room::new(&self.snapshot.cluster);
+            if layout.pods > 1 {
+                let asked = Asked {
+                    ranks: layout.pods,
+                    ..Asked::default()
+                };
+                return !has_single && gang::place(&wish, &room, &asked).is_ok();
+            }
+            placement::offer(&wish, &room).is_ok()
         };
         // One that was tried and given up has no replicas; another kind of device must not stand in.
         let status = self.snapshot.deployment.status.as_ref();

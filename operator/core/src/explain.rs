@@ -10,12 +10,14 @@ use serde::Serialize;
 
 use crate::decide::chosen;
 use crate::fit::{Layout, layout_words, parallelism_words};
+use crate::gang::{self, Asked};
+use crate::names;
 use crate::objects;
 use crate::placement::{self, Room, WhyNot, Wish};
 use crate::plan::{Action, Object, Plan, Settings};
-use crate::replicas::{State, observe};
+use crate::replicas::{State, observe, state};
 use crate::resources::Resources;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{PodView, Snapshot};
 
 /// Nodes named in a group; the others are counted.
 pub const NODES_NAMED_MAX: usize = 8;
@@ -77,6 +79,9 @@ pub struct LayoutWords {
     pub device: String,
     /// GPUs of one replica.
     pub gpus_per_replica: u32,
+    /// Pods of one replica, where it is a group of several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pods_per_replica: Option<u32>,
     /// For example `TP 8, EP 8`.
     pub parallelism: String,
     /// Bytes of one rank.
@@ -204,19 +209,30 @@ pub fn judgements(
 
 /// Engine pods that exist, and what they are doing.
 pub fn pods(snapshot: &Snapshot) -> Vec<PodWords> {
-    observe(snapshot)
-        .iter()
-        .map(|replica| {
-            let (state, message) = words_of(&replica.state);
+    let replicas = observe(snapshot);
+    let mut pods: Vec<&PodView> = replicas.iter().flat_map(|replica| replica.pods()).collect();
+    pods.sort_by(|left, right| left.name.cmp(&right.name));
+    pods.into_iter()
+        .map(|pod| {
+            let (state, message) = words_of(&state(pod, snapshot));
             PodWords {
-                name: replica.pod.name.clone(),
+                name: pod.name.clone(),
                 state,
-                node: replica.pod.node.clone(),
-                revision: replica.revision().to_owned(),
-                message,
+                node: pod.node.clone(),
+                revision: pod.label(names::REVISION).to_owned(),
+                message: with_rank(pod, message),
             }
         })
         .collect()
+}
+
+/// What is said of a pod, with its place in its group.
+fn with_rank(pod: &PodView, message: String) -> String {
+    match (pod.ranks(), message.is_empty()) {
+        (1, _) => message,
+        (ranks, true) => format!("rank {} of {ranks}", pod.rank()),
+        (ranks, false) => format!("rank {} of {ranks}: {message}", pod.rank()),
+    }
 }
 
 fn words_of(state: &State) -> (&'static str, String) {
@@ -237,6 +253,7 @@ fn layout_of(revision: &str, layout: &Layout) -> LayoutWords {
         revision: revision.to_owned(),
         device: layout.kind.to_string(),
         gpus_per_replica: layout.gpus(),
+        pods_per_replica: (layout.pods > 1).then_some(layout.pods),
         parallelism: parallelism_words(layout),
         rank_bytes: layout.memory.total_bytes(),
         kv_tokens: layout.memory.kv_tokens,
@@ -273,11 +290,11 @@ fn places(plan: &Plan) -> Vec<Place> {
 fn own_nodes(snapshot: &Snapshot, plan: &Plan) -> BTreeMap<String, usize> {
     let mut own = BTreeMap::new();
     for replica in observe(snapshot) {
-        let planned = replica.pod.planned_nodes().first().map(|n| (*n).to_owned());
-        if let Some(node) = replica.pod.node.clone().or(planned)
-            && (replica.is_live() || matches!(replica.state, State::Draining { .. }))
-        {
-            *own.entry(node).or_insert(0) += 1;
+        if !replica.is_live() && !matches!(replica.state, State::Draining { .. }) {
+            continue;
+        }
+        for node in replica.pods().filter_map(PodView::place) {
+            *own.entry(node.to_owned()).or_insert(0) += 1;
         }
     }
     for (_, nodes) in created(plan) {
@@ -299,10 +316,14 @@ fn node_groups(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Vec<NodeGro
     let mut fitting = Vec::new();
     let mut reasons: Vec<(&str, WhyNot)> = Vec::new();
     let held_back = spot_held_back(snapshot, plan, wish);
+    let few = few_ranks(wish, &room, held_back.as_ref());
     for node in room.nodes() {
         match placement::why_not(node, wish, &room) {
             None if crate::spot::is_spot(node) && held_back.is_some() => {
                 reasons.extend(held_back.clone().map(|why| (node.name.as_str(), why)));
+            }
+            None if few.is_some() => {
+                reasons.extend(few.clone().map(|why| (node.name.as_str(), why)));
             }
             None => fitting.push(node.name.clone()),
             Some(_) if wish.own.contains_key(&node.name) => in_use.push(node.name.clone()),
@@ -335,6 +356,24 @@ fn node_groups(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Vec<NodeGro
     groups
 }
 
+/// Why nodes that could take a rank are not for the next replica: not all of its ranks have a place.
+fn few_ranks(wish: &Wish<'_>, room: &Room<'_>, held_back: Option<&WhyNot>) -> Option<WhyNot> {
+    let asked = Asked {
+        ranks: wish.layout.pods,
+        on_demand_min: match held_back {
+            Some(WhyNot::Spot(least)) => Some(*least),
+            _ => None,
+        },
+        ..Asked::default()
+    };
+    if asked.ranks == 1 {
+        return None;
+    }
+    let reasons = gang::place(wish, room, &asked).err()?;
+    let mut few = reasons.into_iter();
+    few.find(|reason| matches!(reason, WhyNot::FewRanks { .. }))
+}
+
 /// Why spot nodes are not for the next replica; none when they are.
 fn spot_held_back(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Option<WhyNot> {
     let wanted = plan
@@ -348,12 +387,13 @@ fn spot_held_back(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Option<W
     };
     let revision = plan.status.revision.as_deref();
     let standing = observe(snapshot).into_iter().filter(|replica| {
-        let planned = replica.pod.planned_nodes();
-        let node = replica.pod.node.as_deref().or(planned.first().copied());
-        replica.is_live() && Some(replica.revision()) == revision && node.is_some_and(is_on_demand)
+        let stands = |pod: &PodView| pod.place().is_some_and(is_on_demand);
+        replica.is_live() && Some(replica.revision()) == revision && replica.pods().all(stands)
     });
-    let new =
-        created(plan).filter(|(_, nodes)| nodes.first().is_some_and(|node| is_on_demand(node)));
+    // The first rank stands for its group.
+    let new = created(plan).filter(|(pod, nodes)| {
+        PodView::of(pod).rank() == 0 && nodes.first().is_some_and(|node| is_on_demand(node))
+    });
     let there = standing.count() + new.count();
     (u32::try_from(there).unwrap_or(u32::MAX) < least).then_some(WhyNot::Spot(least))
 }

@@ -13,6 +13,7 @@ use engine_spec::{Device, EngineConfig, ModelFacts, Parallelism};
 use operator_api::Reason;
 use serde::{Deserialize, Serialize};
 
+use crate::gang;
 use crate::mig::{self, MigProfile, MigStrategy};
 use crate::resources::{NVIDIA_GPU, Resources, human_bytes};
 use crate::snapshot::{Cluster, NodeView};
@@ -23,6 +24,8 @@ use crate::validate::{ValidAccelerator, ValidDeployment, ValidMig};
 const GPU_USABLE_PERCENT: u64 = 95;
 /// Numbers of GPUs tried when parallelism is automatic.
 const GPU_COUNTS: &[u32] = &[1, 2, 4, 8, 16];
+/// Numbers of GPUs tried over several nodes when none alone will do.
+const GPU_COUNTS_OVER_NODES: &[u32] = &[2, 4, 8, 16, 32, 64];
 /// bfloat16 arithmetic begins with this compute capability.
 const COMPUTE_MAJOR_MIN: u32 = 8;
 
@@ -199,6 +202,8 @@ pub struct Layout {
     pub kind: DeviceKind,
     /// How it is split.
     pub parallelism: Parallelism,
+    /// Pods of one replica.
+    pub pods: u32,
     /// Its memory.
     pub memory: MemoryPlan,
     /// What the engine is told, `planned_bytes` included.
@@ -212,6 +217,17 @@ impl Layout {
             DeviceKind::Cpu => 0,
             DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } => self.parallelism.ranks(),
         }
+    }
+
+    /// GPUs of one pod; 0 on processors.
+    pub fn gpus_per_pod(&self) -> u32 {
+        self.gpus() / self.pods.max(1)
+    }
+
+    /// The same in so many pods.
+    #[must_use]
+    pub fn over(self, pods: u32) -> Self {
+        Self { pods, ..self }
     }
 }
 
@@ -244,7 +260,16 @@ pub fn layouts(
         });
     }
     if valid.accelerator == ValidAccelerator::Cpu {
-        let parallelism = Parallelism::default();
+        let parallelism = valid.parallelism.unwrap_or_default();
+        if parallelism.ranks() > 1 && !gang::is_served(&DeviceKind::Cpu, valid.is_preview) {
+            return Err(NoLayout {
+                reason: Reason::NotServedYet,
+                message: format!(
+                    "spec.parallelism asks for {} ranks in one replica; on processors each is a pod, and replicas of several pods are not served yet, so remove spec.parallelism or choose accelerator type nvidia",
+                    parallelism.ranks()
+                ),
+            });
+        }
         return layout_on(valid, facts, DeviceKind::Cpu, parallelism)
             .map(|layout| vec![layout])
             .map_err(|misfit| NoLayout {
@@ -266,6 +291,7 @@ pub fn layouts(
     let gpus_per_node_max = whole.map(|(_, present)| present.gpus_per_node).max();
     if let Some(given) = valid.parallelism
         && gpus_per_node_max.is_some_and(|most| given.ranks() > most)
+        && !valid.is_preview
     {
         return Err(NoLayout {
             reason: Reason::NotServedYet,
@@ -291,7 +317,9 @@ pub fn layouts(
                 continue;
             }
         };
-        match smallest_layout(valid, facts, &kind, present.gpus_per_node) {
+        match smallest_layout(valid, facts, &kind, present.gpus_per_node)
+            .or_else(|why| layout_over_nodes(valid, facts, &kind, present).ok_or(why))
+        {
             Ok(layout) => fitting.push((rank, layout)),
             Err(why) => misfits.push(format!("{nodes}: {why}")),
         }
@@ -304,8 +332,10 @@ pub fn layouts(
         });
     }
     fitting.sort_by(|(left_rank, left), (right_rank, right)| {
-        let key =
-            |rank: &usize, layout: &Layout| (*rank, layout.gpus(), layout.kind.usable_bytes());
+        let key = |rank: &usize, layout: &Layout| {
+            let bytes = layout.kind.usable_bytes();
+            (layout.pods > 1, *rank, layout.gpus(), bytes)
+        };
         key(left_rank, left)
             .cmp(&key(right_rank, right))
             .then_with(|| left.kind.cmp(&right.kind))
@@ -414,6 +444,22 @@ fn preference(kind: &DeviceKind, wanted: &ValidAccelerator) -> Result<usize, &'s
         .ok_or(not_asked)
 }
 
+/// So many devices, with the experts spread over them where they divide them.
+fn automatic(facts: &ModelFacts, tensor: u32) -> Parallelism {
+    let expert = facts.config.moe.as_ref().map_or(1, |moe| {
+        if moe.routed_experts.is_multiple_of(tensor) {
+            tensor
+        } else {
+            1
+        }
+    });
+    Parallelism {
+        tensor,
+        expert,
+        pipeline: 1,
+    }
+}
+
 fn smallest_layout(
     valid: &ValidDeployment,
     facts: &ModelFacts,
@@ -449,18 +495,7 @@ fn smallest_layout(
         .copied()
         .filter(|count| *count <= gpus_per_node)
     {
-        let expert = facts.config.moe.as_ref().map_or(1, |moe| {
-            if moe.routed_experts.is_multiple_of(tensor) {
-                tensor
-            } else {
-                1
-            }
-        });
-        let parallelism = Parallelism {
-            tensor,
-            expert,
-            pipeline: 1,
-        };
+        let parallelism = automatic(facts, tensor);
         match layout(valid, facts, kind.clone(), parallelism, capacity) {
             Ok(layout) => return Ok(layout),
             // A number that does not divide the model's heads says nothing about memory.
@@ -475,7 +510,35 @@ fn smallest_layout(
     Err(last.unwrap_or_else(|| "no whole GPU on any node".into()))
 }
 
-/// The layout of one replica on a kind of device.
+/// The smallest layout over several nodes; none when there is none, or it is not served.
+fn layout_over_nodes(
+    valid: &ValidDeployment,
+    facts: &ModelFacts,
+    kind: &DeviceKind,
+    present: Present,
+) -> Option<Layout> {
+    if !kind.can_combine() || !gang::is_served(kind, valid.is_preview) {
+        return None;
+    }
+    let most = present.gpus_per_node;
+    let counts = match valid.parallelism {
+        Some(given) => vec![given],
+        None => GPU_COUNTS_OVER_NODES
+            .iter()
+            .map(|tensor| automatic(facts, *tensor))
+            .collect(),
+    };
+    let over_nodes = counts.into_iter().filter(|given| given.ranks() > most);
+    over_nodes
+        .map(|given| (given, gang::pods(given.ranks(), most)))
+        .filter(|(_, pods)| usize::try_from(*pods).is_ok_and(|pods| pods <= present.nodes))
+        .find_map(|(given, pods)| {
+            let layout = layout(valid, facts, kind.clone(), given, kind.usable_bytes());
+            Some(layout.ok()?.over(pods))
+        })
+}
+
+/// The layout of one replica on a kind of device; on GPUs in one pod.
 ///
 /// # Errors
 /// Why it does not fit.
@@ -520,9 +583,14 @@ fn layout(
     let memory = memory_plan(&facts.config, &request)?;
     engine.max_model_len = Some(memory.max_model_len);
     engine.planned_bytes = Some(memory.total_bytes());
+    let pods = match kind {
+        DeviceKind::Cpu => parallelism.ranks(),
+        DeviceKind::Gpu { .. } => 1,
+    };
     Ok(Layout {
         kind,
         parallelism,
+        pods,
         memory,
         engine,
     })
@@ -542,6 +610,9 @@ pub fn parallelism_words(layout: &Layout) -> String {
     if pipeline > 1 {
         words.push_str(&format!(", PP {pipeline}"));
     }
+    if layout.pods > 1 {
+        words.push_str(&format!(" over {} pods", layout.pods));
+    }
     words
 }
 
@@ -549,6 +620,7 @@ pub fn parallelism_words(layout: &Layout) -> String {
 pub fn layout_words(layout: &Layout) -> String {
     let noun = layout.kind.noun();
     let per = match layout.gpus() {
+        0 if layout.pods > 1 => format!("per rank, {} per replica", layout.pods),
         0 => format!("per {noun}"),
         gpus => format!("per {noun}, {gpus} x {} per replica", layout.kind),
     };

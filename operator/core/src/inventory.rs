@@ -161,6 +161,13 @@ impl Inventory {
                 .iter()
                 .find(|service| is_named(&service.metadata, &namespace, &name))
                 .map(|service| Arc::new(service.clone())),
+            ranks_service: self
+                .services
+                .iter()
+                .find(|service| {
+                    is_named(&service.metadata, &namespace, &names::ranks_service(&name))
+                })
+                .map(|service| Arc::new(service.clone())),
             disruption_budget: self
                 .budgets
                 .iter()

@@ -8,6 +8,7 @@ pub mod check;
 mod decide;
 pub mod explain;
 pub mod fit;
+pub mod gang;
 pub mod health;
 pub mod inspect;
 pub mod inventory;

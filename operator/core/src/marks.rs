@@ -14,6 +14,8 @@ const KEYS: &[&str] = &[
     names::REVISION,
     names::SERVING,
     names::REPLICA,
+    names::RANK,
+    names::RANKS,
     names::ATTEMPT,
     names::FAILURES,
     names::ROLLOUT_ATTEMPT,

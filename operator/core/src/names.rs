@@ -25,9 +25,13 @@ pub const REVISION: &str = "cachalot.dev/revision";
 pub const SERVING: &str = "cachalot.dev/serving";
 /// Index of the replica an engine pod is.
 pub const REPLICA: &str = "cachalot.dev/replica";
+/// Rank of an engine pod in its group; absent where a replica is one pod.
+pub const RANK: &str = "cachalot.dev/rank";
 /// Tells endpoint pickers which metric names to read.
 pub const ENGINE_TYPE: &str = "llm-d.ai/engine-type";
 
+/// Annotation: how many pods the group of an engine pod has; absent where a replica is one pod.
+pub const RANKS: &str = "cachalot.dev/ranks";
 /// Annotation: how many pods this replica had before.
 pub const ATTEMPT: &str = "cachalot.dev/attempt";
 /// Annotation: how many of them failed in a row.
@@ -57,6 +61,8 @@ pub const FACTS_JSON: &str = "facts.json";
 pub const CONFIG_JSON: &str = "config.json";
 /// Port the engine listens on.
 pub const ENGINE_PORT: i32 = 8000;
+/// Port on which the first rank of a group waits for the others.
+pub const LEADER_PORT: i32 = 8001;
 /// Port of the Service.
 pub const SERVICE_PORT: i32 = 80;
 
@@ -108,6 +114,34 @@ pub fn engine_pod(deployment: &str, replica: u32, revision: &Revision, attempt: 
     format!("{deployment}-{replica}-{revision}-{attempt}")
 }
 
+/// Name of one pod of a group, and its host name.
+pub fn rank_pod(
+    deployment: &str,
+    replica: u32,
+    revision: &Revision,
+    attempt: u32,
+    rank: u32,
+) -> String {
+    let group = engine_pod(deployment, replica, revision, attempt);
+    format!("{group}-{rank}")
+}
+
+/// Name of the headless Service that gives the pods of groups their host names.
+pub fn ranks_service(deployment: &str) -> String {
+    format!("{deployment}-ranks")
+}
+
+/// The deployment that a Service of that name would be the headless one of.
+pub fn owner_of_ranks_service(service: &str) -> Option<&str> {
+    service.strip_suffix("-ranks")
+}
+
+/// Where the ranks of a group find the first: known before any of them exists.
+pub fn leader_address(deployment: &str, namespace: &str, leader: &str) -> String {
+    let service = ranks_service(deployment);
+    format!("{leader}.{service}.{namespace}.svc:{LEADER_PORT}")
+}
+
 /// Name of an inspection pod; `hash` is of the source and revision it reads.
 pub fn inspect_pod(deployment: &str, hash: &str, attempt: u32) -> String {
     if attempt == 0 {
@@ -155,6 +189,10 @@ mod tests {
         let revision = Revision::of("x");
         let pod = engine_pod(&name, 9999, &revision, 99_999);
         assert!(pod.len() <= 63, "{pod} has {} characters", pod.len());
+        // A host name is one label of at most 63 characters as well.
+        let rank = rank_pod(&name, 9999, &revision, 99_999, 63);
+        assert!(rank.len() <= 63, "{rank} has {} characters", rank.len());
+        assert!(ranks_service(&name).len() <= 63);
         assert!(inspect_pod(&name, &short_hash("x"), 99).len() <= 63);
         assert!(facts_config_map(&name, &short_hash("x")).len() <= 63);
     }

@@ -4,6 +4,7 @@
 //! same revision are interchangeable.
 
 mod pod;
+mod rank;
 mod record;
 
 use std::collections::BTreeMap;
@@ -113,8 +114,33 @@ pub fn service(valid: &ValidDeployment) -> Service {
     }
 }
 
-/// The budget for evictions that are not ours.
-pub fn disruption_budget(valid: &ValidDeployment, wanted: u32) -> PodDisruptionBudget {
+/// The headless Service by which the ranks of a group find the first, long before it is ready.
+pub fn ranks_service(valid: &ValidDeployment) -> Service {
+    let selector = [
+        (names::MODEL_DEPLOYMENT, valid.name.as_str()),
+        (names::COMPONENT, names::ENGINE),
+    ];
+    Service {
+        metadata: metadata(valid, names::ranks_service(&valid.name), names::ENGINE),
+        spec: Some(ServiceSpec {
+            cluster_ip: Some("None".into()),
+            publish_not_ready_addresses: Some(true),
+            selector: Some(owned(selector)),
+            ports: Some(vec![ServicePort {
+                name: Some("ranks".into()),
+                port: names::LEADER_PORT,
+                protocol: Some("TCP".into()),
+                ..ServicePort::default()
+            }]),
+            ..ServiceSpec::default()
+        }),
+        ..Service::default()
+    }
+}
+
+/// The budget for evictions that are not ours; a replica has `ranks` pods. Each eviction may break
+/// another group, so as many pods may be evicted as replicas may be missing.
+pub fn disruption_budget(valid: &ValidDeployment, wanted: u32, ranks: u32) -> PodDisruptionBudget {
     let selector = [
         (names::MODEL_DEPLOYMENT, valid.name.as_str()),
         (names::COMPONENT, names::ENGINE),
@@ -127,7 +153,8 @@ pub fn disruption_budget(valid: &ValidDeployment, wanted: u32) -> PodDisruptionB
         metadata: metadata(valid, valid.name.clone(), names::ENGINE),
         spec: Some(PodDisruptionBudgetSpec {
             min_available: Some(IntOrString::Int(
-                i32::try_from(wanted.saturating_sub(unavailable)).unwrap_or(i32::MAX),
+                i32::try_from(wanted.saturating_mul(ranks).saturating_sub(unavailable))
+                    .unwrap_or(i32::MAX),
             )),
             selector: Some(LabelSelector {
                 match_labels: Some(owned(selector)),

@@ -83,6 +83,13 @@ pub enum WhyNot {
     Pods,
     /// It is spot, and too few replicas are on other nodes.
     Spot(u32),
+    /// It can take a rank, and all nodes together cannot take all ranks of one replica.
+    FewRanks {
+        /// Ranks of one replica.
+        needs: u32,
+        /// Ranks that have a place at once.
+        has: u32,
+    },
 }
 
 impl WhyNot {
@@ -171,6 +178,12 @@ impl WhyNot {
                 "free an on-demand node, or lower spec.placement.spot.onDemandMin".into()
             }
             Self::Pods => "fewer pods on it, or a higher maxPods of its kubelet".into(),
+            Self::FewRanks { needs, has } => {
+                format!(
+                    "room for {} more ranks on other nodes",
+                    needs.saturating_sub(*has)
+                )
+            }
         }
     }
 }
@@ -218,6 +231,10 @@ impl fmt::Display for WhyNot {
                 "spot, and spec.placement.spot.onDemandMin = {least} replicas belong on other nodes"
             ),
             Self::Pods => f.write_str("runs as many pods as it may"),
+            Self::FewRanks { needs, has } => write!(
+                f,
+                "can take a rank, but a replica needs places for {needs} and {has} have one"
+            ),
         }
     }
 }
@@ -312,6 +329,11 @@ impl<'a> Room<'a> {
             |map: &BTreeMap<String, Resources>| map.get(&node.name).copied().unwrap_or_default();
         let used = amount(&self.cluster.used).minus(amount(&self.returned));
         node.allocatable.minus(used).minus(amount(&self.taken))
+    }
+
+    /// The node of that name.
+    pub fn node(&self, name: &str) -> Option<&'a NodeView> {
+        self.cluster.nodes.get(name).map(AsRef::as_ref)
     }
 
     /// All nodes.

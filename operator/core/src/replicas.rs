@@ -5,6 +5,7 @@
 //! are removed only while the promised number stays. A failed pod stays as a tombstone until its
 //! successor may start, because its annotations carry the count of failures.
 
+mod group;
 mod planner;
 mod state;
 
@@ -22,11 +23,15 @@ use crate::snapshot::{PodSamples, PodView, Snapshot};
 use crate::time::seconds_between;
 use crate::validate::ValidDeployment;
 
+pub(crate) use group::GroupKey;
 use planner::Planner;
-pub use state::{Replica, State, observe};
+pub use state::{Replica, State, observe, state};
 
 /// Seconds a pod may be refused by the scheduler before another place is looked for.
 const REFUSED_SECONDS: u64 = 15;
+/// Seconds after which a group gives back what it holds because the scheduler refuses one of its pods
+/// for a reason that the planner does not see.
+const PARTLY_SECONDS: u64 = 300;
 /// First pause before a failed replica is started again; doubles up to the longest.
 const BACKOFF_SECONDS: u64 = 5;
 /// The longest pause.
@@ -73,6 +78,15 @@ impl Moves {
 
     fn remove(&mut self, pod: &PodView, why: &str) {
         self.remove_if(pod, why, None);
+    }
+
+    /// Removes all pods of a replica that are not leaving yet, the one that takes requests first.
+    fn remove_all(&mut self, replica: &Replica<'_>, why: &str) {
+        let mut pods: Vec<&PodView> = replica.pods().filter(|pod| !pod.deleting).collect();
+        pods.sort_by_key(|pod| pod.rank());
+        for pod in pods {
+            self.remove(pod, why);
+        }
     }
 
     /// Removes a pod; with `if_silent`, only if that node is found silent once more.
@@ -123,9 +137,11 @@ pub fn moves(given: Given<'_>, replicas: &[Replica<'_>]) -> Moves {
     let mut planner = Planner::new(given, replicas);
     planner.tell_sick(&mut moves);
     planner.remove_lost(&mut moves);
+    planner.tear(&mut moves);
     planner.finish_draining(&mut moves);
     planner.move_refused(&mut moves);
     planner.take_back(&mut moves);
+    planner.complete(&mut moves);
     planner.start(&mut moves);
     planner.retire(&mut moves);
     moves
@@ -147,13 +163,17 @@ pub fn moves_without_plan(
             valid.rollout.drain_timeout_seconds,
             &mut moves,
         ) {
-            moves.remove(replica.pod, why);
+            moves.remove_all(replica, why);
         } else if wanted == 0 && replica.is_ready() {
             moves.actions.push(drain(replica.pod, snapshot.now));
             moves.drained.push(replica.pod.name.clone());
             moves.wake(SETTLE_SECONDS);
         } else if wanted == 0 && replica.is_live() {
-            moves.remove(replica.pod, "fewer replicas are wanted");
+            moves.remove_all(replica, "fewer replicas are wanted");
+        } else {
+            for pod in planner::torn(replica, snapshot) {
+                moves.remove(pod, planner::TORN);
+            }
         }
     }
     moves
@@ -188,16 +208,20 @@ fn wish<'a>(side: &'a Side, replicas: &[Replica<'_>]) -> Wish<'a> {
     let mut own = BTreeMap::new();
     let mut avoid = Vec::new();
     for replica in replicas {
-        let planned = || {
-            let nodes = replica.pod.planned_nodes();
-            nodes.first().map(|node| (*node).to_owned())
-        };
-        let Some(node) = replica.pod.node.clone().or_else(planned) else {
-            continue;
-        };
-        match replica.state {
-            State::Failed { .. } | State::Lost { .. } | State::Failing { .. } => avoid.push(node),
-            _ => *own.entry(node).or_insert(0) += 1,
+        let is_bad = matches!(
+            replica.state,
+            State::Failed { .. } | State::Lost { .. } | State::Failing { .. }
+        );
+        // Of a group the first pod is the one that its state is about.
+        for (index, pod) in replica.pods().enumerate() {
+            let Some(node) = pod.place().map(str::to_owned) else {
+                continue;
+            };
+            if is_bad && index == 0 {
+                avoid.push(node);
+            } else {
+                *own.entry(node).or_insert(0) += 1;
+            }
         }
     }
     Wish {

@@ -39,6 +39,8 @@ pub struct Snapshot {
     pub model_config: Option<Arc<ConfigMapView>>,
     /// The Service of its name, whoever made it.
     pub service: Option<Arc<Service>>,
+    /// The headless Service of its groups, whoever made it.
+    pub ranks_service: Option<Arc<Service>>,
     /// The PodDisruptionBudget of its name, whoever made it.
     pub disruption_budget: Option<Arc<PodDisruptionBudget>>,
     /// Quotas on GPUs in its namespace.

@@ -449,16 +449,8 @@ impl Report<'_> {
     /// with every pod of the cluster would be written without end.
     fn nodes(&self) -> Vec<String> {
         let live = self.replicas.iter().filter(|replica| replica.is_live());
-        let present = live.filter_map(|replica| {
-            let planned = || {
-                replica
-                    .pod
-                    .planned_nodes()
-                    .first()
-                    .map(|node| (*node).to_owned())
-            };
-            replica.pod.node.clone().or_else(planned)
-        });
+        let pods = live.flat_map(Replica::pods);
+        let present = pods.filter_map(|pod| pod.place().map(str::to_owned));
         let nodes: BTreeSet<String> = present.chain(self.moves.nodes.iter().cloned()).collect();
         nodes.into_iter().take(NODES_MAX).collect()
     }

@@ -112,6 +112,8 @@ pub struct ValidDeployment {
     pub placement: ValidPlacement,
     /// Overrides.
     pub template: PodTemplate,
+    /// Whether plans may be made that the engine does not serve yet.
+    pub is_preview: bool,
 }
 
 /// How many replicas.
@@ -307,13 +309,13 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         rollout,
         placement,
         template: pod_template.clone(),
+        is_preview: crate::gang::is_preview(deployment.metadata.annotations.as_ref()),
     })
 }
 
 fn valid_parallelism(
     rules: &mut Rules,
     given: Option<&operator_api::Parallelism>,
-    accelerator: &ValidAccelerator,
 ) -> Option<Parallelism> {
     let given = given?;
     let operator_api::Parallelism {
@@ -343,14 +345,6 @@ fn valid_parallelism(
         "must be 1 or equal to spec.parallelism.tensor: both use the same GPUs",
     );
     accelerator::check_ranks(rules, accelerator, valid.ranks());
-    if *accelerator == ValidAccelerator::Cpu {
-        rules.require(
-            valid.ranks() == 1,
-            "spec.parallelism",
-            format_args!("tensor {}, expert {}", valid.tensor, valid.expert),
-            "the cpu accelerator runs one rank per replica; remove spec.parallelism or choose accelerator type nvidia",
-        );
-    }
     Some(valid)
 }
 

@@ -311,13 +311,13 @@ async fn measure(
         }))
 }
 
-/// The address to ask, for engine pods that run.
+/// The address to ask, for engine pods that run. Of a group only the first rank has load to tell of.
 fn asks(pod: &PodView) -> Option<&str> {
     let engine = pod
         .labels
         .get(names::COMPONENT)
         .is_some_and(|component| component == names::ENGINE);
-    if engine && pod.phase == PodPhase::Running && !pod.deleting {
+    if engine && pod.rank() == 0 && pod.phase == PodPhase::Running && !pod.deleting {
         pod.address.as_deref()
     } else {
         None

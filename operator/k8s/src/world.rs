@@ -160,12 +160,19 @@ impl World {
             config_maps,
             model_config,
             service: self.services.get(key).and_then(Result::ok),
+            ranks_service: self.ranks_service(key),
             disruption_budget: self.budgets.get(key).and_then(Result::ok),
             quotas: self.quotas_of(&key.namespace),
             cluster: Arc::clone(&lock(&self.ledger).cluster),
             samples,
             demand,
         }
+    }
+
+    fn ranks_service(&self, key: &Key) -> Option<Arc<Service>> {
+        let name = names::ranks_service(&key.name);
+        let key = Key::new(Arc::clone(&key.namespace), name);
+        self.services.get(&key).and_then(Result::ok)
     }
 
     fn quotas_of(&self, namespace: &str) -> Vec<Arc<QuotaView>> {
@@ -326,7 +333,13 @@ impl World {
         ));
 
         let world = Arc::clone(self);
-        let changed = move |change: Change<'_, Service>| world.wake_if_deployment(change.key);
+        let changed = move |change: Change<'_, Service>| {
+            world.wake_if_deployment(change.key);
+            if let Some(owner) = names::owner_of_ranks_service(&change.key.name) {
+                let namespace = Arc::clone(&change.key.namespace);
+                world.wake_if_deployment(&Key::new(namespace, owner));
+            }
+        };
         tasks.spawn(watch::follow(
             Arc::clone(&self.services),
             api(client, namespace),

@@ -18,6 +18,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use operator_api::Binding;
 
+use super::rank::Member;
 use crate::fit::Layout;
 use crate::names::{self, Revision};
 use crate::plan::Settings;
@@ -31,7 +32,7 @@ const PRE_STOP_SECONDS: i64 = 5;
 /// Seconds beyond the drain timeout before a pod is killed.
 const KILL_MARGIN_SECONDS: i64 = 10;
 /// Seconds a replica may take to load its weights: 1.3 TB at 100 MB/s.
-const STARTUP_SECONDS: i32 = 4 * 3600;
+pub(super) const STARTUP_SECONDS: i32 = 4 * 3600;
 /// Keys that may be taken from the model's secret.
 const SECRET_KEYS: &[&str] = &[
     "HF_TOKEN",
@@ -60,6 +61,8 @@ const LIMIT_MARGIN_BYTES: u64 = 64 << 20;
 pub struct Slot {
     /// Index of the replica.
     pub replica: u32,
+    /// Rank in its group; 0 where a replica is one pod.
+    pub rank: u32,
     /// Pods this replica had before.
     pub attempt: u32,
     /// How many of them failed in a row.
@@ -84,7 +87,7 @@ pub fn engine_requests(valid: &ValidDeployment, layout: &Layout) -> Resources {
 }
 
 fn engine_resources(valid: &ValidDeployment, layout: &Layout) -> ResourceRequirements {
-    let gpus = u64::from(layout.gpus());
+    let gpus = u64::from(layout.gpus_per_pod());
     let planned = layout.memory.total_bytes();
     let (cpu_millis, memory, memory_limit) = if gpus == 0 {
         let limit = planned + planned / 100 * LIMIT_MARGIN_PERCENT + LIMIT_MARGIN_BYTES;
@@ -144,12 +147,22 @@ pub fn engine_pod(
     revision: &Revision,
     slot: &Slot,
 ) -> Pod {
-    let name = names::engine_pod(&valid.name, slot.replica, revision, slot.attempt);
+    let member = Member::of(valid, layout, revision, slot);
+    let name = match &member {
+        None => names::engine_pod(&valid.name, slot.replica, revision, slot.attempt),
+        Some(member) => member.name.clone(),
+    };
     let mut metadata = super::metadata(valid, name, names::ENGINE);
     let labels = metadata.labels.get_or_insert_default();
     labels.insert(names::REVISION.into(), revision.to_string());
-    labels.insert(names::SERVING.into(), "true".into());
     labels.insert(names::REPLICA.into(), slot.replica.to_string());
+    if member.is_some() {
+        labels.insert(names::RANK.into(), slot.rank.to_string());
+    }
+    // The first rank takes the requests of its group.
+    if slot.rank == 0 {
+        labels.insert(names::SERVING.into(), "true".into());
+    }
     labels.insert(names::ENGINE_TYPE.into(), "vllm".into());
     labels.extend(valid.template.labels.clone());
     let mut annotations = valid.template.annotations.clone();
@@ -159,6 +172,9 @@ pub fn engine_pod(
         ("prometheus.io/path", "/metrics".to_owned()),
     ] {
         annotations.entry(key.into()).or_insert(value);
+    }
+    if member.is_some() {
+        annotations.insert(names::RANKS.into(), layout.pods.to_string());
     }
     annotations.insert(names::ATTEMPT.into(), slot.attempt.to_string());
     annotations.insert(names::FAILURES.into(), slot.failures.to_string());
@@ -190,7 +206,7 @@ pub fn engine_pod(
     });
     let mut mounts = common_mounts(valid);
     mounts.push(mount("config", "/etc/cachalot", true));
-    if layout.gpus() > 1 {
+    if layout.gpus_per_pod() > 1 {
         volumes.push(Volume {
             name: "shm".into(),
             empty_dir: Some(EmptyDirVolumeSource {
@@ -201,15 +217,10 @@ pub fn engine_pod(
         });
         mounts.push(mount("shm", "/dev/shm", false));
     }
-    let container = Container {
+    let mut container = Container {
         name: names::ENGINE.into(),
         command: words(&["/engine", "serve", "--config", "/etc/cachalot/engine.json"]),
-        ports: Some(vec![ContainerPort {
-            name: Some("http".into()),
-            container_port: names::ENGINE_PORT,
-            protocol: Some("TCP".into()),
-            ..ContainerPort::default()
-        }]),
+        ports: Some(vec![port("http", names::ENGINE_PORT)]),
         startup_probe: Some(probe("/startupz", 1, STARTUP_SECONDS)),
         readiness_probe: Some(probe("/readyz", 2, 2)),
         liveness_probe: Some(probe("/livez", 10, 6)),
@@ -226,6 +237,9 @@ pub fn engine_pod(
         volume_mounts: Some(mounts),
         ..container(valid, settings)
     };
+    if let Some(member) = &member {
+        member.join(&mut container);
+    }
     let drain = i64::from(valid.rollout.drain_timeout_seconds);
     Pod {
         metadata,
@@ -241,9 +255,20 @@ pub fn engine_pod(
             node_name: bound,
             node_selector: node_selector(valid),
             tolerations: tolerations(valid, layout.gpus() > 0),
+            hostname: member.as_ref().map(|member| member.name.clone()),
+            subdomain: member.map(|_| names::ranks_service(&valid.name)),
             ..pod_spec(valid)
         }),
         status: None,
+    }
+}
+
+pub(super) fn port(name: &str, number: i32) -> ContainerPort {
+    ContainerPort {
+        name: Some(name.into()),
+        container_port: number,
+        protocol: Some("TCP".into()),
+        ..ContainerPort::default()
     }
 }
 
@@ -508,7 +533,7 @@ fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
     }
 }
 
-fn probe(path: &str, period_seconds: i32, failure_threshold: i32) -> Probe {
+pub(super) fn probe(path: &str, period_seconds: i32, failure_threshold: i32) -> Probe {
     Probe {
         http_get: Some(HTTPGetAction {
             path: Some(path.to_owned()),

@@ -25,7 +25,17 @@ struct Record {
     image_pull_policy: String,
     device: DeviceKind,
     parallelism: Parallelism,
+    #[serde(default = "one_pod", skip_serializing_if = "is_one_pod")]
+    pods: u32,
     facts: ModelFacts,
+}
+
+fn one_pod() -> u32 {
+    1
+}
+
+fn is_one_pod(pods: &u32) -> bool {
+    *pods == 1
 }
 
 /// The record of the revision that `spec` makes; what does not force new pods is left out, so that
@@ -52,6 +62,7 @@ pub fn record(
         image_pull_policy: settings.image_pull_policy.clone(),
         device: layout.kind.clone(),
         parallelism: layout.parallelism,
+        pods: layout.pods,
         facts: facts.clone(),
     }))
 }
@@ -76,7 +87,9 @@ pub fn recorded(snapshot: &Snapshot, current: &ValidDeployment, revision: &str) 
         engine_image: record.engine_image,
         image_pull_policy: record.image_pull_policy,
     };
-    let layout = fit::layout_on(&valid, &record.facts, record.device, record.parallelism).ok()?;
+    let layout = fit::layout_on(&valid, &record.facts, record.device, record.parallelism)
+        .ok()?
+        .over(record.pods);
     let made = objects::revision(&valid, &layout, &settings);
     (made.as_str() == revision).then_some(Side {
         valid,

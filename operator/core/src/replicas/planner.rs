@@ -1,6 +1,8 @@
 //! The moves of one plan, made in order: what is lost goes, what drains leaves, what is missing starts,
 //! what is too many retires. Each takes what those before it gave and gave away into account.
 
+mod gang;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
@@ -18,6 +20,8 @@ use crate::plan::{Action, Object};
 use crate::resources::NVIDIA_GPU;
 use crate::snapshot::{PodView, Scheduled};
 use crate::time::seconds_between;
+
+pub(super) use gang::{TORN, torn};
 
 pub(super) struct Planner<'a> {
     given: Given<'a>,
@@ -86,8 +90,10 @@ impl<'a> Planner<'a> {
             snapshot, sides, ..
         } = self.given;
         let side = &sides[self.side(replica).unwrap_or(0)];
-        let node = snapshot.cluster.nodes.get(replica.pod.node.as_ref()?)?;
-        placement::fault(node, side.layout.gpus(), &side.valid.placement)
+        replica.pods().find_map(|pod| {
+            let node = snapshot.cluster.nodes.get(pod.node.as_ref()?)?;
+            placement::fault(node, side.layout.gpus(), &side.valid.placement)
+        })
     }
 
     pub(super) fn tell_sick(&self, moves: &mut Moves) {
@@ -116,7 +122,11 @@ impl<'a> Planner<'a> {
 
     fn remove(&mut self, moves: &mut Moves, replica: &'a Replica<'a>, why: &str) {
         self.gone.insert(&replica.pod.name);
-        moves.remove(replica.pod, why);
+        if replica.mates.is_empty() {
+            moves.remove(replica.pod, why);
+        } else {
+            moves.remove_all(replica, why);
+        }
     }
 
     /// A replica on a silent node is given up: its pod is deleted, so that it does not serve when
@@ -128,13 +138,18 @@ impl<'a> Planner<'a> {
                 self.gone.insert(&replica.pod.name);
                 let why = format!("node {node} does not answer");
                 moves.remove_if(replica.pod, &why, Some(node.clone()));
+                for mate in replica.mates.iter().filter(|mate| !mate.deleting) {
+                    moves.remove(mate, &why);
+                }
             }
         }
         // A node that has just gone silent is looked at again when its grace is over.
         let on_silent_node = |replica: &&Replica<'_>| {
-            let node = replica.pod.node.as_ref();
-            node.and_then(|node| self.given.snapshot.cluster.nodes.get(node))
-                .is_some_and(|node| !node.ready)
+            let mut nodes = replica.pods().filter_map(|pod| pod.node.as_ref());
+            nodes.any(|node| {
+                let node = self.given.snapshot.cluster.nodes.get(node);
+                node.is_some_and(|node| !node.ready)
+            })
         };
         if self.live().any(|replica| on_silent_node(&replica)) {
             moves.wake(NODE_GRACE_SECONDS);
@@ -157,6 +172,10 @@ impl<'a> Planner<'a> {
             let State::Refused { .. } = replica.state else {
                 continue;
             };
+            if replica.pod.ranks() > 1 {
+                self.give_back_refused(moves, replica);
+                continue;
+            }
             let Scheduled::Refused { since, .. } = &replica.pod.scheduled else {
                 continue;
             };
@@ -281,6 +300,7 @@ impl<'a> Planner<'a> {
         for replica in self.replicas {
             if let State::Failed { message, .. } = &replica.state
                 && !replica.pod.deleting
+                && replica.mates.is_empty()
                 && self.side(replica).is_none()
             {
                 self.remove(moves, replica, message);
@@ -303,6 +323,11 @@ impl<'a> Planner<'a> {
                 continue;
             };
             if replica.pod.deleting || self.side(replica) != Some(side) {
+                continue;
+            }
+            if !replica.mates.is_empty() {
+                // Its successor may not meet what is left of it.
+                spoken_for += u32::from(spoken_for < budget);
                 continue;
             }
             let is_succeeded = self.replicas.iter().any(|other| {
@@ -375,6 +400,10 @@ impl<'a> Planner<'a> {
             moves.over_quota = Some(words);
             return false;
         }
+        if side.layout.pods > 1 {
+            let ranks: Vec<u32> = (0..side.layout.pods).collect();
+            return self.create_ranks(moves, index, slot, &ranks, &[]);
+        }
         let on_demand_min = self.lacks_on_demand();
         let (wish, room) = (&self.wishes[index], &self.room);
         let offers = self.offers[index].get_or_insert_with(|| Offers::new(wish, room));
@@ -396,20 +425,7 @@ impl<'a> Planner<'a> {
             self.take(index, node);
             moves.nodes.push(node.clone());
         }
-        let Side {
-            valid,
-            layout,
-            revision,
-            settings,
-            ..
-        } = side;
-        let pod = objects::engine_pod(valid, layout, settings, revision, &slot);
-        moves
-            .created
-            .push(pod.metadata.name.clone().unwrap_or_default());
-        moves
-            .actions
-            .push(Action::Create(Object::Pod(Box::new(pod))));
+        push_pod(moves, side, &slot);
         true
     }
 
@@ -421,9 +437,9 @@ impl<'a> Planner<'a> {
 
     /// Whether a live replica is on a node that is not spot, or planned for one.
     fn stands_on_demand(&self, replica: &Replica<'_>) -> bool {
-        let planned = replica.pod.planned_nodes();
-        let node = replica.pod.node.as_deref().or(planned.first().copied());
-        node.is_some_and(|node| self.is_on_demand(node))
+        replica
+            .pods()
+            .all(|pod| pod.place().is_some_and(|node| self.is_on_demand(node)))
     }
 
     /// The least number of replicas on other nodes than spot, while too few are there.
@@ -580,4 +596,22 @@ impl<'a> Planner<'a> {
             std::cmp::Reverse(replica.index().unwrap_or(u32::MAX)),
         )
     }
+}
+
+/// Creates the pod of a slot.
+fn push_pod(moves: &mut Moves, side: &Side, slot: &Slot) {
+    let Side {
+        valid,
+        layout,
+        revision,
+        settings,
+        ..
+    } = side;
+    let pod = objects::engine_pod(valid, layout, settings, revision, slot);
+    moves
+        .created
+        .push(pod.metadata.name.clone().unwrap_or_default());
+    moves
+        .actions
+        .push(Action::Create(Object::Pod(Box::new(pod))));
 }

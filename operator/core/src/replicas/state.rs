@@ -2,6 +2,7 @@
 
 use jiff::Timestamp;
 
+use super::group;
 use crate::names;
 use crate::snapshot::{PodPhase, PodView, Scheduled, Snapshot, Terminated};
 use crate::time::seconds_between;
@@ -34,7 +35,7 @@ pub enum State {
         /// Since when.
         since: Timestamp,
     },
-    /// It is being deleted.
+    /// It is being deleted, or it lost a rank that it ran with and what is left of it is to go.
     Leaving,
     /// It ended for good.
     Failed {
@@ -50,16 +51,38 @@ pub enum State {
     },
 }
 
-/// An engine pod and what it is doing.
+/// A replica and what it is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replica<'a> {
-    /// The pod.
+    /// Its pod. Of a group: the one that its state is about, else the first rank, which takes the
+    /// requests.
     pub pod: &'a PodView,
+    /// The other pods of its group that exist, by rank; none for a replica of one pod.
+    pub mates: Vec<&'a PodView>,
     /// What it is doing.
     pub state: State,
 }
 
-impl Replica<'_> {
+impl<'a> Replica<'a> {
+    /// A replica of one pod.
+    pub fn alone(pod: &'a PodView, state: State) -> Self {
+        Self {
+            pod,
+            mates: Vec::new(),
+            state,
+        }
+    }
+
+    /// All its pods that exist.
+    pub fn pods(&self) -> impl Iterator<Item = &'a PodView> {
+        std::iter::once(self.pod).chain(self.mates.iter().copied())
+    }
+
+    /// Ranks that have no pod.
+    pub fn missing_ranks(&self) -> Vec<u32> {
+        let is_missing = |rank: &u32| self.pods().all(|pod| pod.rank() != *rank);
+        (0..self.pod.ranks()).filter(is_missing).collect()
+    }
     /// Whether it counts towards the wanted number.
     pub fn is_live(&self) -> bool {
         matches!(
@@ -84,21 +107,19 @@ impl Replica<'_> {
     }
 }
 
-/// All engine pods of a deployment and what they are doing.
+/// All replicas of a deployment and what they are doing.
 pub fn observe(snapshot: &Snapshot) -> Vec<Replica<'_>> {
     let pods = snapshot.pods.iter().map(AsRef::as_ref);
-    let mut replicas: Vec<_> = pods
+    let engines = pods
         .filter(|pod| pod.label(names::COMPONENT) == names::ENGINE)
-        .map(|pod| Replica {
-            pod,
-            state: state(pod, snapshot),
-        })
-        .collect();
+        .map(|pod| (pod, state(pod, snapshot)));
+    let mut replicas = group::join(engines);
     replicas.sort_by(|left, right| left.pod.name.cmp(&right.pod.name));
     replicas
 }
 
-fn state(pod: &PodView, snapshot: &Snapshot) -> State {
+/// What a pod is doing, its group aside.
+pub fn state(pod: &PodView, snapshot: &Snapshot) -> State {
     if pod.is_finished() {
         return State::Failed {
             at: ended_at(pod).unwrap_or(snapshot.now),

@@ -234,7 +234,7 @@ impl World {
     }
 
     fn meddle(&mut self, key: &Key) {
-        let pick = self.chance.below(3);
+        let pick = self.chance.below(4);
         let maps: Vec<Key> = self
             .config_maps
             .iter()
@@ -249,6 +249,7 @@ impl World {
         match (pick, map) {
             (0, _) => wish.service = None,
             (1, _) => wish.budget = None,
+            (2, _) => wish.ranks_service = None,
             (_, Some(map)) => {
                 self.config_maps.remove(&map);
             }

@@ -259,6 +259,10 @@ impl World {
             }
             return;
         }
+        if view.ranks() > 1 && !self.is_whole(key) {
+            self.lose_rank(key);
+            return;
+        }
         if !is_due || view.deleting {
             return;
         }
@@ -283,6 +287,38 @@ impl World {
             });
         }
         self.sample(key, view.label(names::SERVING) == "true");
+    }
+
+    /// Whether every rank of a pod's group has a running pod on a node that answers.
+    fn is_whole(&self, key: &Key) -> bool {
+        let view = &self.pods[key].view;
+        let running = self.pods.iter().filter(|((space, _), pod)| {
+            let (mate, node) = (&pod.view, pod.view.node.as_ref());
+            *space == key.0
+                && mate.label(names::MODEL_DEPLOYMENT) == view.label(names::MODEL_DEPLOYMENT)
+                && mate.group() == view.group()
+                && !mate.is_finished()
+                && pod.ready_at.is_some()
+                && node.is_some_and(|node| self.is_node_ready(node))
+        });
+        u32::try_from(running.count()).is_ok_and(|count| count == view.ranks())
+    }
+
+    /// A rank waits for the others; one that ran with them ends and is started again in place.
+    fn lose_rank(&mut self, key: &Key) {
+        let stored = &self.pods[key];
+        if !stored.view.ready {
+            return;
+        }
+        let restarts = stored.view.container.restarts;
+        let now = self.now;
+        self.tell(format!("{} lost a rank", key.1));
+        self.change_pod(key, |pod| {
+            let status = pod.status.get_or_insert_default();
+            set_condition(status, "Ready", false, now, "");
+            let restarts = i32::try_from(restarts).unwrap_or(0).saturating_add(1);
+            status.container_statuses = Some(vec![crashed(restarts, now)]);
+        });
     }
 
     /// A pod of a bad revision ends, or is started again in place; which of them is in its name.

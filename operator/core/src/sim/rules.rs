@@ -1,6 +1,7 @@
 //! The rules that hold in every story, whatever goes wrong:
 //!
-//! - one pod at most that may run for each replica index of a ModelDeployment;
+//! - one pod at most that may run for each rank of each replica index of a ModelDeployment, and all of
+//!   an index from one group;
 //! - no plan that breaks the rules of [`crate::check`];
 //! - never more pods than wanted plus surge by a create of ours;
 //! - never fewer answering replicas than promised by a drain or delete of ours: what others ended
@@ -15,13 +16,16 @@ use super::world::{Key, World};
 use crate::explain::{Standing, explain};
 use crate::names;
 use crate::plan::{Action, Kind, Object, Plan, Settings};
-use crate::replicas::{Replica, State, observe};
+use crate::replicas::{GroupKey, Replica, State, observe};
 use crate::snapshot::{PodView, Snapshot};
 use crate::validate::validate;
 use operator_api::ModelDeploymentStatus;
 
 /// Times that one write may be repeated after the last fault.
 const REPEATS_MAX: usize = 6;
+
+/// Pods of one replica.
+type Members<'a> = Vec<(&'a Key, &'a PodView)>;
 
 /// Counts writes after the last fault.
 #[derive(Debug, Default)]
@@ -62,7 +66,8 @@ pub(super) fn plan(world: &World, plan: &Plan) -> Result<(), Box<Broken>> {
 }
 
 fn is_serving(pod: &PodView) -> bool {
-    pod.ready && !pod.deleting && !pod.is_finished() && pod.label(names::SERVING) == "true"
+    let is_in_service = pod.rank() > 0 || pod.label(names::SERVING) == "true";
+    pod.ready && !pod.deleting && !pod.is_finished() && is_in_service
 }
 
 /// Whether a pod does serve, whatever is seen of it: one on a silent node answers nobody.
@@ -84,6 +89,38 @@ fn engines<'a>(world: &'a World, key: &'a Key) -> impl Iterator<Item = (&'a Key,
         })
 }
 
+/// Replicas of a wish as its pods are, by what the pods of one have in common.
+fn groups<'a>(
+    pods: impl Iterator<Item = (&'a Key, &'a PodView)>,
+) -> BTreeMap<GroupKey<'a>, Members<'a>> {
+    let mut groups: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for (key, pod) in pods {
+        groups.entry(pod.group()).or_default().push((key, pod));
+    }
+    groups
+}
+
+/// Whether a replica answers by its pods: every rank does, and the first is in the Service.
+fn answers(pods: &[(&Key, &PodView)], does: impl Fn(&PodView) -> bool) -> bool {
+    let is_whole = pods
+        .first()
+        .is_some_and(|(_, pod)| u32::try_from(pods.len()).is_ok_and(|count| count == pod.ranks()));
+    is_whole && pods.iter().all(|(_, pod)| does(pod))
+}
+
+/// What the operator sees of a wish's engine pods.
+fn seen_engines<'a>(
+    world: &'a World,
+    key: &'a Key,
+) -> impl Iterator<Item = (&'a Key, &'a PodView)> {
+    let seen = world.view.pods.iter().map(|(key, pod)| (key, &*pod.view));
+    seen.filter(move |((space, _), pod)| {
+        *space == key.0
+            && pod.label(names::MODEL_DEPLOYMENT) == key.1
+            && pod.label(names::COMPONENT) == names::ENGINE
+    })
+}
+
 /// Whether a write takes a replica away that the operator sees answering.
 pub(super) fn serving(world: &World, key: &Key, action: &Action) -> bool {
     let name = match action {
@@ -99,11 +136,13 @@ pub(super) fn serving(world: &World, key: &Key, action: &Action) -> bool {
         }
         _ => return false,
     };
-    let pod = (key.0.clone(), name.clone());
-    let seen = world.view.pods.get(&pod);
-    let is_seen = seen.is_some_and(|pod| is_serving(&pod.view));
-    let truth = world.pods.get(&pod);
-    is_seen && truth.is_some_and(|pod| does_serve(world, &pod.view))
+    let has_it = |pods: &&Vec<(&Key, &PodView)>| pods.iter().any(|(key, _)| key.1 == *name);
+    let seen = groups(seen_engines(world, key));
+    let is_seen = seen.values().find(has_it);
+    let truth = groups(engines(world, key));
+    let is_true = truth.values().find(has_it);
+    is_seen.is_some_and(|pods| answers(pods, is_serving))
+        && is_true.is_some_and(|pods| answers(pods, |pod| does_serve(world, pod)))
 }
 
 /// What must hold after a write; `took_away` is [`serving`] before it.
@@ -141,26 +180,21 @@ pub(super) fn write(
                 .is_none_or(|node| world.is_node_ready(node));
             !pod.deleting && !pod.is_finished() && answers
         };
-        let pods = engines(world, key)
-            .filter(|(_, pod)| is_counted(pod))
-            .count();
+        let pods = groups(engines(world, key).filter(|(_, pod)| is_counted(pod))).len();
         let allowed = wanted.saturating_add(valid.rollout.surge_max);
         if u32::try_from(pods).unwrap_or(u32::MAX) > allowed {
             return Err(world.broken(format!("{pods} pods of {}, {allowed} are allowed", key.1)));
         }
     }
     if took_away {
-        let left = engines(world, key)
-            .filter(|(_, pod)| does_serve(world, pod))
-            .count();
-        let unseen = world.lost.iter().filter(|lost| {
-            let is_own = lost.0 == key.0
-                && world.view.pods.get(*lost).is_some_and(|pod| {
-                    pod.view.label(names::MODEL_DEPLOYMENT) == key.1 && is_serving(&pod.view)
-                });
-            let truth = world.pods.get(*lost);
-            let is_back = truth.is_some_and(|pod| does_serve(world, &pod.view));
-            is_own && !is_back
+        let truth = groups(engines(world, key));
+        let does = |pods: &&Vec<_>| answers(pods, |pod| does_serve(world, pod));
+        let left = truth.values().filter(does).count();
+        let seen = groups(seen_engines(world, key));
+        let unseen = seen.iter().filter(|(group, pods)| {
+            let is_lost = pods.iter().any(|(key, _)| world.lost.contains(*key));
+            let is_back = truth.get(*group).is_some_and(|pods| does(&pods));
+            is_lost && answers(pods, is_serving) && !is_back
         });
         let answering = u32::try_from(left + unseen.count()).unwrap_or(u32::MAX);
         let promised = wanted.saturating_sub(valid.rollout.unavailable_max);
@@ -187,10 +221,20 @@ fn one_pod_per_index(world: &World, key: &Key) -> Result<(), Box<Broken>> {
             continue;
         }
         let index = pod.label(names::REPLICA);
-        if let Some(other) = seen.insert(index, &pod.name) {
+        if let Some(other) = seen.insert((index, pod.rank()), pod) {
             return Err(world.broken(format!(
-                "replica {index} has two pods: {other} and {}",
-                pod.name
+                "replica {index} has two pods: {} and {}",
+                other.name, pod.name
+            )));
+        }
+    }
+    let mut indices: BTreeMap<&str, &PodView> = BTreeMap::new();
+    for ((index, _), pod) in seen {
+        let other = indices.entry(index).or_insert(pod);
+        if other.group() != pod.group() {
+            return Err(world.broken(format!(
+                "replica {index} is of two groups: {} and {}",
+                other.name, pod.name
             )));
         }
     }

@@ -91,6 +91,7 @@ pub(super) struct StoredNode {
 pub(super) struct Wish {
     pub(super) deployment: Arc<ModelDeployment>,
     pub(super) service: Option<Arc<Service>>,
+    pub(super) ranks_service: Option<Arc<Service>>,
     pub(super) budget: Option<Arc<PodDisruptionBudget>>,
     pub(super) samples: BTreeMap<String, PodSamples>,
     /// When the operator looks again by itself.
@@ -264,6 +265,7 @@ impl World {
                 let wish = Wish {
                     deployment: Arc::new(deployment),
                     service: None,
+                    ranks_service: None,
                     budget: None,
                     samples: BTreeMap::new(),
                     due: None,
@@ -383,6 +385,7 @@ impl World {
                 .collect(),
             model_config,
             service: wish.service.clone(),
+            ranks_service: wish.ranks_service.clone(),
             disruption_budget: wish.budget.clone(),
             quotas: view.quotas.get(namespace).cloned().unwrap_or_default(),
             cluster: Arc::new(view.cluster()),
@@ -579,7 +582,15 @@ impl World {
                 let name = (key.0.clone(), view.name.clone());
                 self.config_maps.insert(name, (owner, Arc::new(view)));
             }
-            Object::Service(service) => wish.service = Some(Arc::new(*service)),
+            Object::Service(service) => {
+                let is_front = service.metadata.name.as_ref() == Some(&key.1);
+                let place = if is_front {
+                    &mut wish.service
+                } else {
+                    &mut wish.ranks_service
+                };
+                *place = Some(Arc::new(*service));
+            }
             Object::PodDisruptionBudget(budget) => wish.budget = Some(Arc::new(*budget)),
             Object::Pod(_) => return false,
         }

@@ -168,7 +168,7 @@ mod tests {
         let replicas: Vec<_> = pods
             .iter()
             .zip(states)
-            .map(|(pod, state)| Replica { pod, state })
+            .map(|(pod, state)| Replica::alone(pod, state))
             .collect();
         let samples = ["a", "b", "c"]
             .map(|name| (name.to_owned(), measured(sample(0, 1000), sample(10, 2000))))
@@ -193,10 +193,7 @@ mod tests {
     #[test]
     fn an_engine_that_started_anew_gives_no_negative_rate() {
         let pods = [pod("a")];
-        let replicas = [Replica {
-            pod: &pods[0],
-            state: State::Ready,
-        }];
+        let replicas = [Replica::alone(&pods[0], State::Ready)];
         let samples = [("a".to_owned(), measured(sample(0, 1000), sample(10, 5)))].into();
         let figures = performance(&replicas, &samples, at(10), None).unwrap();
         assert_eq!(figures.tokens_per_second, 0.0);
@@ -215,10 +212,7 @@ mod tests {
         let pods = [pod("a"), pod("b"), pod("c")];
         let replicas: Vec<_> = pods
             .iter()
-            .map(|pod| Replica {
-                pod,
-                state: State::Starting,
-            })
+            .map(|pod| Replica::alone(pod, State::Starting))
             .collect();
         let report = |phase, percent| PodSamples {
             startup: Some(StartupReport {

@@ -116,6 +116,11 @@ fn random_wish(dice: &mut Seed, index: u64, on_gpus: bool) -> ModelDeployment {
         spec["rollout"]["progressDeadlineSeconds"] = json!(60 + dice.below(300));
     }
     spec["rollout"]["restartBudget"] = json!(2 + dice.below(6));
+    // Replicas of several pods: on the CPU each rank is one, on GPUs what is more than a node has.
+    let is_preview = dice.below(3) == 0;
+    if is_preview && !on_gpus {
+        spec["parallelism"] = json!({"tensor": *dice.of(&[2, 2, 4]).unwrap()});
+    }
     if on_gpus {
         spec["accelerator"] = json!({"type": "nvidia"});
         let tensor = *dice.of(&[0, 1, 2, 4]).unwrap();
@@ -141,7 +146,10 @@ fn random_wish(dice: &mut Seed, index: u64, on_gpus: bool) -> ModelDeployment {
     let name = format!("m{index}");
     with(
         deployment(&name, spec),
-        json!({"metadata": {"uid": format!("uid-of-{name}")}}),
+        json!({"metadata": {
+            "uid": format!("uid-of-{name}"),
+            "annotations": if is_preview { json!({"cachalot.dev/preview": "groups"}) } else { json!({}) },
+        }}),
     )
 }
 

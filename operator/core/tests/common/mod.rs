@@ -198,6 +198,7 @@ pub fn story(deployment: ModelDeployment) -> Story {
             config_maps: Vec::new(),
             model_config: None,
             service: None,
+            ranks_service: None,
             disruption_budget: None,
             quotas: Vec::new(),
             cluster: Arc::new(Cluster::default()),
@@ -327,7 +328,13 @@ impl Story {
                 self.snapshot.config_maps.push(Arc::new(view));
             }
             Action::Apply(Object::Service(service)) => {
-                self.snapshot.service = Some(Arc::new((**service).clone()));
+                let is_front = service.metadata.name == self.snapshot.deployment.metadata.name;
+                let service = Some(Arc::new((**service).clone()));
+                if is_front {
+                    self.snapshot.service = service;
+                } else {
+                    self.snapshot.ranks_service = service;
+                }
             }
             Action::Apply(Object::PodDisruptionBudget(budget)) => {
                 self.snapshot.disruption_budget = Some(Arc::new((**budget).clone()));

@@ -467,8 +467,8 @@ fn table() -> Vec<(&'static str, Refused, &'static str, Value)> {
         ),
         (
             "parallelism on the CPU",
-            Everywhere,
-            "one rank per replica",
+            Never,
+            "",
             spec(json!({"parallelism": {"tensor": 2}})),
         ),
         (
