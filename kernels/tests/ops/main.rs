@@ -10,6 +10,7 @@ mod fp8_cache;
 mod gemms;
 mod grouped;
 mod harness;
+mod hopper_gemms;
 mod mutation;
 mod rows;
 mod sampling;
