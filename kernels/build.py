@@ -43,8 +43,12 @@ CLAIMS = {
     "mla_decode_bf16": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS", "LDSM"]},
     "mla_decode_fp8": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS", "LDSM"]},
     "mla_prefill_bf16": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS", "LDSM"]},
-    "hopper_gemm_bf16": {"sm_90a": ["HGMMA.64x128x16.F32.BF16", "UTMALDG.2D"]},
-    "hopper_gemm_fp8": {"sm_90a": ["QGMMA.64x128x32.F32.E4M3.E4M3", "UTMALDG.2D"]},
+    "hopper_gemm_bf16": {
+        "sm_90a": [*(f"HGMMA.64x{rows}x16.F32.BF16" for rows in (16, 32, 64, 128)), "UTMALDG.3D"],
+    },
+    "hopper_gemm_fp8": {
+        "sm_90a": [*(f"QGMMA.64x{rows}x32.F32.E4M3.E4M3" for rows in (16, 32, 64, 128)), "UTMALDG.3D"],
+    },
     "hopper_mla_prefill_bf16": {"sm_90a": ["HGMMA.64x128x16.F32.BF16", "LDGSTS", "USETMAXREG"]},
     "hopper_mla_decode_bf16": {"sm_90a": ["HGMMA.64x64x16.F32.BF16", "HGMMA.64x256x16.F32.BF16", "LDGSTS", "USETMAXREG"]},
 }
@@ -98,6 +102,8 @@ def build(source: Path, out: Path, cuda: Path) -> dict:
     done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{source.name}:\n{done.stderr}")
+    if "instructions are serialized" in done.stderr:
+        sys.exit(f"{source.name}: ptxas waits after every wgmma:\n{done.stderr}")
     kernels: dict[str, dict] = {}
     for entry, arch, body in re.findall(
         r"Compiling entry function '(\w+)' for '(\w+)'\n(.*?)(?=ptxas info\s*: Compiling|\Z)", done.stderr, re.S

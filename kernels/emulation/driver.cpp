@@ -609,22 +609,32 @@ API cuGetErrorString(int error, const char** text) {
     return cuGetErrorName(error, text);
 }
 
-// Rank 2 with 128-byte swizzle, the only kind the kernels use; the checks are the driver's. emulation/twins90.h reads it.
+// Rank 2 or 3 with 128-byte swizzle, the only kinds the kernels use; the checks are the driver's. emulation/twins90.h reads
+// it.
 API cuTensorMapEncodeTiled(void* map, int type, unsigned rank, void* base, const uint64_t* dimensions,
                            const uint64_t* strides, const unsigned* box, const unsigned* element_strides, int interleave,
                            int swizzle, int, int) {
     const unsigned bytes = type == 0 ? 1 : type == 6 || type == 9 ? 2 : type == 7 ? 4 : 0; // u8, f16, bf16, f32
-    if (rank != 2 || !bytes || interleave || swizzle != 3 || reinterpret_cast<uintptr_t>(base) % 16 || strides[0] % 16 ||
-        strides[0] >> 40 || !dimensions[0] || !dimensions[1] || dimensions[0] >> 32 || dimensions[1] >> 32 || !box[0] ||
-        !box[1] || box[0] > 256 || box[1] > 256 || box[0] * bytes != 128 || element_strides[0] != 1 ||
-        element_strides[1] != 1)
+    if (rank < 2 || rank > 3 || !bytes || interleave || swizzle != 3 || reinterpret_cast<uintptr_t>(base) % 16 ||
+        box[0] * bytes != 128)
         return INVALID_VALUE;
+    for (unsigned i = 0; i < rank; i++)
+        if (!dimensions[i] || dimensions[i] >> 32 || !box[i] || box[i] > 256 || element_strides[i] != 1)
+            return INVALID_VALUE;
+    for (unsigned i = 0; i + 1 < rank; i++)
+        // The manual wants each stride a multiple of the one before.
+        if (strides[i] % 16 || strides[i] >> 40 || !strides[i] || (i > 0 && strides[i] % strides[i - 1]))
+            return INVALID_VALUE;
     struct Encoded {
         const void* base;
         uint64_t columns, rows, stride_bytes;
         uint32_t box_columns, box_rows, element_bytes, magic;
-        uint64_t reserved[10];
-    } encoded{base, dimensions[0], dimensions[1], strides[0], box[0], box[1], bytes, 0x7e450a90, {}};
+        uint64_t layers, layer_stride_bytes;
+        uint32_t box_layers, rank;
+        uint64_t reserved[7];
+    } encoded{base,  dimensions[0], dimensions[1], strides[0],
+              box[0], box[1],        bytes,         0x7e450a90,
+              rank == 3 ? dimensions[2] : 1, rank == 3 ? strides[1] : 0, rank == 3 ? box[2] : 1, rank, {}};
     static_assert(sizeof encoded == 128, "a CUtensorMap");
     memcpy(map, &encoded, sizeof encoded);
     return SUCCESS;

@@ -111,6 +111,7 @@ struct Transfer {
     int x, y;
     uint64_t* barrier;
     long bytes;
+    int z;
 };
 
 struct Block {

@@ -2,12 +2,14 @@
 #pragma once
 #include "twins.h"
 
-// What emulation/driver.cpp writes into a CUtensorMap: rank 2, rows of 128 swizzled bytes.
+// What emulation/driver.cpp writes into a CUtensorMap: rank 2 or 3 (one layer when it is 2), rows of 128 swizzled bytes.
 struct alignas(64) TensorMap {
     const char* base;
     uint64_t columns, rows, stride_bytes;
     uint32_t box_columns, box_rows, element_bytes, magic;
-    uint64_t reserved[10];
+    uint64_t layers, layer_stride_bytes;
+    uint32_t box_layers, rank;
+    uint64_t reserved[7];
     static constexpr uint32_t MAGIC = 0x7e450a90;
 };
 static_assert(sizeof(TensorMap) == 128, "a CUtensorMap");
@@ -25,13 +27,17 @@ inline uintptr_t swizzle(uintptr_t offset) { return offset ^ (offset >> 3 & 0x70
 inline void transfer_run(Transfer& t) {
     const TensorMap& map = *static_cast<const TensorMap*>(t.map);
     char* to = static_cast<char*>(t.to);
-    for (unsigned r = 0; r < map.box_rows; r++)
+    for (unsigned r = 0; r < map.box_rows * map.box_layers; r++)
         for (unsigned c = 0; c < map.box_columns * map.element_bytes; c += 16) {
             char piece[16] = {};
-            const int64_t row = int64_t(t.y) + r, column = int64_t(t.x) + c / map.element_bytes;
-            if (row >= 0 && uint64_t(row) < map.rows && column >= 0 && uint64_t(column) < map.columns) {
+            const int64_t row = int64_t(t.y) + r % map.box_rows, layer = int64_t(t.z) + r / map.box_rows;
+            const int64_t column = int64_t(t.x) + c / map.element_bytes;
+            if (row >= 0 && uint64_t(row) < map.rows && layer >= 0 && uint64_t(layer) < map.layers && column >= 0 &&
+                uint64_t(column) < map.columns) {
                 const uint64_t left = (map.columns - column) * map.element_bytes;
-                memcpy(piece, map.base + row * map.stride_bytes + column * map.element_bytes, left < 16 ? left : 16);
+                memcpy(piece,
+                       map.base + layer * map.layer_stride_bytes + row * map.stride_bytes + column * map.element_bytes,
+                       left < 16 ? left : 16);
             }
             memcpy(to + swizzle(r * 128 + c), piece, 16);
         }
@@ -59,60 +65,26 @@ inline void widen(float& to, const char* at, e4m3) {
     to = code & 0x80 ? -magnitude : magnitude;
 }
 
-// A warp's quarter of the warpgroup's product: 16 rows of a, all 128 of b.
-template <class E> void wgmma_run(Product& product) {
-    constexpr unsigned K = 32 / sizeof(E);
-    float A[16][K], B[K][128], C[16][128];
-    const unsigned first = product.warp % 4 * 16;
-    for (unsigned k = 0; k < K; k++) {
-        for (unsigned i = 0; i < 16; i++)
-            widen(A[i][k], described(product.a, first + i, k * sizeof(E), sizeof(E)), E{});
-        for (unsigned j = 0; j < 128; j++) widen(B[k][j], described(product.b, j, k * sizeof(E), sizeof(E)), E{});
-    }
-    for (unsigned l = 0; l < 32; l++) {
-        const float* d = static_cast<const float*>(product.arguments[l]);
-        for (unsigned i = 0; i < 64; i++)
-            C[l / 4 + 8 * (i >> 1 & 1)][i / 4 * 8 + l % 4 * 2 + (i & 1)] = product.accumulate ? d[i] : 0.f;
-    }
-    for (unsigned i = 0; i < 16; i++)
-        for (unsigned k = 0; k < K; k++)
-            for (unsigned j = 0; j < 128; j++) C[i][j] += A[i][k] * B[k][j];
-    for (unsigned l = 0; l < 32; l++) {
-        float* d = static_cast<float*>(product.arguments[l]);
-        for (unsigned i = 0; i < 64; i++) d[i] = C[l / 4 + 8 * (i >> 1 & 1)][i / 4 * 8 + l % 4 * 2 + (i & 1)];
-    }
-}
-
 struct Wgmma {
     float* d;
     uint64_t a, b;
     bool accumulate;
 };
-template <class E> void wgmma_of_warp(void* const arguments[32]) {
-    const Wgmma& first = *static_cast<Wgmma*>(arguments[0]);
-    Product product{};
-    for (int l = 0; l < 32; l++) {
-        const Wgmma& mine = *static_cast<Wgmma*>(arguments[l]);
-        if (mine.a != first.a || mine.b != first.b || mine.accumulate != first.accumulate)
-            fault(FAILED, "lanes of a warp give wgmma different descriptors");
-        product.arguments[l] = mine.d;
-    }
-    product.run = wgmma_run<E>;
-    product.accumulate = first.accumulate;
-    product.a = first.a;
-    product.b = first.b;
-    product.warp = block->self->warp;
-    product_issue(product);
-}
 } // namespace emu
 
+namespace emu {
+inline void tma_issue(void* to, const TensorMap* map, unsigned rank, int x, int y, int z, uint64_t* barrier) {
+    if (map->magic != TensorMap::MAGIC || map->rank != rank)
+        fault(FAILED, "TMA with something that is not a tensor map of rank %u", rank);
+    const long bytes = long(map->box_layers) * map->box_rows * map->box_columns * map->element_bytes;
+    check_shared(to, size_t(bytes), "TMA");
+    if ((static_cast<char*>(to) - block->shared) % 1024)
+        fault(MISALIGNED, "TMA with 128-byte swizzle to an address that is not a multiple of 1024");
+    transfer_issue({transfer_run, to, map, x, y, barrier, bytes, z});
+}
+} // namespace emu
 inline void tma_load(void* to, const TensorMap* map, int x, int y, uint64_t* barrier) {
-    if (map->magic != TensorMap::MAGIC) emu::fault(emu::FAILED, "TMA with something that is not a tensor map");
-    const long bytes = long(map->box_rows) * map->box_columns * map->element_bytes;
-    emu::check_shared(to, size_t(bytes), "TMA");
-    if ((static_cast<char*>(to) - emu::block->shared) % 1024)
-        emu::fault(emu::MISALIGNED, "TMA with 128-byte swizzle to an address that is not a multiple of 1024");
-    emu::transfer_issue({emu::transfer_run, to, map, x, y, barrier, bytes});
+    emu::tma_issue(to, map, 2, x, y, 0, barrier);
 }
 // Addresses in a descriptor count from the beginning of shared memory.
 inline uint64_t matrix_descriptor(const void* at) {
@@ -125,12 +97,4 @@ inline void wgmma_commit() {
 }
 template <int LEFT> void wgmma_wait() {
     emu::collective("wgmma.wait", [](void* const[32]) { emu::product_wait(LEFT); }, nullptr);
-}
-inline void wgmma_bf16_64x128(float (&d)[64], uint64_t a, uint64_t b) {
-    emu::Wgmma w{d, a, b, true};
-    emu::collective("wgmma.m64n128k16", emu::wgmma_of_warp<bf16>, &w);
-}
-inline void wgmma_e4m3_64x128(float (&d)[64], uint64_t a, uint64_t b, bool add) {
-    emu::Wgmma w{d, a, b, add};
-    emu::collective("wgmma.m64n128k32", emu::wgmma_of_warp<e4m3>, &w);
 }

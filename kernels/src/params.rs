@@ -7,7 +7,7 @@ use std::mem::size_of;
 
 /// An address in device memory; 0 is null.
 #[repr(transparent)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Address(pub u64);
 
 impl Address {
@@ -28,12 +28,18 @@ mod sealed {
 pub trait Params: sealed::Sealed + Copy {
     /// Shows `visit` every address in it, null ones too.
     fn addresses(&self, visit: &mut dyn FnMut(Address));
+    /// Shows `visit` every tensor map in it.
+    fn maps(&self, visit: &mut dyn FnMut(&TensorMap));
 }
 
 /// A member of an argument.
 trait Field {
     /// What it points at.
     fn address(&self) -> Option<Address> {
+        None
+    }
+    /// What hides where it points.
+    fn map(&self) -> Option<&TensorMap> {
         None
     }
 }
@@ -47,9 +53,8 @@ impl Field for Address {
     }
 }
 impl Field for TensorMap {
-    /// A map hides its address: it counts as one that nothing holds.
-    fn address(&self) -> Option<Address> {
-        Some(Address(u64::MAX))
+    fn map(&self) -> Option<&TensorMap> {
+        Some(self)
     }
 }
 
@@ -67,17 +72,24 @@ macro_rules! params {
                     visit(address);
                 })*
             }
+            fn maps(&self, _visit: &mut dyn FnMut(&$crate::params::TensorMap)) {
+                $(if let Some(map) = Field::map(&self.$field) {
+                    _visit(map);
+                })*
+            }
         }
     };
 }
 
 mod attention;
+mod hopper;
 mod sampling;
 
 pub use attention::{
     CacheWriteParams, GqaCacheWriteParams, GqaDecodeParams, MlaCombineParams, MlaDecodeParams,
     MlaPrefillParams,
 };
+pub use hopper::{HopperGemmParams, TensorShape};
 pub use sampling::{LogprobsParams, SAMPLE_NUMBERS, SampleAdjustParams, SampleParams};
 
 params!(
@@ -356,62 +368,6 @@ params!(
 
 /// A tensor map: the driver's 128 opaque bytes, made by [`crate::driver::Device::tensor_map`].
 #[repr(C, align(64))]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct TensorMap(pub [u64; 16]);
 const _: () = assert!(size_of::<TensorMap>() == 128);
-
-params!(
-    /// `c[m, n] = a[m, k] b[n, k]^T` on a Hopper device.
-    HopperGemmParams, 320, {
-        /// bf16 `[m, k]` in boxes of 128 rows of 64 values.
-        a_map: TensorMap,
-        /// bf16 `[n, k]` in boxes of 128 rows of 64 values.
-        b_map: TensorMap,
-        /// bf16 or f32 `[m, ldc]`.
-        c: Address,
-        /// Rows of `a`.
-        m: i32,
-        /// Rows of `b`.
-        n: i32,
-        /// Columns of both.
-        k: i32,
-        /// Between rows of `c`.
-        ldc: i32,
-        /// 1 writes f32 instead of bf16.
-        c_is_float32: i32,
-        /// Zero.
-        reserved: [i32; 9],
-    }
-);
-
-params!(
-    /// `c[m, n] = a[m, k] b[n, k]^T` of block-scaled e4m3 on a Hopper device.
-    HopperFp8GemmParams, 320, {
-        /// e4m3 `[m, k]` in boxes of 128 rows of 128 values.
-        a_map: TensorMap,
-        /// e4m3 `[n, k]` in boxes of 128 rows of 128 values.
-        b_map: TensorMap,
-        /// bf16 or f32 `[m, ldc]`.
-        c: Address,
-        /// f32 `[m, a_scales_stride]`.
-        a_scales: Address,
-        /// f32 `[ceil(n / 128), b_scales_stride]`.
-        b_scales: Address,
-        /// Rows of `a`.
-        m: i32,
-        /// Rows of `b`.
-        n: i32,
-        /// Columns of both.
-        k: i32,
-        /// Between rows of `c`.
-        ldc: i32,
-        /// Between rows of `a_scales`.
-        a_scales_stride: i32,
-        /// Between rows of `b_scales`.
-        b_scales_stride: i32,
-        /// 1 writes f32 instead of bf16.
-        c_is_float32: i32,
-        /// Zero.
-        reserved: [i32; 3],
-    }
-);

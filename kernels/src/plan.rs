@@ -8,11 +8,16 @@ use std::fmt;
 use thiserror::Error;
 
 mod attention;
+mod hopper;
 mod sampling;
 
 pub use attention::{
     Tables, gqa_cache_write, gqa_decode, hopper_mla_decode, hopper_mla_prefill, mla_cache_write,
     mla_combine, mla_decode, mla_prefill, mla_row_bytes, mla_splits,
+};
+pub use hopper::{
+    HOPPER_COLUMNS, HOPPER_PARTIAL_BYTES, HOPPER_TICKET_BYTES, HopperPlan, hopper_gemm,
+    hopper_grouped_gemm, hopper_grouped_tile_rows, hopper_kernels,
 };
 pub use sampling::{logprobs, mask_words, sample, sample_adjust};
 
@@ -55,7 +60,7 @@ pub struct Unsupported {
 }
 
 /// Values of a matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Format {
     /// 16-bit brain float.
     Bf16,
@@ -64,6 +69,14 @@ pub enum Format {
 }
 
 impl Format {
+    /// Of a value.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::Bf16 => 2,
+            Self::Fp8 => 1,
+        }
+    }
+
     /// Values in the 16 bytes that a thread loads at once.
     pub const fn per_vector(self) -> usize {
         match self {
@@ -87,9 +100,6 @@ const TILE_ROWS: usize = 64;
 const TILE_COLUMNS: usize = 64;
 const TILE_THREADS: u32 = 128;
 const TILE_SHARED_BYTES: u32 = 49_152;
-
-/// Rows and columns of a block of the Hopper GEMM.
-const HOPPER_TILE_ROWS: usize = 128;
 
 const GRID_YZ_MAX: usize = 65_535;
 
@@ -209,40 +219,6 @@ pub fn gemm(
             threads: TILE_THREADS,
             shared_bytes: TILE_SHARED_BYTES,
         },
-    })
-}
-
-/// [`gemm`] with TMA and wgmma, for devices of capability 9.0. It sums in another order than [`gemm`] does, so a caller
-/// uses one of the two for all rows of a model.
-///
-/// # Errors
-/// A dimension that the kernel does not take.
-pub fn hopper_gemm(format: Format, m: usize, n: usize, k: usize) -> Result<Launch, Unsupported> {
-    rows_check("hopper_gemm", "m", m)?;
-    rows_check("hopper_gemm", "n", n)?;
-    check(
-        "hopper_gemm",
-        "k",
-        k,
-        k > 0 && k.is_multiple_of(format.per_vector()),
-        "whole 16-byte vectors: multiples of 8 in bf16, of 16 in fp8",
-    )?;
-    let tiles = m.div_ceil(HOPPER_TILE_ROWS);
-    check(
-        "hopper_gemm",
-        "m",
-        m,
-        tiles <= GRID_YZ_MAX,
-        "up to 8388480 rows",
-    )?;
-    Ok(Launch {
-        kernel: match format {
-            Format::Bf16 => "hopper_gemm_bf16",
-            Format::Fp8 => "hopper_gemm_fp8",
-        },
-        grid: [n.div_ceil(HOPPER_TILE_ROWS) as u32, tiles as u32, 1],
-        threads: 288,
-        shared_bytes: 132_096,
     })
 }
 

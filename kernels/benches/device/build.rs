@@ -152,17 +152,8 @@ impl<'a> Builder<'a> {
         }));
     }
 
-    pub fn map(
-        &self,
-        format: kernels::plan::Format,
-        at: Address,
-        rows: usize,
-        columns: usize,
-    ) -> kernels::params::TensorMap {
-        self.lab
-            .device
-            .tensor_map(format, at, rows, columns, columns)
-            .expect("a map")
+    pub fn map(&self, shape: &kernels::params::TensorShape) -> kernels::params::TensorMap {
+        self.lab.device.tensor_map(shape).expect("a map")
     }
 
     pub fn finish(self, bytes: usize, flops: usize) -> Case {

@@ -1,7 +1,9 @@
 //! Matrix products: few rows, many rows, Hopper's, the experts'.
 
-use kernels::params::{Address, GemmParams, HopperFp8GemmParams, HopperGemmParams, PermuteParams};
-use kernels::plan::{self, Format, QUANT_GROUP};
+use kernels::params::{Address, GemmParams, HopperGemmParams, PermuteParams, TensorShape};
+use kernels::plan::{
+    self, Format, HOPPER_PARTIAL_BYTES, HOPPER_TICKET_BYTES, HopperPlan, QUANT_GROUP,
+};
 
 use crate::Maker;
 use crate::build::{Builder, Case};
@@ -33,12 +35,10 @@ pub fn cases(small: bool) -> Vec<(String, Maker)> {
                 format!("gemm {format:?} {m}x{n}x{k}"),
                 Box::new(move |lab| gemm(lab, format, m, n, k)),
             ));
-            if m > 64 {
-                all.push((
-                    format!("hopper_gemm {format:?} {m}x{n}x{k}"),
-                    Box::new(move |lab| hopper(lab, format, m, n, k)),
-                ));
-            }
+            all.push((
+                format!("hopper_gemm {format:?} {m}x{n}x{k}"),
+                Box::new(move |lab| hopper(lab, format, m, n, k)),
+            ));
         }
     }
     // Experts' gate and up: V3, a fourth of its experts (memory), and V2-Lite.
@@ -53,7 +53,11 @@ pub fn cases(small: bool) -> Vec<(String, Maker)> {
             (Format::Bf16, Experts::new(64, 6, 2816, 2048)),
         ]
     };
-    let tokens: &[usize] = if small { &[3, 40] } else { &[1, 16, 64, 1024] };
+    let tokens: &[usize] = if small {
+        &[3, 40]
+    } else {
+        &[1, 16, 64, 1024, 4096]
+    };
     for &(format, shape) in experts {
         for &tokens in tokens {
             let Experts {
@@ -65,6 +69,10 @@ pub fn cases(small: bool) -> Vec<(String, Maker)> {
             all.push((
                 format!("grouped_gemm {format:?} {tokens}x{top_k} of {experts}x{n}x{k}"),
                 Box::new(move |lab| grouped(lab, format, tokens, shape)),
+            ));
+            all.push((
+                format!("hopper_grouped_gemm {format:?} {tokens}x{top_k} of {experts}x{n}x{k}"),
+                Box::new(move |lab| hopper_grouped(lab, format, tokens, shape)),
             ));
         }
     }
@@ -148,58 +156,53 @@ fn gemm(lab: &mut Lab, format: Format, m: usize, n: usize, k: usize) -> Case {
     b.finish((m + n) * k * bytes_of(format) + 2 * m * n, 2 * m * n * k)
 }
 
+fn hopper_params(plan: &HopperPlan, n: usize, k: usize) -> HopperGemmParams {
+    let blocks = k.div_ceil(QUANT_GROUP) as i32;
+    HopperGemmParams {
+        n: n as i32,
+        k: k as i32,
+        ldc: n as i32,
+        a_scales_stride: blocks,
+        b_scales_stride: blocks,
+        row_tiles: plan.row_tiles as i32,
+        slices: plan.slices as i32,
+        slice_blocks: plan.slice_blocks as i32,
+        ..HopperGemmParams::default()
+    }
+}
+
 fn hopper(lab: &mut Lab, format: Format, m: usize, n: usize, k: usize) -> Case {
+    let plan = plan::hopper_gemm(format, m, n, k, 1, HOPPER_PARTIAL_BYTES)
+        .expect("a shape that the kernels take");
     let mut b = Builder::new(lab);
     let [a, a_scales, matrix, b_scales] = operands(&mut b, format, m, 1, n, k);
-    let (a_map, b_map) = (b.map(format, a, m, k), b.map(format, matrix, n, k));
-    let c = b.out("c", Kind::Bf16, m * n);
-    let launch = plan::hopper_gemm(format, m, n, k);
-    let blocks = k.div_ceil(QUANT_GROUP) as i32;
-    match format {
-        Format::Bf16 => b.step(
-            launch,
-            HopperGemmParams {
-                a_map,
-                b_map,
-                c,
-                m: m as i32,
-                n: n as i32,
-                k: k as i32,
-                ldc: n as i32,
-                ..HopperGemmParams::default()
-            },
-        ),
-        Format::Fp8 => b.step(
-            launch,
-            HopperFp8GemmParams {
-                a_map,
-                b_map,
-                c,
-                a_scales,
-                b_scales,
-                m: m as i32,
-                n: n as i32,
-                k: k as i32,
-                ldc: n as i32,
-                a_scales_stride: blocks,
-                b_scales_stride: blocks,
-                ..HopperFp8GemmParams::default()
-            },
-        ),
-    }
+    let params = HopperGemmParams {
+        b_map: b.map(&TensorShape::weights(format, matrix, n, k, 1)),
+        a_map: b.map(&TensorShape::rows(format, a, m, k, k, plan.tile_rows)),
+        c: b.out("c", Kind::Bf16, m * n),
+        a_scales,
+        b_scales,
+        partial: match plan.partial_bytes {
+            0 => Address::NULL,
+            bytes => b.room(bytes),
+        },
+        tickets: b.values(&vec![0u8; HOPPER_TICKET_BYTES]),
+        m: m as i32,
+        ..hopper_params(&plan, n, k)
+    };
+    b.step(Ok(plan.launch), params);
     b.finish((m + n) * k * bytes_of(format) + 2 * m * n, 2 * m * n * k)
 }
 
-/// The product alone; the sort runs once before.
-fn grouped(lab: &mut Lab, format: Format, tokens: usize, shape: Experts) -> Case {
-    let Experts {
-        experts,
-        top_k,
-        n,
-        k,
-    } = shape;
+/// Choices of experts, sorted once for tiles of so many rows, and how many experts are used.
+fn sorted(
+    b: &mut Builder,
+    tokens: usize,
+    shape: Experts,
+    tile_rows: usize,
+) -> (PermuteParams, usize) {
+    let Experts { experts, top_k, .. } = shape;
     let rows = tokens * top_k;
-    let mut b = Builder::new(lab);
     // Different experts for each token, as a gate chooses.
     let chosen: Vec<i32> = (0..tokens)
         .flat_map(|_| {
@@ -216,14 +219,64 @@ fn grouped(lab: &mut Lab, format: Format, tokens: usize, shape: Experts) -> Case
         offsets: b.out("offsets", Kind::Integer, experts + 1),
         row_token: b.out("row_token", Kind::Integer, rows),
         slot_row: b.out("slot_row", Kind::Integer, rows),
-        tiles: b.room(plan::grouped_tiles(rows, experts) * 8),
+        tiles: b.room((rows / tile_rows + experts) * 8),
         tokens: tokens as i32,
         top_k: top_k as i32,
         experts: experts as i32,
-        tile_rows: plan::grouped_tile_rows(rows, experts) as i32,
+        tile_rows: tile_rows as i32,
     };
     let sort = plan::permute(tokens, top_k, experts).expect("a shape that the kernels take");
     b.before(&sort, &permute);
+    (permute, used.len())
+}
+
+fn bytes_moved(format: Format, rows: usize, used: usize, shape: Experts) -> usize {
+    let Experts { n, k, .. } = shape;
+    (used * n + rows) * k * bytes_of(format) + 2 * rows * n
+}
+
+/// The product alone, of rows that lie sorted.
+fn hopper_grouped(lab: &mut Lab, format: Format, tokens: usize, shape: Experts) -> Case {
+    let Experts {
+        experts,
+        top_k,
+        n,
+        k,
+    } = shape;
+    let rows = tokens * top_k;
+    let plan = plan::hopper_grouped_gemm(format, rows, n, k, experts)
+        .expect("a shape that the kernels take");
+    let mut b = Builder::new(lab);
+    let (permute, used) = sorted(&mut b, tokens, shape, plan.tile_rows);
+    let [a, a_scales, matrices, b_scales] = operands(&mut b, format, rows, experts, n, k);
+    let params = HopperGemmParams {
+        b_map: b.map(&TensorShape::weights(format, matrices, n, k, experts)),
+        a_map: b.map(&TensorShape::rows(format, a, rows, k, k, plan.tile_rows)),
+        c: b.out("c", Kind::Bf16, rows * n),
+        a_scales,
+        b_scales,
+        tiles: permute.tiles,
+        offsets: permute.offsets,
+        b_scales_batch: (n.div_ceil(QUANT_GROUP) * k.div_ceil(QUANT_GROUP)) as i64,
+        m: rows as i32,
+        ..hopper_params(&plan, n, k)
+    };
+    b.step(Ok(plan.launch), params);
+    b.finish(bytes_moved(format, rows, used, shape), 2 * rows * n * k)
+}
+
+/// The product alone; the sort runs once before.
+fn grouped(lab: &mut Lab, format: Format, tokens: usize, shape: Experts) -> Case {
+    let Experts {
+        experts,
+        top_k,
+        n,
+        k,
+    } = shape;
+    let rows = tokens * top_k;
+    let mut b = Builder::new(lab);
+    let tile_rows = plan::grouped_tile_rows(rows, experts);
+    let (permute, used) = sorted(&mut b, tokens, shape, tile_rows);
     let [a, a_scales, matrices, b_scales] = operands(&mut b, format, tokens, experts, n, k);
     let blocks = k.div_ceil(QUANT_GROUP);
     let params = GemmParams {
@@ -248,6 +301,5 @@ fn grouped(lab: &mut Lab, format: Format, tokens: usize, shape: Experts) -> Case
         ..GemmParams::default()
     };
     b.step(plan::grouped_gemm(format, rows, n, k, experts), params);
-    let moved = (used.len() * n + rows) * k * bytes_of(format) + 2 * rows * n;
-    b.finish(moved, 2 * rows * n * k)
+    b.finish(bytes_moved(format, rows, used, shape), 2 * rows * n * k)
 }

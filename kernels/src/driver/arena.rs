@@ -4,16 +4,25 @@
 //! recorded over it. How far a kernel reads from an address is decided by its plan; a wrong extent is a wrong answer or a
 //! fault that the driver reports, because device memory holds no value of this program.
 
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Buffer, Device, DriverError, Graph, Plain, Stream};
-use crate::params::{Address, Params};
+use crate::params::{Address, Params, TensorMap, TensorShape};
 use crate::plan::Launch;
 
 /// Device memory of one model.
 #[derive(Debug)]
 pub struct Arena {
     buffer: Arc<Buffer>,
+    maps: Mutex<Maps>,
+}
+
+/// Tensor maps hide where they point: a launch takes those alone that were made here.
+#[derive(Debug, Default)]
+struct Maps {
+    by_shape: HashMap<TensorShape, TensorMap>,
+    made: HashSet<TensorMap>,
 }
 
 /// A piece of an arena.
@@ -59,6 +68,7 @@ impl Arena {
     pub fn new(device: &Arc<Device>, bytes: usize) -> Result<Self, DriverError> {
         Ok(Self {
             buffer: Arc::new(device.allocate(bytes)?),
+            maps: Mutex::default(),
         })
     }
 
@@ -99,7 +109,33 @@ impl Arena {
         })
     }
 
-    /// Queues a kernel whose addresses are all in this arena.
+    /// The map of a tensor in this arena, made at its first use.
+    ///
+    /// # Errors
+    /// The tensor is not in the arena, or the driver refuses its strides.
+    pub fn tensor_map(&self, shape: &TensorShape) -> Result<TensorMap, DriverError> {
+        let bytes = shape.bytes();
+        let part = Part {
+            address: shape.at,
+            bytes,
+        };
+        self.check("a tensor map", part, bytes)?;
+        let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(map) = maps.by_shape.get(shape) {
+            return Ok(*map);
+        }
+        let map = self.buffer.device.tensor_map(shape)?;
+        maps.by_shape.insert(*shape, map);
+        maps.made.insert(map);
+        Ok(map)
+    }
+
+    fn made(&self, map: &TensorMap) -> bool {
+        let maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
+        maps.made.contains(map)
+    }
+
+    /// Queues a kernel whose addresses are all in this arena, and whose tensor maps it made.
     ///
     /// # Errors
     /// One is not, the kernel cannot be loaded or launched, or an earlier one failed.
@@ -114,6 +150,11 @@ impl Arena {
             let part = Part { address, bytes: 1 };
             if address != Address::NULL && self.check(launch.kernel, part, 1).is_err() {
                 stray = Some(address.0);
+            }
+        });
+        params.maps(&mut |map| {
+            if !self.made(map) {
+                stray = Some(u64::MAX);
             }
         });
         if let Some(address) = stray {

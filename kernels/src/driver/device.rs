@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Driver, DriverError, Handle, Stream};
 use crate::image::fatbin_of;
-use crate::params::{Address, TensorMap};
+use crate::params::{Address, TensorMap, TensorShape};
 use crate::plan::{Format, Launch};
 
 /// `cp.async`, bf16 tensor cores: the lowest level the kernels are built for.
@@ -139,6 +139,14 @@ impl Device {
         }))
     }
 
+    /// The same device with a context of its own.
+    ///
+    /// # Errors
+    /// The driver has no room for one.
+    pub fn apart(&self) -> Result<Arc<Self>, DriverError> {
+        Self::open_apart(&self.driver, self.ordinal.unsigned_abs())
+    }
+
     /// As the driver calls it.
     pub fn name(&self) -> &str {
         &self.name
@@ -191,38 +199,33 @@ impl Device {
         })
     }
 
-    /// A matrix `[rows, columns]` with `stride` values between rows, as boxes of 128 rows of 128 bytes, swizzled: what the
-    /// Hopper kernels load.
+    /// What the Hopper kernels load boxes of, swizzled by 128 bytes; zeros outside.
     ///
     /// # Errors
-    /// The address or the stride is not a multiple of 16 bytes.
-    pub fn tensor_map(
-        &self,
-        format: Format,
-        at: Address,
-        rows: usize,
-        columns: usize,
-        stride: usize,
-    ) -> Result<TensorMap, DriverError> {
+    /// The address or a stride is not a multiple of 16 bytes.
+    pub fn tensor_map(&self, shape: &TensorShape) -> Result<TensorMap, DriverError> {
         const SWIZZLE_128: c_int = 3;
         const PROMOTE_256: c_int = 3;
         // e4m3 is loaded as bytes: TMA does not look at values.
-        let (driver_type, value_bytes): (c_int, u64) = match format {
-            Format::Bf16 => (9, 2),
-            Format::Fp8 => (0, 1),
+        let driver_type: c_int = match shape.format {
+            Format::Bf16 => 9,
+            Format::Fp8 => 0,
         };
+        let value_bytes = shape.format.bytes();
         let mut map = TensorMap::default();
-        let dimensions = [columns as u64, rows as u64];
-        let strides = [stride as u64 * value_bytes];
-        let (box_size, steps): ([c_uint; 2], [c_uint; 2]) =
-            ([128 / value_bytes as c_uint, 128], [1, 1]);
+        let [rows, layers] = shape.lengths.map(|length| length as u64);
+        let dimensions = [shape.columns as u64, rows, layers];
+        let strides = shape.strides.map(|stride| (stride * value_bytes) as u64);
+        let [box_rows, box_layers] = shape.boxes.map(|length| length as c_uint);
+        let box_size = [(128 / value_bytes) as c_uint, box_rows, box_layers];
+        let steps: [c_uint; 3] = [1; 3];
         call!(
             self,
             cuTensorMapEncodeTiled(
                 &mut map,
                 driver_type,
-                2,
-                at.0,
+                3,
+                shape.at.0,
                 dimensions.as_ptr(),
                 strides.as_ptr(),
                 box_size.as_ptr(),
@@ -350,7 +353,7 @@ unsafe impl Plain for half::bf16 {}
 /// Device memory, freed on drop.
 #[derive(Debug)]
 pub struct Buffer {
-    device: Arc<Device>,
+    pub(super) device: Arc<Device>,
     pub(super) address: u64,
     pub(super) bytes: usize,
 }

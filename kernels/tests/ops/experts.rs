@@ -135,15 +135,27 @@ fn the_gate_chooses_as_the_reference_does() {
 }
 
 /// Sorted rows of random choices.
-struct Sorted {
+pub struct Sorted {
     chosen: Vec<i32>,
-    offsets: kernels::driver::Buffer,
-    row_token: kernels::driver::Buffer,
+    pub offsets: kernels::driver::Buffer,
+    pub row_token: kernels::driver::Buffer,
     slot_row: kernels::driver::Buffer,
-    tiles: kernels::driver::Buffer,
+    pub tiles: kernels::driver::Buffer,
 }
 
 fn permute(lab: &mut Lab, tokens: usize, top_k: usize, experts: usize) -> Sorted {
+    let tile_rows = plan::grouped_tile_rows(tokens * top_k, experts);
+    permute_into(lab, tokens, top_k, experts, tile_rows)
+}
+
+/// The sort of skewed choices, for tiles of so many rows.
+pub fn permute_into(
+    lab: &mut Lab,
+    tokens: usize,
+    top_k: usize,
+    experts: usize,
+    tile_rows: usize,
+) -> Sorted {
     // Skewed, so that some experts get nothing and one a lot.
     let mut chosen = Vec::new();
     for _ in 0..tokens {
@@ -162,7 +174,7 @@ fn permute(lab: &mut Lab, tokens: usize, top_k: usize, experts: usize) -> Sorted
         offsets: lab.poisoned((experts + 1) * 4),
         row_token: lab.poisoned(rows * 4),
         slot_row: lab.poisoned(rows * 4),
-        tiles: lab.poisoned(plan::grouped_tiles(rows, experts) * 8),
+        tiles: lab.poisoned((rows / tile_rows + experts) * 8),
         chosen,
     };
     lab.run(
@@ -176,7 +188,7 @@ fn permute(lab: &mut Lab, tokens: usize, top_k: usize, experts: usize) -> Sorted
             tokens: tokens as i32,
             top_k: top_k as i32,
             experts: experts as i32,
-            tile_rows: plan::grouped_tile_rows(rows, experts) as i32,
+            tile_rows: tile_rows as i32,
         },
     );
     sorted

@@ -104,8 +104,7 @@ fn kernels_take_the_arguments_that_the_host_sends() {
 }
 
 fn params_bytes(kernel: &str) -> usize {
-    let sizes: [(&str, usize); 23] = [
-        ("hopper_gemm_fp8", size_of::<params::HopperFp8GemmParams>()),
+    let sizes: [(&str, usize); 22] = [
         ("copy_blocks", size_of::<params::CopyBlocksParams>()),
         ("hopper_gemm", size_of::<params::HopperGemmParams>()),
         ("hopper_mla_decode", size_of::<params::MlaDecodeParams>()),

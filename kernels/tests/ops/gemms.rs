@@ -1,7 +1,7 @@
 //! Matrix products.
 
 use half::bf16;
-use kernels::params::{Address, GemmParams, HopperFp8GemmParams, HopperGemmParams};
+use kernels::params::{Address, GemmParams};
 use kernels::plan::{self, Format};
 use kernels::reference;
 
@@ -131,7 +131,7 @@ fn gemm(
 
 /// Compares `[m, ldc]` values with float64, and the padding with NaN.
 #[allow(clippy::too_many_arguments)]
-fn check(
+pub fn check(
     what: &str,
     got: &[f64],
     a: &Operands,
@@ -249,110 +249,4 @@ fn a_gemm_row_is_the_same_bits_in_any_batch() {
             }
         }
     });
-}
-
-/// Runs the Hopper kernel of the operands' format.
-fn hopper(
-    lab: &Lab,
-    a: &Operands,
-    b: &Operands,
-    m: usize,
-    n: usize,
-    ldc: usize,
-    f32_out: bool,
-) -> Vec<f64> {
-    let (d_a, d_a_scales) = a.upload(lab);
-    let (d_b, d_b_scales) = b.upload(lab);
-    let c = lab.poisoned(m * ldc * if f32_out { 4 } else { 2 });
-    let map = |at, rows, operands: &Operands| {
-        lab.device
-            .tensor_map(a.format, at, rows, operands.k, operands.stride)
-            .expect("a map")
-    };
-    let (a_map, b_map) = (map(d_a.address(), m, a), map(d_b.address(), n, b));
-    let plan = plan::hopper_gemm(a.format, m, n, a.k).expect("a plan");
-    let (m32, n32, k32, ldc32) = (m as i32, n as i32, a.k as i32, ldc as i32);
-    let c_is_float32 = i32::from(f32_out);
-    match a.format {
-        Format::Bf16 => lab.run(
-            &plan,
-            &HopperGemmParams {
-                a_map,
-                b_map,
-                c: c.address(),
-                m: m32,
-                n: n32,
-                k: k32,
-                ldc: ldc32,
-                c_is_float32,
-                ..HopperGemmParams::default()
-            },
-        ),
-        Format::Fp8 => lab.run(
-            &plan,
-            &HopperFp8GemmParams {
-                a_map,
-                b_map,
-                c: c.address(),
-                a_scales: d_a_scales.address(),
-                b_scales: d_b_scales.address(),
-                m: m32,
-                n: n32,
-                k: k32,
-                ldc: ldc32,
-                a_scales_stride: a.k.div_ceil(128) as i32,
-                b_scales_stride: a.k.div_ceil(128) as i32,
-                c_is_float32,
-                ..HopperFp8GemmParams::default()
-            },
-        ),
-    }
-    if f32_out {
-        lab.read_f32(&c, m * ldc)
-    } else {
-        lab.read_bf16(&c, m * ldc)
-    }
-}
-
-fn hopper_check(lab: &mut Lab, format: Format) {
-    if lab.device.capability().0 != 9 {
-        return;
-    }
-    // Fewer tiles of k than stages, more, and tails in every direction.
-    for (m, n, k, padding, f32_out) in [
-        (1, 8, 64, 0, true),
-        (129, 136, 208, 16, false),
-        (64, 65, 576, 0, true),
-        (7, 130, 1168, 16, false),
-    ] {
-        let ldc = n + m % 3;
-        let a = Operands::new(lab, format, m, k, padding, 1);
-        let b = Operands::new(lab, format, n, k, padding, 128);
-        let got = hopper(lab, &a, &b, m, n, ldc, f32_out);
-        check(
-            &format!("{format:?} {m} x {n} x {k}"),
-            &got,
-            &a,
-            &b,
-            0,
-            0,
-            m,
-            n,
-            ldc,
-            f32_out,
-        );
-        // A row alone is the same bits.
-        let alone = hopper(lab, &a, &b, 1, n, ldc, f32_out);
-        assert_eq!(alone[..n], got[..n]);
-    }
-}
-
-#[test]
-fn hopper_gemm_agrees_with_float64_over_odd_shapes() {
-    on_every_schedule("hopper gemm", |lab| hopper_check(lab, Format::Bf16));
-}
-
-#[test]
-fn hopper_fp8_gemm_agrees_with_float64_over_odd_shapes() {
-    on_every_schedule("hopper fp8 gemm", |lab| hopper_check(lab, Format::Fp8));
 }

@@ -11,6 +11,7 @@ mod gemms;
 mod grouped;
 mod harness;
 mod hopper_attention;
+mod hopper_gemms;
 mod mutation;
 mod rows;
 mod sampling;

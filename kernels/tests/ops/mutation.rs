@@ -57,19 +57,9 @@ const TARGETS: &[Target] = &[
         ],
     },
     Target {
-        file: "cuda/sm90/hopper.h",
-        sources: &["hopper_gemm_bf16", "hopper_gemm_fp8"],
-        tests: &["gemms::hopper"],
-    },
-    Target {
-        file: "cuda/sm90/hopper_gemm_bf16.cu",
-        sources: &["hopper_gemm_bf16"],
-        tests: &["gemms::hopper_gemm"],
-    },
-    Target {
-        file: "cuda/sm90/hopper_gemm_fp8.cu",
-        sources: &["hopper_gemm_fp8"],
-        tests: &["gemms::hopper_fp8"],
+        file: "cuda/sm90/hopper_gemm.h",
+        sources: &["hopper_gemm_bf16", "hopper_gemm_fp8", "permute"],
+        tests: &["hopper_gemms"],
     },
     Target {
         file: "cuda/sm90/hopper_mla_decode_bf16.cu",
@@ -197,9 +187,10 @@ const RULES: &[(&str, &str)] = &[
     ("mbarrier_wait(", "(void)0"),
     ("mbarrier_arrive(", "(void)0"),
     ("wgmma_wait<", "(void)0"),
-    // Orders memory that the emulator does not order: these two survive, and count.
-    ("wgmma_fence()", "(void)0"),
+    // Orders memory that the emulator does not order: these survive, and count.
+    ("wgmma_fence(", "(void)0"),
     ("mbarrier_init_fence()", "(void)0"),
+    ("memory_fence()", "(void)0"),
     ("wgmma_commit()", "(void)0"),
     ("async_proxy_fence()", "(void)0"),
     ("within(", "true"),

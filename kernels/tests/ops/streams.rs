@@ -2,12 +2,16 @@
 
 use half::bf16;
 use kernels::driver::{Arena, Buffer, DriverError, Staging, Stream};
-use kernels::params::{EmbedParams, HopperGemmParams};
+use kernels::params::{Address, EmbedParams, HopperGemmParams, TensorShape};
 use kernels::plan;
 
 use crate::harness::{Lab, on_every_schedule};
 
 const WIDTH: usize = 64;
+
+fn arena_start(arena: &Arena) -> Address {
+    arena.part(0, 0).expect("a part").address()
+}
 
 /// A table of four rows whose values are all 1, all 2, and so on.
 fn table(lab: &Lab) -> Buffer {
@@ -164,10 +168,18 @@ fn an_arena_refuses_what_is_outside_it() {
             error.to_string().starts_with("embed_bf16: address 0x"),
             "{error}"
         );
-        // A tensor map hides where it points: it is not taken for granted.
-        let hopper = plan::hopper_gemm(plan::Format::Bf16, 1, 8, 8).expect("a plan");
+        // A tensor map hides where it points: the arena takes its own, of tensors that end before it does.
+        let plan = plan::hopper_gemm(plan::Format::Bf16, 1, 8, 8, 1, 0).expect("a plan");
         let params = HopperGemmParams::default();
-        assert!(arena.launch(&lab.stream, &hopper, &params).is_err());
+        let error = arena.launch(&lab.stream, &plan.launch, &params);
+        assert!(matches!(error, Err(DriverError::Outside { .. })));
+        let beyond =
+            |rows| TensorShape::rows(plan::Format::Bf16, arena_start(&arena), rows, 8, 8, 16);
+        let fits = arena.bytes() / 16;
+        let map = arena.tensor_map(&beyond(fits)).expect("a map");
+        assert_eq!(arena.tensor_map(&beyond(fits)).expect("the same map"), map);
+        let error = arena.tensor_map(&beyond(fits + 1));
+        assert!(matches!(error, Err(DriverError::Outside { .. })));
     });
 }
 
