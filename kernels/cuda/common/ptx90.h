@@ -19,20 +19,15 @@ DEVICE void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-DEVICE bool mbarrier_try(uint64_t* barrier, int parity) {
-    uint32_t done;
-    asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, done;\n}"
-                 : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-    return done;
-}
-// Waits until the phase of this parity has ended. A phase that never ends becomes an error after a second or more.
+// Waits until the phase of this parity has ended. A phase that never ends becomes an error after a second or more. One asm
+// statement: a loop of the compiler's costs a kernel with full registers the ones that wgmma in flight needs.
 DEVICE void mbarrier_wait(uint64_t* barrier, int parity) {
-    constexpr int TRIES_MAX = 1 << 26;
-    for (int tries = 0; !mbarrier_try(barrier, parity); tries++)
-        if (tries == TRIES_MAX) __trap();
+    asm volatile("{\n.reg .pred done, over;\n.reg .u32 tries;\nmov.u32 tries, 0;\n"
+                 "WAIT%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra DONE%=;\n"
+                 "add.u32 tries, tries, 1;\nsetp.gt.u32 over, tries, %2;\n@over trap;\nbra WAIT%=;\nDONE%=:\n}" ::"r"(
+                     shared_address(barrier)),
+                 "r"(parity), "n"(1 << 26)
+                 : "memory");
 }
 
 // A box of a 2-dimensional tensor to shared memory; zeros outside the tensor. Column x, row y.
