@@ -260,15 +260,10 @@ pub fn layouts(
         });
     }
     if valid.accelerator == ValidAccelerator::Cpu {
-        let parallelism = valid.parallelism.unwrap_or_default();
-        if parallelism.ranks() > 1 && !gang::is_served(&DeviceKind::Cpu, valid.is_preview) {
-            return Err(NoLayout {
-                reason: Reason::NotServedYet,
-                message: format!(
-                    "spec.parallelism asks for {} ranks in one replica; on processors each is a pod, and replicas of several pods are not served yet, so remove spec.parallelism or choose accelerator type nvidia",
-                    parallelism.ranks()
-                ),
-            });
+        let mut parallelism = valid.parallelism.unwrap_or_default();
+        // Ranks on processors hold whole experts.
+        if facts.config.moe.is_some() {
+            parallelism.expert = parallelism.tensor;
         }
         return layout_on(valid, facts, DeviceKind::Cpu, parallelism)
             .map(|layout| vec![layout])
@@ -585,7 +580,7 @@ fn layout(
     engine.planned_bytes = Some(memory.total_bytes());
     let pods = match kind {
         DeviceKind::Cpu => parallelism.ranks(),
-        DeviceKind::Gpu { .. } => 1,
+        DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } => 1,
     };
     Ok(Layout {
         kind,

@@ -10,8 +10,6 @@ use crate::fit::DeviceKind;
 use crate::placement::{self, Rank, Room, WhyNot, Wish};
 use crate::snapshot::NodeView;
 
-/// Whether the engine serves a replica of several pods on processors.
-const SERVED_ON_CPU: bool = false;
 /// Annotation of a ModelDeployment: plan for what the engine does not serve yet, comma separated.
 const PREVIEW: &str = "cachalot.dev/preview";
 /// The word in [`PREVIEW`] for replicas of several pods on any device.
@@ -27,7 +25,7 @@ pub fn is_preview(annotations: Option<&BTreeMap<String, String>>) -> bool {
 
 /// Whether replicas of several pods may be planned on a kind of device.
 pub fn is_served(kind: &DeviceKind, is_preview: bool) -> bool {
-    is_preview || (SERVED_ON_CPU && *kind == DeviceKind::Cpu)
+    is_preview || *kind == DeviceKind::Cpu
 }
 
 /// How many pods share `devices`, when one node has at most `devices_per_node`: as few as divide them

@@ -316,6 +316,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
 fn valid_parallelism(
     rules: &mut Rules,
     given: Option<&operator_api::Parallelism>,
+    accelerator: &ValidAccelerator,
 ) -> Option<Parallelism> {
     let given = given?;
     let operator_api::Parallelism {

@@ -23,7 +23,7 @@ fn preview(deployment: ModelDeployment) -> ModelDeployment {
 fn pair(spec: Value) -> ModelDeployment {
     let mut whole = json!({"parallelism": {"tensor": 2}});
     merge(&mut whole, spec);
-    preview(deployment("m", whole))
+    deployment("m", whole)
 }
 
 fn pair_on(spec: Value, nodes: usize) -> Story {
@@ -95,11 +95,15 @@ fn clique(name: &str, clique: &str) -> k8s_openapi::api::core::v1::Node {
 
 #[test]
 fn without_an_engine_that_serves_them_groups_are_refused() {
-    let given = deployment("m", json!({"parallelism": {"tensor": 2}}));
-    let plan = story(given).inspected().on([node("a", "4", "8Gi")]).plan();
+    // Sixteen GPUs on nodes of eight.
+    let given = r1(json!({"parallelism": {"tensor": 16, "expert": 16}}));
+    let plan = story(given)
+        .of_config(R1_CONFIG)
+        .on([h100x8("a"), h100x8("b")])
+        .plan();
     let (_, reason, message) = condition(&plan, "Planned");
     assert_eq!(reason, "NotServedYet");
-    assert!(message.contains("2 ranks in one replica"), "{message}");
+    assert!(message.contains("16 GPUs in one replica"), "{message}");
     assert!(created(&plan).is_empty());
 }
 

@@ -396,7 +396,7 @@ impl<'a> Planner<'a> {
 
     fn create(&mut self, moves: &mut Moves, index: usize, mut slot: Slot) -> bool {
         let side = &self.given.sides[index];
-        if let Some(words) = self.over_quota(index) {
+        if let Some(words) = self.over_quota(index, side.layout.pods.into()) {
             moves.over_quota = Some(words);
             return false;
         }
@@ -417,9 +417,7 @@ impl<'a> Planner<'a> {
         if self.given.valid.placement.binding == Binding::Direct {
             slot.nodes.truncate(1);
         }
-        for (resource, count) in self.wishes[index].requests.accelerators() {
-            *self.granted.entry(resource).or_default() += count;
-        }
+        self.grant(index, 1);
         if let Some(node) = slot.nodes.first() {
             self.on_demand += u32::from(self.is_on_demand(node));
             self.take(index, node);
@@ -427,6 +425,21 @@ impl<'a> Planner<'a> {
         }
         push_pod(moves, side, &slot);
         true
+    }
+
+    /// What so many pods of a side need, by resource.
+    fn accelerators(&self, index: usize, pods: u64) -> BTreeMap<String, u64> {
+        let of_one = self.wishes[index].requests.accelerators().into_iter();
+        of_one
+            .map(|(resource, count)| (resource, count.saturating_mul(pods)))
+            .collect()
+    }
+
+    /// Counts so many pods of a side against the quotas.
+    fn grant(&mut self, index: usize, pods: u64) {
+        for (resource, count) in self.accelerators(index, pods) {
+            *self.granted.entry(resource).or_default() += count;
+        }
     }
 
     /// Whether a node is there and not spot.
@@ -509,11 +522,11 @@ impl<'a> Planner<'a> {
     }
 
     /// The quota of the namespace under which no further replica can be made, in words.
-    fn over_quota(&self, index: usize) -> Option<String> {
+    fn over_quota(&self, index: usize, pods: u64) -> Option<String> {
         if self.given.snapshot.quotas.is_empty() {
             return None;
         }
-        let needs = self.wishes[index].requests.accelerators();
+        let needs = self.accelerators(index, pods);
         let mut quotas = self.given.snapshot.quotas.iter();
         let exceeded = quotas.find_map(|quota| quota.exceeded(&needs, &self.granted))?;
         let words = match exceeded.resource {

@@ -78,22 +78,13 @@ impl<'a> Planner<'a> {
                     refused: super::refused_before(replica.pod),
                     ..Slot::default()
                 };
-                let is_over = self.over_quota_by(missing.len(), &self.given.sides[side]);
+                let pods = u64::try_from(missing.len()).unwrap_or(u64::MAX);
+                let is_over = self.over_quota(side, pods).is_some();
                 if is_over || !self.create_ranks(moves, side, slot, &missing, &beside) {
                     self.remove(moves, replica, "there is no room for the rest of its group");
                 }
             }
         }
-    }
-
-    /// Whether so many more pods of a side are more than a quota allows.
-    fn over_quota_by(&self, pods: usize, side: &super::Side) -> bool {
-        let needs = u64::from(side.layout.gpus_per_pod()) * u64::try_from(pods).unwrap_or(u64::MAX);
-        needs > 0
-            && self.given.snapshot.quotas.iter().any(|quota| {
-                let used = quota.gpus_used.saturating_add(self.gpus_granted);
-                used.saturating_add(needs) > quota.gpus_max
-            })
     }
 
     /// Creates the pods of some ranks of one group, each for a node of its own choice; all or none.
@@ -120,7 +111,7 @@ impl<'a> Planner<'a> {
         };
         let side = &self.given.sides[index];
         let count = u64::try_from(ranks.len()).unwrap_or(u64::MAX);
-        self.gpus_granted += u64::from(side.layout.gpus_per_pod()) * count;
+        self.grant(index, count);
         // A group that is completed stands somewhere already and is counted there.
         let is_new = beside.is_empty();
         self.on_demand += u32::from(is_new && nodes.iter().all(|node| self.is_on_demand(node)));
