@@ -257,6 +257,7 @@ fn request(config: &ModelConfig, count: u32, quantization: Quantization) -> Memo
         block_size: 8,
         max_num_batched_tokens: 64,
         draft_tokens: u32::from(config.mtp_layers > 0),
+        kv_cache: KvCacheDtype::Auto,
         capacity_bytes: None,
     }
 }
