@@ -15,7 +15,7 @@ use crate::layout::{CudaLimits, Layout, Span};
 use crate::pass::Pass;
 use crate::shapes::{check_shapes, refusal};
 use crate::step::{Inputs, Step};
-use crate::{CudaError, Gpu, weights};
+use crate::{CudaError, Gpu, Products, weights};
 
 /// Bytes that an executor uses of its one allocation, to be compared with its plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,7 @@ pub struct CudaExecutor {
     step: Step,
     stream: Stream,
     arena: Arena,
+    products: Products,
     broken: Option<String>,
 }
 
@@ -105,6 +106,8 @@ impl CudaExecutor {
             )));
         }
         gpu.device.load(&launches).map_err(backend)?;
+        let products = gpu.products.kernels();
+        gpu.device.load(&products).map_err(backend)?;
         let executor = Self::allocate(gpu, model, limits, layout).map_err(backend)?;
         let Self {
             model,
@@ -140,6 +143,7 @@ impl CudaExecutor {
             model.rope.fill(position, row);
         }
         arena.write(&stream, part(buffers.rotary)?, &rotary)?;
+        arena.fill(&stream, part(buffers.tickets)?, 0)?;
         stream.synchronize()?;
         Ok(Self {
             inputs,
@@ -152,6 +156,7 @@ impl CudaExecutor {
             layout,
             stream,
             arena,
+            products: gpu.products,
             broken: None,
         })
     }
@@ -243,6 +248,7 @@ impl CudaExecutor {
         let mut pass = Pass {
             arena: &self.arena,
             stream: &self.stream,
+            products: self.products,
             layout: &self.layout,
             base: self.whole.address(),
             rows: step.rows(),

@@ -7,11 +7,14 @@ use kernels::driver::{Device, Driver};
 use kernels::plan;
 
 use crate::CudaError;
+use crate::products::{self, ProductChoice, Products};
 
 /// A GPU that the kernels run on.
 #[derive(Clone, Debug)]
 pub struct Gpu {
     pub(crate) device: Arc<Device>,
+    pub(crate) products: Products,
+    fallback: Option<String>,
 }
 
 impl Gpu {
@@ -24,14 +27,37 @@ impl Gpu {
         Self::over(Device::open(&driver, ordinal)?)
     }
 
+    /// Over a device that is open already; the environment chooses its products.
+    ///
+    /// # Errors
+    /// No image fits it, or the environment asks for what it does not have.
+    pub fn over(device: Arc<Device>) -> Result<Self, CudaError> {
+        Self::with_products(device, ProductChoice::from_environment()?)
+    }
+
     /// Over a device that is open already.
     ///
     /// # Errors
-    /// No image fits it.
-    pub fn over(device: Arc<Device>) -> Result<Self, CudaError> {
+    /// No image fits it, or the choice does not.
+    pub fn with_products(device: Arc<Device>, choice: ProductChoice) -> Result<Self, CudaError> {
         // The smallest kernel: a driver that has no code for this device says so at the first one.
         device.load(&[plan::embed(1, 8)?])?;
-        Ok(Self { device })
+        let (products, fallback) = products::choose(&device, choice)?;
+        Ok(Self {
+            device,
+            products,
+            fallback,
+        })
+    }
+
+    /// Which kernels multiply matrices on it.
+    pub fn products(&self) -> Products {
+        self.products
+    }
+
+    /// Why they are not Hopper's, on a Hopper device that was left to choose.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
     }
 
     /// As the driver calls it.

@@ -144,6 +144,8 @@ pub(crate) struct Buffers {
     pub cache_rows: Span,
     pub wanted: Span,
     pub tables: Span,
+    /// u32 zeros: how many blocks of a product have come, see [`kernels::params::HopperGemmParams`].
+    pub tickets: Span,
     /// float32 `[positions, rope / 2, {cos, sin}]`.
     pub rotary: Span,
 }
@@ -415,6 +417,7 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
         cache_rows: take(tokens * 8),
         wanted: take(sequences * 4),
         tables: take(sequences * limits.table_length() * 4),
+        tickets: take(plan::HOPPER_TICKET_BYTES),
         rotary: take(limits.model_len_max * model.rope.width() * 4),
     }
 }
