@@ -75,9 +75,13 @@ pub fn settle(
                 device = "cuda",
                 name = gpu.name(),
                 capability,
+                products = %gpu.products(),
                 reason,
                 "device chosen"
             );
+            if let Some(reason) = gpu.fallback() {
+                tracing::warn!(reason, "hopper products are not used");
+            }
         }
     }
     Ok(settled)

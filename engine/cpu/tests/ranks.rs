@@ -14,7 +14,7 @@ use engine_cpu::{AllocatedBytes, CpuExecutor, CpuLimits};
 use engine_group::{Follower, Joining, LeadingExecutor, Next, ProcessGroup, Terms, join};
 use engine_load::{Progress, read_config};
 use engine_memory::{MemoryRequest, ResidentDtype, memory_plan};
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization, Rank};
+use engine_spec::{Device, Dtype, KvCacheDtype, ModelConfig, Parallelism, Quantization, Rank};
 use support::{INT4, INT8, entry, folder, golden, limits};
 
 const PATIENCE: Duration = Duration::from_secs(60);

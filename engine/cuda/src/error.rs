@@ -16,4 +16,7 @@ pub enum CudaError {
     /// The model's graph asks for what this backend does not fuse.
     #[error("the CUDA backend cannot run this graph: {0}")]
     Graph(&'static str),
+    /// The kernels that multiply cannot be had, or do not agree.
+    #[error("{0}")]
+    Products(String),
 }

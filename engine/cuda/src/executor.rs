@@ -21,7 +21,7 @@ use crate::picking::{Picking, Place};
 use crate::shapes::{check_shapes, refusal};
 use crate::staged::Staged;
 use crate::step::{Inputs, Step};
-use crate::{ChosenAttention, CudaError, Gpu, attention, weights};
+use crate::{ChosenAttention, CudaError, Gpu, Products, attention, weights};
 
 /// Of a pass.
 const NOT_FINITE: &str = "logits are not finite: the weights hold infinities or NaNs, or overflow";
@@ -58,6 +58,7 @@ pub struct CudaExecutor {
     arena: Arena,
     device: Arc<Device>,
     attention: ChosenAttention,
+    products: Products,
     broken: Option<Broken>,
 }
 
@@ -159,6 +160,8 @@ impl CudaExecutor {
             )));
         }
         gpu.device.load(&launches).map_err(backend)?;
+        let products = gpu.products.kernels();
+        gpu.device.load(&products).map_err(backend)?;
         let executor =
             Self::allocate(gpu, config, model, limits, layout, chosen).map_err(backend)?;
         let Self {
@@ -198,6 +201,7 @@ impl CudaExecutor {
             model.rope.fill(position, row);
         }
         arena.write(&stream, part(buffers.rotary)?, &rotary)?;
+        arena.fill(&stream, part(buffers.tickets)?, 0)?;
         stream.synchronize()?;
         Ok(Self {
             inputs,
@@ -220,6 +224,7 @@ impl CudaExecutor {
             arena,
             device: gpu.device.clone(),
             attention,
+            products: gpu.products,
             broken: None,
         })
     }
@@ -317,6 +322,7 @@ impl CudaExecutor {
         let mut pass = Pass {
             arena: &self.arena,
             stream: &self.stream,
+            products: self.products,
             layout: &self.layout,
             base: self.whole.address(),
             rows: step.rows(),

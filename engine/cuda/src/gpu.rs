@@ -6,6 +6,7 @@ use std::sync::Arc;
 use kernels::driver::{Device, Driver};
 use kernels::plan;
 
+use crate::products::{self, ProductChoice, Products};
 use crate::{AttentionChoice, CudaError};
 
 /// A GPU that the kernels run on.
@@ -13,6 +14,8 @@ use crate::{AttentionChoice, CudaError};
 pub struct Gpu {
     pub(crate) device: Arc<Device>,
     pub(crate) attention: AttentionChoice,
+    pub(crate) products: Products,
+    fallback: Option<String>,
 }
 
 impl Gpu {
@@ -25,16 +28,27 @@ impl Gpu {
         Self::over(Device::open(&driver, ordinal)?)
     }
 
+    /// Over a device that is open already; the environment chooses its products.
+    ///
+    /// # Errors
+    /// No image fits it, or the environment asks for what it does not have.
+    pub fn over(device: Arc<Device>) -> Result<Self, CudaError> {
+        Self::with_products(device, ProductChoice::from_environment()?)
+    }
+
     /// Over a device that is open already.
     ///
     /// # Errors
-    /// No image fits it.
-    pub fn over(device: Arc<Device>) -> Result<Self, CudaError> {
+    /// No image fits it, or the choice does not.
+    pub fn with_products(device: Arc<Device>, choice: ProductChoice) -> Result<Self, CudaError> {
         // The smallest kernel: a driver that has no code for this device says so at the first one.
         device.load(&[plan::embed(1, 8)?])?;
+        let (products, fallback) = products::choose(&device, choice)?;
         Ok(Self {
             device,
             attention: AttentionChoice::default(),
+            products,
+            fallback,
         })
     }
 
@@ -42,6 +56,16 @@ impl Gpu {
     #[must_use]
     pub fn with_attention(self, attention: AttentionChoice) -> Self {
         Self { attention, ..self }
+    }
+
+    /// Which kernels multiply matrices on it.
+    pub fn products(&self) -> Products {
+        self.products
+    }
+
+    /// Why they are not Hopper's, on a Hopper device that was left to choose.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_deref()
     }
 
     /// As the driver calls it.

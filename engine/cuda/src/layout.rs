@@ -169,6 +169,8 @@ pub(crate) struct Buffers {
     pub tables: Span,
     /// Rows of [`Slot::Previous`] that a drafting pass goes on from.
     pub sources: Span,
+    /// u32 zeros: how many blocks of a product have come, see [`kernels::params::HopperGemmParams`].
+    pub tickets: Span,
     /// float32 `[positions, rope / 2, {cos, sin}]`.
     pub rotary: Span,
 }
@@ -461,6 +463,7 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
         wanted: take(sampled * 4),
         tables: take(sampled * limits.table_length() * 4),
         sources: take(drafting * tokens * 4),
+        tickets: take(plan::HOPPER_TICKET_BYTES),
         rotary: take(limits.model_len_max * model.rope.width() * 4),
     }
 }

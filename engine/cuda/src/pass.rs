@@ -11,22 +11,24 @@ mod attention;
 mod experts;
 mod grouped;
 mod prediction;
+mod products;
 
 use engine_model::{
     Backend, Gate, GatedMlp, GroupedAttention, LatentAttention, Moe, Norm, Slot, WeightId,
 };
 use kernels::driver::{Arena, Stream};
-use kernels::params::{ActivationParams, Address, EmbedParams, GemmParams, Params, RmsNormParams};
-use kernels::plan::{self, Activation, Format, Launch, QUANT_GROUP};
+use kernels::params::{ActivationParams, Address, EmbedParams, Params, RmsNormParams};
+use kernels::plan::{self, Activation, Format, Launch};
 
 use crate::layout::{Form, Layout, Placed, Span};
 use crate::step::Run;
-use crate::{AttentionKernels, CudaError};
+use crate::{AttentionKernels, CudaError, Products};
 
 /// What a pass runs over.
 pub(crate) struct Pass<'a> {
     pub arena: &'a Arena,
     pub stream: &'a Stream,
+    pub products: Products,
     pub layout: &'a Layout,
     /// Where the arena begins.
     pub base: Address,
@@ -75,6 +77,8 @@ struct Rows {
     scales: Address,
     count: usize,
     stride: usize,
+    /// Rows that the buffer holds.
+    room: usize,
 }
 
 impl Pass<'_> {
@@ -118,12 +122,13 @@ impl Pass<'_> {
     }
 
     fn rows_of(&self, slot: Slot) -> Rows {
-        let (at, stride) = self.slot(slot);
+        let (span, stride) = self.layout.buffers.slots[slot as usize];
         Rows {
-            at,
+            at: self.place(span),
             scales: Address::NULL,
             count: self.rows,
             stride,
+            room: span.bytes / (stride * 2).max(1),
         }
     }
 
@@ -136,6 +141,7 @@ impl Pass<'_> {
         let codes = Rows {
             at: self.place(self.layout.buffers.codes),
             scales: self.place(self.layout.buffers.code_scales),
+            room: self.layout.buffers.codes.bytes / rows.stride,
             ..rows
         };
         if self.quantised != Some(slot) {
@@ -169,42 +175,6 @@ impl Pass<'_> {
         }
     }
 
-    /// The arguments of `c = rows matrix^T`.
-    fn product_params(&self, matrix: &Matrix, rows: &Rows, c: Address) -> GemmParams {
-        GemmParams {
-            a: rows.at,
-            b: matrix.at,
-            c,
-            a_scales: rows.scales,
-            b_scales: matrix.scales.unwrap_or_default(),
-            m: rows.count as i32,
-            n: matrix.rows as i32,
-            k: matrix.columns as i32,
-            lda: rows.stride as i32,
-            ldb: matrix.columns as i32,
-            ldc: matrix.rows as i32,
-            a_scales_stride: matrix.columns.div_ceil(QUANT_GROUP) as i32,
-            b_scales_stride: matrix.columns.div_ceil(QUANT_GROUP) as i32,
-            ..GemmParams::default()
-        }
-    }
-
-    /// `c = rows matrix^T` in bf16.
-    fn product(&self, matrix: &Matrix, rows: &Rows, c: Address) -> Result<(), CudaError> {
-        let launch = plan::gemm(matrix.format(), rows.count, matrix.rows, matrix.columns, 1)?;
-        self.launch(&launch, &self.product_params(matrix, rows, c))
-    }
-
-    /// `c = rows matrix^T` in float32; the matrix is bf16.
-    fn wide_product(&self, matrix: &Matrix, rows: &Rows, c: Address) -> Result<(), CudaError> {
-        let launch = plan::gemm(Format::Bf16, rows.count, matrix.rows, matrix.columns, 1)?;
-        let params = GemmParams {
-            c_is_float32: 1,
-            ..self.product_params(matrix, rows, c)
-        };
-        self.launch(&launch, &params)
-    }
-
     /// `silu(gate) * up` of `count` rows of `2 * inner` values, in the form that `down` multiplies.
     fn activate(&self, count: usize, inner: usize, down: &Matrix) -> Result<Rows, CudaError> {
         let buffers = &self.layout.buffers;
@@ -214,6 +184,7 @@ impl Pass<'_> {
             scales: Address::NULL,
             count,
             stride: 2 * inner,
+            room: count,
         };
         let product = Rows {
             at: self.place(buffers.product),
@@ -223,6 +194,7 @@ impl Pass<'_> {
             },
             count,
             stride: inner,
+            room: buffers.product.bytes / (inner * format.bytes()),
         };
         let params = self.activation_params(source.at, product.at, product.scales, &source, inner);
         let launch = plan::activation(Activation::Swiglu(format), count, inner)?;
@@ -390,6 +362,7 @@ impl Backend for Pass<'_> {
             let all = self.rows_of(Slot::Normed);
             self.gather(all, buffers.wanted, self.wanted, gathered)?;
             rows.at = gathered;
+            rows.room = buffers.gathered.bytes / (rows.stride * 2);
         }
         self.wide_product(&matrix, &rows, self.place(buffers.logits))
     }

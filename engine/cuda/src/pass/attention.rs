@@ -4,28 +4,14 @@
 //! in another order, and a prompt's bytes would then depend on how it was cut into chunks and on what was cached.
 
 use engine_model::{LatentAttention, Slot};
-use kernels::params::{
-    Address, CacheWriteParams, GemmParams, MlaCombineParams, MlaDecodeParams, RopeParams,
-};
-use kernels::plan::{self, Format, MLA_SPLIT_TOKENS, Tables};
+use kernels::params::{Address, CacheWriteParams, MlaCombineParams, MlaDecodeParams, RopeParams};
+use kernels::plan::{self, MLA_SPLIT_TOKENS, Tables};
 
 use super::Pass;
+use super::products::PerHead;
 use crate::layout::Form;
 use crate::step::Run;
 use crate::{AttentionKernels, CudaError};
-
-/// One product for each head: `out[row, head] = matrix[head] input[row, head]`.
-struct PerHead {
-    input: Address,
-    /// Between rows and between heads of the input.
-    input_strides: (usize, usize),
-    matrix: Address,
-    out: Address,
-    heads: usize,
-    /// Values of a head's output and input.
-    rows: usize,
-    columns: usize,
-}
 
 /// So many elements of so many bytes further.
 pub(super) fn at(address: Address, elements: usize, bytes: usize) -> Address {
@@ -122,35 +108,6 @@ impl Pass<'_> {
         };
         let format = self.layout.cache_format;
         let launch = plan::mla_cache_write(format, self.rows, attention.latent, attention.rope)?;
-        self.launch(&launch, &params)
-    }
-
-    fn per_head(&self, product: &PerHead) -> Result<(), CudaError> {
-        let PerHead {
-            input,
-            input_strides: (row, head),
-            matrix,
-            out,
-            heads,
-            rows,
-            columns,
-        } = *product;
-        let params = GemmParams {
-            a: input,
-            b: matrix,
-            c: out,
-            a_batch: head as i64,
-            b_batch: (rows * columns) as i64,
-            c_batch: rows as i64,
-            m: self.rows as i32,
-            n: rows as i32,
-            k: columns as i32,
-            lda: row as i32,
-            ldb: columns as i32,
-            ldc: (heads * rows) as i32,
-            ..GemmParams::default()
-        };
-        let launch = plan::gemm(Format::Bf16, self.rows, rows, columns, heads)?;
         self.launch(&launch, &params)
     }
 

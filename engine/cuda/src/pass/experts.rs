@@ -2,10 +2,11 @@
 
 use engine_model::{Gate, Moe, Slot};
 use engine_spec::{GateScoring, GateSelection};
-use kernels::params::{Address, CombineParams, GateParams, GemmParams, PermuteParams};
-use kernels::plan::{self, QUANT_GROUP};
+use kernels::params::{Address, CombineParams, GateParams, PermuteParams};
+use kernels::plan;
 
-use super::{Matrix, Pass, Rows};
+use super::Pass;
+use super::products::OfExperts;
 use crate::CudaError;
 use crate::shapes::gate_groups;
 
@@ -51,9 +52,24 @@ impl Pass<'_> {
         let chosen = self.rows * moe.gate.top_k;
         let (gate_up, down) = (self.gate_up(first), self.matrix(first.down));
         let tokens = self.input(from, &gate_up)?;
-        self.grouped(&moe.gate, &gate_up, &tokens, row_token, gate_up_rows)?;
+        let experts = moe.gate.experts;
+        self.expert_product(&OfExperts {
+            first: &gate_up,
+            experts,
+            rows: &tokens,
+            row_token,
+            chosen,
+            out: gate_up_rows,
+        })?;
         let product = self.activate(chosen, first.inner, &down)?;
-        self.grouped(&moe.gate, &down, &product, Address::NULL, outputs)?;
+        self.expert_product(&OfExperts {
+            first: &down,
+            experts,
+            rows: &product,
+            row_token: Address::NULL,
+            chosen,
+            out: outputs,
+        })?;
         let shared = match &moe.shared {
             Some(shared) => {
                 let out = self.place(self.layout.buffers.shared_out);
@@ -77,40 +93,9 @@ impl Pass<'_> {
             tokens: self.rows as i32,
             top_k: gate.top_k as i32,
             experts: gate.experts as i32,
-            tile_rows: plan::grouped_tile_rows(chosen, gate.experts) as i32,
+            tile_rows: self.expert_tile_rows(chosen, gate.experts) as i32,
         };
         let launch = plan::permute(self.rows, gate.top_k, gate.experts)?;
-        self.launch(&launch, &params)
-    }
-
-    /// Every sorted row times the matrix of its expert; `first` is the first expert's, the others follow it.
-    fn grouped(
-        &self,
-        gate: &Gate,
-        first: &Matrix,
-        rows: &Rows,
-        row_token: Address,
-        out: Address,
-    ) -> Result<(), CudaError> {
-        let buffers = &self.layout.buffers;
-        let chosen = self.rows * gate.top_k;
-        let scales = first.rows.div_ceil(QUANT_GROUP) * first.columns.div_ceil(QUANT_GROUP);
-        let params = GemmParams {
-            a_rows: row_token,
-            tiles: self.place(buffers.tiles),
-            offsets: self.place(buffers.offsets),
-            b_batch: (first.rows * first.columns) as i64,
-            b_scales_batch: scales as i64,
-            m: chosen as i32,
-            ..self.product_params(first, rows, out)
-        };
-        let launch = plan::grouped_gemm(
-            first.format(),
-            chosen,
-            first.rows,
-            first.columns,
-            gate.experts,
-        )?;
         self.launch(&launch, &params)
     }
 

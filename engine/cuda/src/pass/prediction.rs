@@ -13,12 +13,14 @@ use crate::CudaError;
 impl PredictionBackend for Pass<'_> {
     fn join(&mut self, token_norm: &Norm, hidden_norm: &Norm) -> Result<(), CudaError> {
         let (previous, width) = self.slot(Slot::Previous);
+        let room = self.rows_of(Slot::Previous).room;
         let left = Rows {
             at: previous,
             scales: Address::NULL,
             // Whatever the pass before left is within the buffer.
-            count: self.layout.buffers.slots[Slot::Previous as usize].0.bytes / (2 * width),
+            count: room,
             stride: width,
+            room,
         };
         let picked = self.slot(Slot::Normed);
         self.written(Slot::Normed);
