@@ -282,8 +282,7 @@ fn drafts_are_refused_on_a_gpu_and_leave_it_where_any_device_will_do() {
         ]);
         run(command)
     };
-    let why =
-        "numSpeculativeTokens is above 0, but drafts are served on the device cpu in one rank only";
+    let why = "numSpeculativeTokens is above 0, but drafts are served on the device cpu only";
     let (code, text) = drafting("cuda");
     assert_eq!(code, 1, "{text}");
     assert!(
