@@ -33,6 +33,19 @@ pub struct Arguments {
     )]
     pub namespace: String,
 
+    /// Watch resource claims (resource.k8s.io/v1, Kubernetes 1.34), for models that ask for GPUs by them.
+    #[arg(
+        long,
+        env = "CACHALOT_RESOURCE_CLAIMS",
+        value_name = "BOOL",
+        default_value_t = false,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set
+    )]
+    pub resource_claims: bool,
+
     /// Base URL of a Prometheus server that autoscaling asks; empty: it asks the engine pods.
     #[arg(
         long,
@@ -167,6 +180,8 @@ pub struct Config {
     pub engine_image_pull_policy: PullPolicy,
     /// The one namespace served; none: all.
     pub namespace: Option<String>,
+    /// See [`Arguments::resource_claims`].
+    pub resource_claims: bool,
     /// Base URL of Prometheus, when it is asked.
     pub prometheus_url: Option<String>,
     /// The lease to hold, when there is an election.
@@ -219,6 +234,7 @@ impl TryFrom<Arguments> for Config {
             engine_image,
             engine_image_pull_policy,
             namespace,
+            resource_claims,
             prometheus_url,
             leader_elect,
             lease_name,
@@ -289,6 +305,7 @@ impl TryFrom<Arguments> for Config {
             engine_image,
             engine_image_pull_policy,
             namespace: (!namespace.is_empty()).then_some(namespace),
+            resource_claims,
             prometheus_url: (!prometheus_url.is_empty()).then_some(prometheus_url),
             lease: leader_elect.then_some(LeaseName {
                 namespace: lease_namespace,

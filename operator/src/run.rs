@@ -111,6 +111,9 @@ pub async fn run(config: Config) -> Result<()> {
     );
 
     world.follow(&mut tasks, &client, config.namespace.as_deref());
+    if config.resource_claims {
+        world.follow_claims(&mut tasks, &client, config.namespace.as_deref());
+    }
     tasks.spawn(Arc::clone(&sampler).run(leadership.clone()));
     let controller = Controller {
         world: Arc::clone(&world),

@@ -15,10 +15,10 @@ pub use condition::{ConditionStatus, ConditionType, Reason};
 pub use crd::crd;
 pub use quantity::Quantity;
 pub use spec::{
-    Accelerator, AcceleratorType, Autoscaling, AutoscalingTargets, Binding, ConfigMapReference,
-    Context, Mig, Model, ModelDeployment, ModelDeploymentSpec, OnFailure, Parallelism, Placement,
-    Precision, Quantization, Rollout, RolloutAnalysis, RolloutStep, SecretReference, Spot,
-    Stabilization, Topology,
+    Accelerator, AcceleratorClaim, AcceleratorType, Autoscaling, AutoscalingTargets, Binding,
+    ConfigMapReference, Context, Mig, Model, ModelDeployment, ModelDeploymentSpec, OnFailure,
+    Parallelism, Placement, Precision, Quantization, Rollout, RolloutAnalysis, RolloutStep,
+    SecretReference, Spot, Stabilization, Topology,
 };
 pub use status::{
     AutoscalingStatus, LoadProgress, ModelDeploymentStatus, PendingScale, Performance, Phase,

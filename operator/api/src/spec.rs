@@ -54,6 +54,8 @@ use crate::template::PodTemplate;
         .message("set exactly one of spec.replicas (a fixed number) and spec.autoscaling (a range)"),
     validation = Rule::new("!has(self.accelerator.mig) || self.accelerator.mig != 'only' || !has(self.parallelism) || ((!has(self.parallelism.tensor) || self.parallelism.tensor == 1) && (!has(self.parallelism.expert) || self.parallelism.expert == 1))")
         .message("nothing connects MIG devices, so a replica on them is one device; remove spec.parallelism or set accelerator.mig to allowed or never"),
+    validation = Rule::new("!has(self.accelerator.claim) || !has(self.placement.binding) || self.placement.binding != 'direct'")
+        .message("kube-scheduler allocates resource claims; set placement.binding to scheduler or remove accelerator.claim"),
     validation = Rule::new("self.quantization == 'none' || (self.precision != 'float32' && self.accelerator.type == 'cpu')")
         .message("spec.quantization makes integers on the cpu accelerator, with precision auto or bfloat16; set it to none or change those")
 )]
@@ -227,7 +229,11 @@ pub enum Mig {
     validation = Rule::new("self.type != 'cpu' || !has(self.mig)")
         .message("accelerator.mig is about parts of GPUs; remove it or choose accelerator type nvidia"),
     validation = Rule::new("!has(self.migProfiles) || (has(self.mig) && self.mig != 'never')")
-        .message("accelerator.migProfiles needs accelerator.mig allowed or only")
+        .message("accelerator.migProfiles needs accelerator.mig allowed or only"),
+    validation = Rule::new("self.type != 'cpu' || !has(self.claim)")
+        .message("accelerator.claim is about GPUs; remove it or choose accelerator type nvidia"),
+    validation = Rule::new("!has(self.claim) || !has(self.mig) || self.mig == 'never'")
+        .message("accelerator.claim gives out whole GPUs; remove it or set accelerator.mig to never")
 )]
 pub struct Accelerator {
     /// Kind of device: `nvidia` or `cpu`.
@@ -266,6 +272,21 @@ pub struct Accelerator {
         )
     )]
     pub mig_profiles: Vec<String>,
+
+    /// Ask for GPUs by resource claims (dynamic resource allocation, `resource.k8s.io/v1`) and not by
+    /// `nvidia.com/gpu`. The operator must run with `--resource-claims`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<AcceleratorClaim>,
+}
+
+/// How GPUs are claimed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AcceleratorClaim {
+    /// DeviceClass of the claims. Defaults to `gpu.nvidia.com`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub device_class_name: Option<String>,
 }
 
 /// How one replica is split over devices.

@@ -83,7 +83,10 @@ pub fn add(inventory: &mut Inventory, paths: &[String], namespace: &str) -> Resu
                 bail!("{path}: document {} has no kind", index + 1);
             }
             let metadata = &mut document["metadata"];
-            if kind != "Node" && metadata.is_object() && metadata["namespace"].is_null() {
+            if !["Node", "ResourceSlice"].contains(&kind.as_str())
+                && metadata.is_object()
+                && metadata["namespace"].is_null()
+            {
                 metadata["namespace"] = namespace.into();
             }
             match kind.as_str() {
@@ -93,6 +96,12 @@ pub fn add(inventory: &mut Inventory, paths: &[String], namespace: &str) -> Resu
                 "Service" => inventory.services.push(typed(path, &kind, document)?),
                 "PodDisruptionBudget" => inventory.budgets.push(typed(path, &kind, document)?),
                 "ResourceQuota" => inventory.quotas.push(typed(path, &kind, document)?),
+                "ResourceSlice" => inventory.slices.push(typed(path, &kind, document)?),
+                "ResourceClaim" => inventory.claims.push(typed(path, &kind, document)?),
+                "ResourceClaimTemplate" => {
+                    let template = typed(path, &kind, document)?;
+                    inventory.claim_templates.push(template);
+                }
                 "ModelDeployment" => inventory.deployments.push(typed(path, &kind, document)?),
                 _ => {}
             }

@@ -44,6 +44,8 @@ pub enum Flaw {
     Overbooked(String),
     /// New pods ask for more devices than a quota of the namespace leaves.
     OverQuota(String),
+    /// A pod whose resource claim has no template.
+    NoTemplate(String),
     /// A created object without owner, label or valid name.
     Malformed(String),
     /// A pod that the restricted pod security standard would refuse.
@@ -67,6 +69,7 @@ impl fmt::Display for Flaw {
             }
             Self::Overbooked(node) => write!(f, "node {node} is overbooked"),
             Self::OverQuota(name) => write!(f, "quota {name} leaves too few devices"),
+            Self::NoTemplate(name) => write!(f, "the claim of pod {name} has no template"),
             Self::Malformed(name) => write!(f, "{name} is malformed"),
             Self::Unrestricted(name) => write!(f, "pod {name} is not restricted"),
             Self::Condition(kind) => write!(f, "condition {kind} is wrong"),
@@ -81,6 +84,7 @@ pub fn check(plan: &Plan, snapshot: &Snapshot) -> Vec<Flaw> {
     check_objects(plan, snapshot, &mut flaws);
     check_replicas(plan, snapshot, &mut flaws);
     check_room(plan, snapshot, &mut flaws);
+    check_claims(plan, snapshot, &mut flaws);
     let mut kinds = BTreeSet::new();
     for condition in &plan.status.conditions {
         let is_known = operator_api::ConditionType::parse(&condition.type_).is_some()
@@ -124,6 +128,14 @@ fn check_writes(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
                 .config_maps
                 .iter()
                 .any(|m| m.name == name && m.uid == *uid),
+            Action::Delete {
+                kind: Kind::ResourceClaimTemplate,
+                uid,
+                ..
+            } => snapshot
+                .claim_templates
+                .iter()
+                .any(|t| t.name == name && t.uid == *uid),
             Action::Delete { .. } => false,
             Action::Create(_) | Action::Apply(_) => true,
         };
@@ -149,6 +161,7 @@ fn check_objects(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
             Object::ConfigMap(object) => &object.metadata,
             Object::Service(object) => &object.metadata,
             Object::PodDisruptionBudget(object) => &object.metadata,
+            Object::ResourceClaimTemplate(object) => &object.metadata,
         };
         let labels = metadata.labels.clone().unwrap_or_default();
         let owners = metadata.owner_references.as_deref().unwrap_or_default();
@@ -326,6 +339,42 @@ fn check_groups(
         let is_part = leaving > 0 && leaving < replica.pods().count();
         if is_part && (replica.is_live() || is_draining) {
             flaws.push(Flaw::PartGroup(index(replica.pod)));
+        }
+    }
+}
+
+/// A pod's claim is made from a template that is there before the pod, and stays.
+fn check_claims(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
+    let mut templates: BTreeSet<&str> = snapshot
+        .claim_templates
+        .iter()
+        .map(|template| template.name.as_str())
+        .collect();
+    let gone = plan.actions.iter().filter_map(|action| match action {
+        Action::Delete {
+            kind: Kind::ResourceClaimTemplate,
+            name,
+            ..
+        } => Some(name.as_str()),
+        _ => None,
+    });
+    let gone: BTreeSet<&str> = gone.collect();
+    for action in &plan.actions {
+        match action {
+            Action::Apply(object @ Object::ResourceClaimTemplate(_)) => {
+                templates.insert(object.name());
+            }
+            Action::Create(Object::Pod(pod)) => {
+                let claims = pod.spec.iter().flat_map(|spec| &spec.resource_claims);
+                let mut named = claims
+                    .flatten()
+                    .filter_map(|claim| claim.resource_claim_template_name.as_deref());
+                if !named.all(|name| templates.contains(name) && !gone.contains(name)) {
+                    let name = pod.metadata.name.clone().unwrap_or_default();
+                    flaws.push(Flaw::NoTemplate(name));
+                }
+            }
+            _ => {}
         }
     }
 }

@@ -213,7 +213,12 @@ impl<'a> Decided<'a> {
                     let spec = &self.snapshot.deployment.spec;
                     let record = || objects::record(spec, &layout, settings, facts);
                     actions.extend(self.engine_config(&layout, &revision, record));
+                    actions.extend(self.claim_template(&layout, &revision));
                     let (steering, sides) = self.steer(revision, layout, settings);
+                    // One that stands may have lost its template.
+                    for side in sides.iter().skip(1) {
+                        actions.extend(self.claim_template(&side.layout, &side.revision));
+                    }
                     moves = replicas::moves(
                         Given {
                             valid: self.valid,
@@ -465,7 +470,16 @@ impl<'a> Decided<'a> {
         })
     }
 
-    /// Configurations of revisions that no pod uses any more.
+    /// The template of the claims of a revision's pods, where it is missing. Kubernetes lets nobody
+    /// change one, so there is nothing to compare.
+    fn claim_template(&self, layout: &Layout, revision: &Revision) -> Option<Action> {
+        let wanted = objects::claim_template(self.valid, layout, revision)?;
+        let mut there = self.snapshot.claim_templates.iter();
+        let is_there = there.any(|template| Some(&template.name) == wanted.metadata.name.as_ref());
+        (!is_there).then(|| Action::Apply(Object::ResourceClaimTemplate(Box::new(wanted))))
+    }
+
+    /// Configurations and claim templates of revisions that no pod uses any more.
     fn old_configs(&self, memory: &RolloutStatus) -> Vec<Action> {
         let needed = [&memory.target_revision, &memory.stable_revision];
         let prefix = format!("{}-", self.valid.name);
@@ -480,15 +494,18 @@ impl<'a> Decided<'a> {
                     .iter()
                     .all(|replica| replica.revision() != revision)
         };
-        self.snapshot
-            .config_maps
-            .iter()
+        let maps = self.snapshot.config_maps.iter();
+        let maps = maps
             .filter(|map| map.name != kept)
-            .filter(|map| map.name.strip_prefix(&prefix).is_some_and(is_unused))
-            .map(|map| Action::Delete {
-                kind: Kind::ConfigMap,
-                name: map.name.clone(),
-                uid: map.uid.clone(),
+            .map(|map| (Kind::ConfigMap, &map.name, &map.uid));
+        let templates = self.snapshot.claim_templates.iter();
+        let templates = templates.map(|one| (Kind::ResourceClaimTemplate, &one.name, &one.uid));
+        maps.chain(templates)
+            .filter(|(_, name, _)| name.strip_prefix(&prefix).is_some_and(is_unused))
+            .map(|(kind, name, uid)| Action::Delete {
+                kind,
+                name: name.clone(),
+                uid: uid.clone(),
                 if_silent: None,
             })
             .collect()

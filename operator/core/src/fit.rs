@@ -13,6 +13,7 @@ use engine_spec::{Device, EngineConfig, ModelFacts, Parallelism};
 use operator_api::Reason;
 use serde::{Deserialize, Serialize};
 
+use crate::devices::{ClaimNews, DRIVER};
 use crate::gang;
 use crate::mig::{self, MigProfile, MigStrategy};
 use crate::resources::{NVIDIA_GPU, Resources, human_bytes};
@@ -55,6 +56,14 @@ pub enum DeviceKind {
         /// How they are counted.
         strategy: MigStrategy,
     },
+    /// GPUs given out by resource claims.
+    #[serde(rename_all = "camelCase")]
+    Claimed {
+        /// Attribute `productName`.
+        product: String,
+        /// Capacity `memory` of one GPU.
+        memory_bytes: u64,
+    },
 }
 
 impl DeviceKind {
@@ -67,7 +76,9 @@ impl DeviceKind {
     fn memory_bytes(&self) -> Option<u64> {
         match self {
             Self::Cpu => None,
-            Self::Gpu { memory_bytes, .. } | Self::Mig { memory_bytes, .. } => Some(*memory_bytes),
+            Self::Gpu { memory_bytes, .. }
+            | Self::Mig { memory_bytes, .. }
+            | Self::Claimed { memory_bytes, .. } => Some(*memory_bytes),
         }
     }
 
@@ -75,7 +86,9 @@ impl DeviceKind {
     pub fn product(&self) -> Option<&str> {
         match self {
             Self::Cpu => None,
-            Self::Gpu { product, .. } | Self::Mig { product, .. } => Some(product),
+            Self::Gpu { product, .. }
+            | Self::Mig { product, .. }
+            | Self::Claimed { product, .. } => Some(product),
         }
     }
 
@@ -83,7 +96,7 @@ impl DeviceKind {
     pub fn noun(&self) -> &'static str {
         match self {
             Self::Cpu => "replica",
-            Self::Gpu { .. } => "GPU",
+            Self::Gpu { .. } | Self::Claimed { .. } => "GPU",
             Self::Mig { .. } => "MIG device",
         }
     }
@@ -91,7 +104,7 @@ impl DeviceKind {
     /// The extended resource that a pod asks for.
     pub fn resource(&self) -> Option<String> {
         match self {
-            Self::Cpu => None,
+            Self::Cpu | Self::Claimed { .. } => None,
             Self::Mig {
                 profile,
                 strategy: MigStrategy::Mixed,
@@ -110,6 +123,7 @@ impl DeviceKind {
                 strategy: MigStrategy::Mixed,
                 ..
             } => amount.mig.get(*profile),
+            Self::Claimed { .. } => amount.claimed,
             Self::Gpu { .. } | Self::Mig { .. } => amount.gpus,
         }
     }
@@ -125,7 +139,9 @@ impl fmt::Display for DeviceKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => f.write_str("CPU"),
-            Self::Gpu { product, .. } | Self::Mig { product, .. } => f.write_str(product),
+            Self::Gpu { product, .. }
+            | Self::Mig { product, .. }
+            | Self::Claimed { product, .. } => f.write_str(product),
         }
     }
 }
@@ -185,6 +201,7 @@ pub fn node_gpus(node: &NodeView) -> NodeGpus {
 /// are named only where it has none at all.
 pub fn offered_kinds(node: &NodeView) -> Vec<DeviceKind> {
     let mut kinds = mig::mixed_kinds(node);
+    kinds.extend(node.devices.clone());
     if let NodeGpus::Usable(kind) = node_gpus(node) {
         kinds.push(kind);
     }
@@ -215,7 +232,9 @@ impl Layout {
     pub fn gpus(&self) -> u32 {
         match self.kind {
             DeviceKind::Cpu => 0,
-            DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } => self.parallelism.ranks(),
+            DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } | DeviceKind::Claimed { .. } => {
+                self.parallelism.ranks()
+            }
         }
     }
 
@@ -272,7 +291,23 @@ pub fn layouts(
                 message: format!("on the CPU: {misfit}"),
             });
     }
-    let kinds = gpu_kinds(cluster);
+    let is_claimed = wants_claims(&valid.accelerator);
+    if is_claimed && let Some(message) = claims_unknown(&cluster.claims) {
+        return Err(NoLayout {
+            reason: Reason::NoNodeFits,
+            message,
+        });
+    }
+    let mut kinds = gpu_kinds(cluster);
+    kinds.retain(|kind, _| matches!(kind, DeviceKind::Claimed { .. }) == is_claimed);
+    if kinds.is_empty() && is_claimed {
+        return Err(NoLayout {
+            reason: Reason::NoNodeFits,
+            message: format!(
+                "no node publishes GPUs of the driver {DRIVER} in ResourceSlices, with the attributes type and productName and the capacity memory; is the DRA driver running? Without it remove spec.accelerator.claim"
+            ),
+        });
+    }
     if kinds.is_empty() {
         return Err(NoLayout {
             reason: Reason::NoNodeFits,
@@ -336,6 +371,23 @@ pub fn layouts(
             .then_with(|| left.kind.cmp(&right.kind))
     });
     Ok(fitting.into_iter().map(|(_, layout)| layout).collect())
+}
+
+fn wants_claims(wanted: &ValidAccelerator) -> bool {
+    matches!(wanted, ValidAccelerator::Nvidia { claim: Some(_), .. })
+}
+
+/// Why it is not known what claims may ask for.
+fn claims_unknown(news: &ClaimNews) -> Option<String> {
+    match news {
+        ClaimNews::Known => None,
+        ClaimNews::Off => Some(
+            "spec.accelerator.claim needs an operator that watches resource.k8s.io/v1: set resourceClaims.enabled of the chart (--resource-claims), or remove the field to ask for nvidia.com/gpu".into(),
+        ),
+        ClaimNews::Unread(why) => Some(format!(
+            "ResourceSlices and ResourceClaims of resource.k8s.io/v1 cannot be read yet: {why}. Kubernetes serves them since 1.34; the operator may read them with resourceClaims.enabled of the chart"
+        )),
+    }
 }
 
 /// How much of a kind of GPU there is.
@@ -404,6 +456,7 @@ fn preference(kind: &DeviceKind, wanted: &ValidAccelerator) -> Result<usize, &'s
         products,
         memory_bytes_min,
         mig,
+        claim: _,
     } = wanted
     else {
         return Ok(0);
@@ -432,7 +485,8 @@ fn preference(kind: &DeviceKind, wanted: &ValidAccelerator) -> Result<usize, &'s
     if products.is_empty() {
         return Ok(0);
     }
-    let product = kind.product().unwrap_or_default();
+    // Labels have dashes where the driver's attribute has spaces.
+    let product = kind.product().unwrap_or_default().replace(' ', "-");
     products
         .iter()
         .position(|prefix| product.starts_with(prefix))
@@ -546,7 +600,9 @@ pub fn layout_on(
     let limits = valid.template.resources.as_ref().map(|r| &r.limits);
     let capacity = match kind {
         DeviceKind::Cpu => limits.and_then(|limits| limits.get("memory")?.value()),
-        DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } => kind.usable_bytes(),
+        DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } | DeviceKind::Claimed { .. } => {
+            kind.usable_bytes()
+        }
     };
     layout(valid, facts, kind, parallelism, capacity)
 }
@@ -563,7 +619,9 @@ fn layout(
     engine.served_model_name = Some(valid.served_name.clone());
     engine.device = match kind {
         DeviceKind::Cpu => Device::Cpu,
-        DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } => Device::Nvidia,
+        DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } | DeviceKind::Claimed { .. } => {
+            Device::Nvidia
+        }
     };
     engine.dtype = valid.dtype;
     engine.quantization = valid.quantization;
@@ -580,7 +638,7 @@ fn layout(
     engine.planned_bytes = Some(memory.total_bytes());
     let pods = match kind {
         DeviceKind::Cpu => parallelism.ranks(),
-        DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } => 1,
+        DeviceKind::Gpu { .. } | DeviceKind::Mig { .. } | DeviceKind::Claimed { .. } => 1,
     };
     Ok(Layout {
         kind,

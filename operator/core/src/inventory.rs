@@ -4,19 +4,24 @@
 //! kubectl plugin, with lists from a live cluster or from files that `kubectl get -o json` wrote,
 //! and tests. What a pod or a node means is decided by the same projections as in the operator.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use engine_spec::ModelFacts;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, ResourceQuota, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceClaimTemplate, ResourceSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use operator_api::ModelDeployment;
 
+use crate::devices::{self, AllocationView, ClaimNews, NodeDevices, SliceView};
 use crate::inspect::source_hash;
 use crate::names;
 use crate::plan::Settings;
-use crate::snapshot::{Claim, Cluster, ConfigMapView, NodeView, PodView, QuotaView, Snapshot};
+use crate::snapshot::{
+    Claim, ClaimTemplateView, Cluster, ConfigMapView, NodeView, PodView, QuotaView, Snapshot,
+};
 use crate::validate::validate;
 
 /// Everything that was listed.
@@ -34,6 +39,14 @@ pub struct Inventory {
     pub budgets: Vec<PodDisruptionBudget>,
     /// Quotas.
     pub quotas: Vec<ResourceQuota>,
+    /// What DRA drivers publish.
+    pub slices: Vec<ResourceSlice>,
+    /// Resource claims of everyone.
+    pub claims: Vec<ResourceClaim>,
+    /// Templates of resource claims.
+    pub claim_templates: Vec<ResourceClaimTemplate>,
+    /// Why slices and claims could not be listed; none when they were.
+    pub claims_unread: Option<String>,
     /// Wishes.
     pub deployments: Vec<ModelDeployment>,
 }
@@ -41,9 +54,28 @@ pub struct Inventory {
 impl Inventory {
     /// Nodes, and what all pods take of them.
     pub fn cluster(&self) -> Cluster {
-        let claims: Vec<Claim> = self.pods.iter().filter_map(Claim::of).collect();
-        let nodes = self.nodes.iter().map(|node| Arc::new(NodeView::of(node)));
-        Cluster::new(nodes, &claims)
+        let devices = self.devices();
+        let mut claims: Vec<Claim> = self.pods.iter().filter_map(Claim::of).collect();
+        claims.extend(devices.iter().map(|(node, devices)| devices.claim(node)));
+        let nodes = self.nodes.iter().map(|node| {
+            let view = NodeView::of(node);
+            let published = devices.get(&view.name);
+            Arc::new(view.with_devices(published))
+        });
+        let mut cluster = Cluster::new(nodes, &claims);
+        cluster.claims = match &self.claims_unread {
+            Some(why) => ClaimNews::Unread(why.clone()),
+            None => ClaimNews::Known,
+        };
+        cluster
+    }
+
+    /// GPUs that claims may ask for, by node.
+    pub fn devices(&self) -> BTreeMap<String, NodeDevices> {
+        let slices: Vec<SliceView> = self.slices.iter().filter_map(SliceView::of).collect();
+        let others = self.claims.iter().filter(|c| !AllocationView::is_ours(c));
+        let others: Vec<AllocationView> = others.filter_map(AllocationView::of).collect();
+        devices::by_node(&slices, &others)
     }
 
     /// The wish of that name.
@@ -70,6 +102,10 @@ impl Inventory {
             services,
             budgets,
             quotas,
+            slices,
+            claims,
+            claim_templates,
+            claims_unread,
             deployments,
         } = given;
         for mut deployment in deployments {
@@ -97,6 +133,10 @@ impl Inventory {
         self.services.extend(services);
         self.budgets.extend(budgets);
         self.quotas.extend(quotas);
+        self.slices.extend(slices);
+        self.claims.extend(claims);
+        self.claim_templates.extend(claim_templates);
+        self.claims_unread = self.claims_unread.take().or(claims_unread);
     }
 
     /// The operator's configuration as its youngest pod shows it; none while it has made no pod.
@@ -154,6 +194,12 @@ impl Inventory {
                 .iter()
                 .filter(|map| is_child(&map.metadata))
                 .map(|map| Arc::new(ConfigMapView::of(map)))
+                .collect(),
+            claim_templates: self
+                .claim_templates
+                .iter()
+                .filter(|template| is_child(&template.metadata))
+                .map(|template| Arc::new(ClaimTemplateView::of(template)))
                 .collect(),
             model_config: model_config.map(|map| Arc::new(ConfigMapView::of(map))),
             service: self

@@ -6,6 +6,7 @@
 
 pub mod check;
 mod decide;
+pub mod devices;
 pub mod explain;
 pub mod fit;
 pub mod gang;
@@ -38,7 +39,7 @@ pub use inventory::Inventory;
 pub use plan::{Action, Event, EventKind, Kind, Object, Plan, Settings};
 pub use resources::Resources;
 pub use snapshot::{
-    Claim, Cluster, ConfigMapView, ContainerView, Demand, LoadSample, NodeView, PodPhase,
-    PodSamples, PodView, QuotaView, Scheduled, Snapshot, Taint, TaintEffect, Terminated,
+    Claim, ClaimTemplateView, Cluster, ConfigMapView, ContainerView, Demand, LoadSample, NodeView,
+    PodPhase, PodSamples, PodView, QuotaView, Scheduled, Snapshot, Taint, TaintEffect, Terminated,
 };
 pub use validate::{ValidDeployment, Violation, Violations, validate};

@@ -12,9 +12,11 @@ use std::collections::BTreeMap;
 use engine_spec::ModelFacts;
 use k8s_openapi::api::core::v1::{ConfigMap, Service, ServicePort, ServiceSpec};
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
+use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use crate::devices;
 use crate::fit::Layout;
 use crate::names::{self, Revision};
 use crate::plan::Settings;
@@ -29,7 +31,11 @@ pub fn revision(valid: &ValidDeployment, layout: &Layout, settings: &Settings) -
     let unknown = Revision::of("");
     let pod = engine_pod(valid, layout, settings, &unknown, &slot);
     let template = (&valid.template.labels, &valid.template.annotations);
-    let text = names::canonical(serde_json::json!([layout.engine, pod.spec, template]));
+    let mut parts = serde_json::json!([layout.engine, pod.spec, template]);
+    if let (Some(claim), Some(parts)) = (devices::claim_spec(valid, layout), parts.as_array_mut()) {
+        parts.push(serde_json::json!(claim));
+    }
+    let text = names::canonical(parts);
     Revision::of(&text)
 }
 
@@ -77,6 +83,17 @@ pub fn engine_config_map(
         ])),
         ..ConfigMap::default()
     }
+}
+
+/// The template of the claims of a revision's pods; none when its devices are not claimed.
+pub fn claim_template(
+    valid: &ValidDeployment,
+    layout: &Layout,
+    revision: &Revision,
+) -> Option<ResourceClaimTemplate> {
+    let name = names::engine_config_map(&valid.name, revision);
+    let metadata = metadata(valid, name, names::ENGINE);
+    devices::claim_template(valid, layout, revision, metadata)
 }
 
 /// The config map that keeps a model's facts over restarts.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use operator_api::ModelDeploymentStatus;
 use std::collections::BTreeMap;
 
@@ -76,6 +77,8 @@ pub enum Object {
     Service(Box<Service>),
     /// A pod disruption budget.
     PodDisruptionBudget(Box<PodDisruptionBudget>),
+    /// A template of resource claims.
+    ResourceClaimTemplate(Box<ResourceClaimTemplate>),
 }
 
 /// Kind of an object that is deleted.
@@ -89,6 +92,8 @@ pub enum Kind {
     Service,
     /// PodDisruptionBudget.
     PodDisruptionBudget,
+    /// ResourceClaimTemplate.
+    ResourceClaimTemplate,
 }
 
 impl Kind {
@@ -99,6 +104,7 @@ impl Kind {
             Self::ConfigMap => "ConfigMap",
             Self::Service => "Service",
             Self::PodDisruptionBudget => "PodDisruptionBudget",
+            Self::ResourceClaimTemplate => "ResourceClaimTemplate",
         }
     }
 }
@@ -111,6 +117,7 @@ impl Object {
             Self::ConfigMap(_) => Kind::ConfigMap,
             Self::Service(_) => Kind::Service,
             Self::PodDisruptionBudget(_) => Kind::PodDisruptionBudget,
+            Self::ResourceClaimTemplate(_) => Kind::ResourceClaimTemplate,
         }
     }
 
@@ -121,6 +128,7 @@ impl Object {
             Self::ConfigMap(object) => &object.metadata,
             Self::Service(object) => &object.metadata,
             Self::PodDisruptionBudget(object) => &object.metadata,
+            Self::ResourceClaimTemplate(object) => &object.metadata,
         };
         metadata.name.as_deref().unwrap_or_default()
     }

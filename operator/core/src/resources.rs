@@ -23,6 +23,8 @@ pub struct Resources {
     pub gpus: u64,
     /// Devices counted as `nvidia.com/mig-<profile>`.
     pub mig: MigDevices,
+    /// GPUs given out by resource claims.
+    pub claimed: u64,
     /// Pods.
     pub pods: u64,
 }
@@ -47,6 +49,7 @@ impl Resources {
             memory_bytes: units("memory"),
             gpus: units(NVIDIA_GPU),
             mig,
+            claimed: 0,
             pods: units("pods"),
         }
     }
@@ -81,7 +84,11 @@ impl Resources {
         if let Some(overhead) = &spec.overhead {
             sum += Self::of(overhead);
         }
-        Self { pods: 1, ..sum }
+        Self {
+            pods: 1,
+            claimed: crate::devices::claimed_by(spec),
+            ..sum
+        }
     }
 
     /// What is left of `self` when `used` is gone; never below zero.
@@ -91,6 +98,7 @@ impl Resources {
             memory_bytes: self.memory_bytes.saturating_sub(used.memory_bytes),
             gpus: self.gpus.saturating_sub(used.gpus),
             mig: self.mig.minus(used.mig),
+            claimed: self.claimed.saturating_sub(used.claimed),
             pods: self.pods.saturating_sub(used.pods),
         }
     }
@@ -102,21 +110,25 @@ impl Resources {
             memory_bytes,
             gpus,
             mig,
+            claimed,
             pods,
         } = self;
         *cpu_millis <= free.cpu_millis
             && *memory_bytes <= free.memory_bytes
             && *gpus <= free.gpus
             && mig.fit_in(&free.mig)
+            && *claimed <= free.claimed
             && *pods <= free.pods
     }
 
     /// Devices of every kind.
     pub fn devices(&self) -> u64 {
-        self.gpus.saturating_add(self.mig.total())
+        self.gpus
+            .saturating_add(self.mig.total())
+            .saturating_add(self.claimed)
     }
 
-    /// Amounts of accelerators by the name of their resource; those that are zero are left out.
+    /// Amounts of extended resources of accelerators by name; those that are zero are left out.
     pub fn accelerators(&self) -> BTreeMap<String, u64> {
         let gpus = (self.gpus > 0).then(|| (NVIDIA_GPU.to_owned(), self.gpus));
         let mig = self.mig.iter();
@@ -130,6 +142,7 @@ impl Resources {
             memory_bytes: self.memory_bytes.max(other.memory_bytes),
             gpus: self.gpus.max(other.gpus),
             mig: self.mig.max(other.mig),
+            claimed: self.claimed.max(other.claimed),
             pods: self.pods.max(other.pods),
         }
     }
@@ -143,6 +156,7 @@ impl Add for Resources {
             memory_bytes: self.memory_bytes.saturating_add(other.memory_bytes),
             gpus: self.gpus.saturating_add(other.gpus),
             mig: self.mig.plus(other.mig),
+            claimed: self.claimed.saturating_add(other.claimed),
             pods: self.pods.saturating_add(other.pods),
         }
     }

@@ -9,6 +9,7 @@
 mod faults;
 mod happening;
 mod nature;
+mod quotas;
 mod rules;
 mod view;
 mod world;

@@ -13,8 +13,11 @@ use k8s_openapi::api::core::v1::{
     ConfigMap, ContainerStatus, Node, Pod, PodStatus, Service, Taint as NodeTaint,
 };
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use operator_api::ModelDeployment;
 
+use crate::devices::{ClaimNews, NodeDevices};
+use crate::fit::DeviceKind;
 use crate::marks::Marks;
 use crate::names;
 use crate::plan::{Action, Object, Plan};
@@ -37,6 +40,8 @@ pub struct Snapshot {
     pub config_maps: Vec<Arc<ConfigMapView>>,
     /// The config map named by `spec.model.configMapRef`, when there is one.
     pub model_config: Option<Arc<ConfigMapView>>,
+    /// Claim templates in its namespace that carry its label.
+    pub claim_templates: Vec<Arc<ClaimTemplateView>>,
     /// The Service of its name, whoever made it.
     pub service: Option<Arc<Service>>,
     /// The headless Service of its groups, whoever made it.
@@ -197,6 +202,17 @@ pub struct NodeView {
     pub faults: Vec<String>,
     /// What pods may take in total.
     pub allocatable: Resources,
+    /// Kind of its GPUs that claims may ask for.
+    pub devices: Option<DeviceKind>,
+}
+
+/// A claim template of a revision.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ClaimTemplateView {
+    /// Name.
+    pub name: String,
+    /// Uid.
+    pub uid: String,
 }
 
 /// All nodes, and what is taken on each.
@@ -206,6 +222,8 @@ pub struct Cluster {
     pub nodes: BTreeMap<String, Arc<NodeView>>,
     /// Sum of claims by node name.
     pub used: BTreeMap<String, Resources>,
+    /// What is known of resource claims.
+    pub claims: ClaimNews,
 }
 
 /// A config map.
@@ -438,7 +456,16 @@ impl NodeView {
                 .and_then(|s| s.allocatable.as_ref())
                 .map(Resources::of)
                 .unwrap_or_default(),
+            devices: None,
         }
+    }
+
+    /// The same node with the GPUs that claims may ask for.
+    #[must_use]
+    pub fn with_devices(mut self, devices: Option<&NodeDevices>) -> Self {
+        self.allocatable.claimed = devices.map_or(0, |devices| devices.total);
+        self.devices = devices.map(|devices| devices.kind.clone());
+        self
     }
 
     /// A label's value, empty when absent.
@@ -481,7 +508,11 @@ impl Cluster {
                 used.insert(claim.node.clone(), claim.requests);
             }
         }
-        Self { nodes, used }
+        Self {
+            nodes,
+            used,
+            claims: ClaimNews::Off,
+        }
     }
 
     /// Counts what the pods of a plan will take, each on the node it prefers.
@@ -499,6 +530,16 @@ impl Cluster {
     pub fn free(&self, node: &NodeView) -> Resources {
         let used = self.used.get(&node.name).copied().unwrap_or_default();
         node.allocatable.minus(used)
+    }
+}
+
+impl ClaimTemplateView {
+    /// The view of a claim template.
+    pub fn of(template: &ResourceClaimTemplate) -> Self {
+        Self {
+            name: template.metadata.name.clone().unwrap_or_default(),
+            uid: template.metadata.uid.clone().unwrap_or_default(),
+        }
     }
 }
 

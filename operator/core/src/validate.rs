@@ -271,6 +271,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
     let scale = valid_scale(&mut rules, *replicas, autoscaling.as_ref());
     let rollout = rollout::valid_rollout(&mut rules, rollout);
     let placement = valid_placement(&mut rules, placement);
+    accelerator::check_binding(&mut rules, &accelerator, placement.binding);
     template::check(&mut rules, pod_template);
     let secret = rules.name(
         "spec.model.secretRef.name",

@@ -18,6 +18,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use operator_api::{ModelDeployment, ModelDeploymentStatus};
 use operator_core::{Action, Kind, Object};
 use serde_json::{Value, json};
@@ -380,6 +381,13 @@ impl Applier {
                     .await?;
                 self.world.wrote_budget(budget);
             }
+            Object::ResourceClaimTemplate(template) => {
+                let template = self
+                    .writer
+                    .apply::<ResourceClaimTemplate>("ResourceClaimTemplate", namespace, template)
+                    .await?;
+                self.world.wrote_claim_template(template);
+            }
         }
         Ok(true)
     }
@@ -429,6 +437,11 @@ impl Applier {
             Kind::PodDisruptionBudget => {
                 writer
                     .delete::<PodDisruptionBudget>(word, namespace, name, uid)
+                    .await?
+            }
+            Kind::ResourceClaimTemplate => {
+                writer
+                    .delete::<ResourceClaimTemplate>(word, namespace, name, uid)
                     .await?
             }
         };

@@ -4,6 +4,7 @@
 //! into actions, and this crate carries them out.
 
 pub mod apply;
+pub mod claims;
 pub mod client;
 pub mod error;
 pub mod events;

@@ -7,6 +7,7 @@ use std::fmt::Debug;
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceClaimTemplate, ResourceSlice};
 use kube::api::{Api, ListParams};
 use kube::{Client, Resource};
 use operator_api::ModelDeployment;
@@ -70,7 +71,20 @@ pub async fn inventory(
     for (namespace, name) in named {
         config_maps.extend(config_map(client, namespace, name).await?);
     }
+    let claimed = claimed(client, namespace).await;
+    let (claimed, claims_unread) = match claimed {
+        Ok(claimed) => (claimed, None),
+        // Absent before Kubernetes 1.34; only who asks for claims has to know.
+        Err(error) if matches!(error.category(), Category::Forbidden | Category::NotFound) => {
+            (Claimed::default(), Some(error.to_string()))
+        }
+        Err(error) => return Err(error),
+    };
     Ok(Inventory {
+        slices: claimed.slices,
+        claims: claimed.claims,
+        claim_templates: claimed.templates,
+        claims_unread,
         nodes: all(&Api::all(client.clone()), "Node", "").await?,
         pods: all(&Api::all(client.clone()), "Pod", "").await?,
         config_maps,
@@ -78,6 +92,22 @@ pub async fn inventory(
         budgets: all(&scoped(client, namespace), "PodDisruptionBudget", "").await?,
         quotas: all(&scoped(client, namespace), "ResourceQuota", "").await?,
         deployments,
+    })
+}
+
+/// What is listed of `resource.k8s.io/v1`.
+#[derive(Default)]
+struct Claimed {
+    slices: Vec<ResourceSlice>,
+    claims: Vec<ResourceClaim>,
+    templates: Vec<ResourceClaimTemplate>,
+}
+
+async fn claimed(client: &Client, namespace: Option<&str>) -> Result<Claimed, Error> {
+    Ok(Claimed {
+        slices: all(&Api::all(client.clone()), "ResourceSlice", "").await?,
+        claims: all(&Api::all(client.clone()), "ResourceClaim", "").await?,
+        templates: all(&scoped(client, namespace), "ResourceClaimTemplate", "").await?,
     })
 }
 

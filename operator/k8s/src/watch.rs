@@ -80,6 +80,8 @@ pub struct Mirror<V> {
     listing: Mutex<Listing>,
     ready: AtomicBool,
     errors: AtomicU64,
+    /// The last interruption in words.
+    trouble: Mutex<Option<String>>,
 }
 
 /// What a list may have missed.
@@ -111,6 +113,7 @@ impl<V> Mirror<V> {
             listing: Mutex::default(),
             ready: AtomicBool::new(false),
             errors: AtomicU64::new(0),
+            trouble: Mutex::default(),
         })
     }
 
@@ -122,6 +125,12 @@ impl<V> Mirror<V> {
     /// Errors of the watch since the start; each is followed by a pause and a new attempt.
     pub fn errors(&self) -> u64 {
         self.errors.load(Ordering::Relaxed)
+    }
+
+    /// What last interrupted the watch.
+    pub fn trouble(&self) -> Option<String> {
+        let trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        trouble.clone()
     }
 
     /// The content, for as long as the guard lives. A panic elsewhere does not make it unreadable.
@@ -269,6 +278,10 @@ pub async fn follow<K, V>(
             }
             Err(error) => {
                 mirror.errors.fetch_add(1, Ordering::Relaxed);
+                *mirror
+                    .trouble
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
                 tracing::warn!(kind = mirror.kind, %error, "watch interrupted; it is resumed after a pause");
             }
         }

@@ -15,10 +15,11 @@ use kube::runtime::watcher;
 use kube::{Client, Resource};
 use operator_api::ModelDeployment;
 use operator_core::{
-    Claim, ConfigMapView, Demand, NodeView, PodSamples, QuotaView, Snapshot, names,
+    Claim, Cluster, ConfigMapView, Demand, NodeView, PodSamples, QuotaView, Snapshot, names,
 };
 use tokio::task::JoinSet;
 
+use crate::claims::Claims;
 use crate::ledger::Ledger;
 pub use crate::trim::{ChildConfigMap, ChildPod};
 use crate::trim::{
@@ -46,9 +47,14 @@ pub struct World {
     pub budgets: Arc<Mirror<PodDisruptionBudget>>,
     /// Quotas that limit GPUs.
     pub quotas: Arc<Mirror<QuotaView>>,
+    /// Resource claims, where they are followed.
+    pub claims: Claims,
     ledger: Mutex<Ledger>,
     wakes: Wakes,
 }
+
+/// Of the mirrors of [`World::each`], the first so many are needed by every plan.
+const NEEDED: usize = 8;
 
 /// What a snapshot needs beside the mirrors.
 #[derive(Clone, Debug, Default)]
@@ -73,6 +79,7 @@ impl World {
             services: Mirror::new("Service"),
             budgets: Mirror::new("PodDisruptionBudget"),
             quotas: Mirror::new("ResourceQuota"),
+            claims: Claims::default(),
             ledger: Mutex::default(),
             wakes: Wakes::default(),
         })
@@ -82,13 +89,14 @@ impl World {
     pub fn waiting_for(&self) -> Vec<&'static str> {
         self.each()
             .into_iter()
+            .take(NEEDED)
             .filter(|(_, ready, ..)| !ready)
             .map(|(kind, ..)| kind)
             .collect()
     }
 
     /// Kind, readiness, watch errors and size of every mirror.
-    pub fn each(&self) -> [(&'static str, bool, u64, usize); 8] {
+    pub fn each(&self) -> Vec<(&'static str, bool, u64, usize)> {
         fn of<V>(mirror: &Mirror<V>) -> (&'static str, bool, u64, usize) {
             (
                 mirror.kind,
@@ -97,7 +105,7 @@ impl World {
                 mirror.read().len(),
             )
         }
-        [
+        let mut all = vec![
             of(&self.deployments),
             of(&self.pods),
             of(&self.others),
@@ -106,7 +114,16 @@ impl World {
             of(&self.services),
             of(&self.budgets),
             of(&self.quotas),
-        ]
+        ];
+        if self.claims.is_followed() {
+            let claims = &self.claims;
+            all.extend([
+                of(&claims.slices),
+                of(&claims.others),
+                of(&claims.templates),
+            ]);
+        }
+        all
     }
 
     /// ModelDeployments that something happened to since the last call.
@@ -163,7 +180,10 @@ impl World {
             ranks_service: self.ranks_service(key),
             disruption_budget: self.budgets.get(key).and_then(Result::ok),
             quotas: self.quotas_of(&key.namespace),
-            cluster: Arc::clone(&lock(&self.ledger).cluster),
+            claim_templates: children(&self.claims.templates, key, |template| {
+                (*template.deployment == *key.name).then(|| Arc::clone(&template.view))
+            }),
+            cluster: self.cluster(),
             samples,
             demand,
         }
@@ -173,6 +193,24 @@ impl World {
         let name = names::ranks_service(&key.name);
         let key = Key::new(Arc::clone(&key.namespace), name);
         self.services.get(&key).and_then(Result::ok)
+    }
+
+    /// Nodes and what is taken on them.
+    fn cluster(&self) -> Arc<Cluster> {
+        let mut ledger = lock(&self.ledger);
+        if self.claims.is_followed() {
+            // News first: what is known then is in the devices that are read after it.
+            let news = self.claims.news();
+            if let Some(devices) = self.claims.changed_devices() {
+                ledger.set_devices(devices);
+            }
+            ledger.set_news(news);
+        }
+        Arc::clone(&ledger.cluster)
+    }
+
+    pub(crate) fn room_appeared(&self) {
+        self.wakes.room_appeared();
     }
 
     fn quotas_of(&self, namespace: &str) -> Vec<Arc<QuotaView>> {
@@ -453,7 +491,7 @@ fn children<V, T>(mirror: &Mirror<V>, owner: &Key, pick: impl Fn(&V) -> Option<T
         .collect()
 }
 
-fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
+pub(crate) fn api<K>(client: &Client, namespace: Option<&str>) -> Api<K>
 where
     K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>,
 {

@@ -11,14 +11,15 @@ use k8s_openapi::api::core::v1::{
     EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction, Lifecycle, LifecycleHandler,
     LocalObjectReference, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
     PersistentVolumeClaimVolumeSource, Pod, PodSecurityContext, PodSpec, PreferredSchedulingTerm,
-    Probe, ResourceRequirements, SeccompProfile, SecretKeySelector, SecretVolumeSource,
-    SecurityContext, SleepAction, Toleration, Volume, VolumeMount,
+    Probe, ResourceClaim, ResourceRequirements, SeccompProfile, SecretKeySelector,
+    SecretVolumeSource, SecurityContext, SleepAction, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use operator_api::Binding;
 
 use super::rank::Member;
+use crate::devices;
 use crate::fit::Layout;
 use crate::names::{self, Revision};
 use crate::plan::Settings;
@@ -78,6 +79,7 @@ pub struct Slot {
 /// What an engine pod asks for, as the planner counts it.
 pub fn engine_requests(valid: &ValidDeployment, layout: &Layout) -> Resources {
     Resources::of_pod(&PodSpec {
+        resource_claims: devices::pod_claim(layout, "").map(|claim| vec![claim]),
         containers: vec![Container {
             resources: Some(engine_resources(valid, layout)),
             ..Container::default()
@@ -135,7 +137,12 @@ fn engine_resources(valid: &ValidDeployment, layout: &Layout) -> ResourceRequire
     ResourceRequirements {
         requests: Some(requests),
         limits: Some(limits),
-        ..ResourceRequirements::default()
+        claims: devices::pod_claim(layout, "").map(|claim| {
+            vec![ResourceClaim {
+                name: claim.name,
+                request: None,
+            }]
+        }),
     }
 }
 
@@ -245,6 +252,10 @@ pub fn engine_pod(
         metadata,
         spec: Some(PodSpec {
             containers: vec![container],
+            resource_claims: {
+                let template = names::engine_config_map(&valid.name, revision);
+                devices::pod_claim(layout, &template).map(|claim| vec![claim])
+            },
             volumes: Some(volumes),
             restart_policy: Some("Always".into()),
             termination_grace_period_seconds: Some(drain + PRE_STOP_SECONDS + KILL_MARGIN_SECONDS),

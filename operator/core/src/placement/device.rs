@@ -6,6 +6,7 @@
 use std::fmt;
 
 use super::WhyNot;
+use crate::devices::DRIVER;
 use crate::fit::{DeviceKind, Layout, NodeGpus, node_gpus, offered_kinds};
 use crate::mig;
 use crate::resources::{NVIDIA_GPU, Resources};
@@ -23,6 +24,10 @@ pub enum DeviceWhyNot {
     },
     /// Its GPUs are being divided anew.
     Repartitioning(String),
+    /// It publishes no GPUs that claims may ask for.
+    NotPublished,
+    /// Its GPUs are given out by claims alone.
+    ClaimsOnly,
     /// It has too few of a resource other than `nvidia.com/gpu`.
     Few {
         /// Name of the resource.
@@ -48,7 +53,10 @@ impl DeviceWhyNot {
     pub(super) fn amount(&mut self) -> Option<&mut u64> {
         match self {
             Self::Few { has, .. } | Self::Taken { has, .. } => Some(has),
-            Self::Divided { .. } | Self::Repartitioning(_) => None,
+            Self::Divided { .. }
+            | Self::Repartitioning(_)
+            | Self::NotPublished
+            | Self::ClaimsOnly => None,
         }
     }
 
@@ -64,6 +72,8 @@ impl DeviceWhyNot {
             Self::Repartitioning(_) => {
                 "wait until the MIG manager has set nvidia.com/mig.config.state to success".into()
             }
+            Self::NotPublished => "run the DRA driver on it".into(),
+            Self::ClaimsOnly => "set spec.accelerator.claim to ask for them by claims".into(),
             Self::Few {
                 resource, needs, ..
             } => format!("a node that offers {needs} of {resource}"),
@@ -92,6 +102,13 @@ impl fmt::Display for DeviceWhyNot {
                 f,
                 "its GPUs are being divided anew: nvidia.com/mig.config.state={state}"
             ),
+            Self::NotPublished => {
+                write!(
+                    f,
+                    "publishes no GPUs of the driver {DRIVER} in ResourceSlices"
+                )
+            }
+            Self::ClaimsOnly => f.write_str("its GPUs are given out by resource claims alone"),
             Self::Few {
                 resource,
                 needs,
@@ -116,7 +133,16 @@ pub(super) fn why_not(node: &NodeView, layout: &Layout) -> Option<WhyNot> {
     if offered.contains(&layout.kind) {
         return None;
     }
-    let nearest = offered.iter().max_by_key(|kind| kind.usable_bytes());
+    let is_claim = |kind: &DeviceKind| matches!(kind, DeviceKind::Claimed { .. });
+    let mut alike = offered.clone();
+    alike.retain(|kind| is_claim(kind) == is_claim(&layout.kind));
+    if alike.is_empty() && is_claim(&layout.kind) {
+        return Some(WhyNot::Device(DeviceWhyNot::NotPublished));
+    }
+    if alike.is_empty() && !offered.is_empty() {
+        return Some(WhyNot::Device(DeviceWhyNot::ClaimsOnly));
+    }
+    let nearest = alike.iter().max_by_key(|kind| kind.usable_bytes());
     match (node_gpus(node), nearest) {
         (NodeGpus::Old { compute_major }, _) => Some(WhyNot::OldGpu(compute_major)),
         (NodeGpus::Shared, None) => Some(WhyNot::SharedGpu),
@@ -129,7 +155,7 @@ fn other_kind(kind: &DeviceKind, layout: &Layout) -> WhyNot {
     if !kind.can_combine() && layout.kind.can_combine() {
         return WhyNot::Device(DeviceWhyNot::Divided {
             product: kind.to_string(),
-            needs: layout.gpus(),
+            needs: layout.gpus_per_pod(),
         });
     }
     let needs = layout.memory.total_bytes();
@@ -146,7 +172,10 @@ pub(super) fn shortage(
     node: &NodeView,
     free: &Resources,
 ) -> Option<WhyNot> {
-    let resource = kind.resource()?;
+    let resource = match kind {
+        DeviceKind::Claimed { .. } => format!("GPUs of {DRIVER}"),
+        _ => kind.resource()?,
+    };
     let needs = kind.count_in(needs);
     let (there, has) = (kind.count_in(&node.allocatable), kind.count_in(free));
     if has >= needs {

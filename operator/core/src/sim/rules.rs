@@ -54,7 +54,10 @@ pub(super) fn plan(world: &World, plan: &Plan) -> Result<(), Box<Broken>> {
     }
     for action in &plan.actions {
         let is_foreign = match action {
-            Action::Delete { kind, .. } => !matches!(kind, Kind::Pod | Kind::ConfigMap),
+            Action::Delete { kind, .. } => !matches!(
+                kind,
+                Kind::Pod | Kind::ConfigMap | Kind::ResourceClaimTemplate
+            ),
             Action::Create(object) => !matches!(object, Object::Pod(_)),
             _ => false,
         };

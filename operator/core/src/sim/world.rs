@@ -15,12 +15,13 @@ use operator_api::{ModelDeployment, ModelDeploymentStatus};
 use super::nature::{Pace, later};
 use super::view::View;
 use super::{Broken, epoch};
+use crate::devices::{ClaimNews, NodeDevices};
 use crate::inventory::Inventory;
 use crate::names;
 use crate::plan::{Action, Kind, Object};
-use crate::resources::Resources;
 use crate::snapshot::{
-    Claim, Cluster, ConfigMapView, NodeView, PodSamples, PodView, QuotaView, Snapshot,
+    Claim, ClaimTemplateView, Cluster, ConfigMapView, NodeView, PodSamples, PodView, QuotaView,
+    Snapshot,
 };
 
 /// Happenings kept for the story of a broken rule.
@@ -114,6 +115,10 @@ pub struct World {
     pub(super) pods: BTreeMap<Key, StoredPod>,
     /// Config maps with the name of the wish they belong to.
     pub(super) config_maps: BTreeMap<Key, (String, Arc<ConfigMapView>)>,
+    /// Claim templates with the name of the wish they belong to.
+    pub(super) claim_templates: BTreeMap<Key, (String, Arc<ClaimTemplateView>)>,
+    /// GPUs that claims may ask for, by node.
+    pub(super) devices: BTreeMap<String, NodeDevices>,
     pub(super) nodes: BTreeMap<String, StoredNode>,
     /// Nodes that left, and when one like them joins.
     pub(super) joining: Vec<(Timestamp, Node)>,
@@ -147,6 +152,7 @@ pub struct World {
 impl World {
     /// A world of what was listed. `report` is what an inspection finds.
     pub fn new(seed: u64, inventory: Inventory, report: String, pace: Pace) -> Self {
+        let devices = inventory.devices();
         let Inventory {
             nodes,
             pods,
@@ -154,6 +160,10 @@ impl World {
             services: _,
             budgets: _,
             quotas,
+            slices: _,
+            claims: _,
+            claim_templates: _,
+            claims_unread: _,
             deployments,
         } = inventory;
         let mut world = Self {
@@ -164,6 +174,8 @@ impl World {
             wishes: BTreeMap::new(),
             pods: BTreeMap::new(),
             config_maps: BTreeMap::new(),
+            claim_templates: BTreeMap::new(),
+            devices,
             nodes: BTreeMap::new(),
             joining: Vec::new(),
             view: View::default(),
@@ -294,6 +306,8 @@ impl World {
         let (namespace, name) = key;
         self.config_maps
             .retain(|(space, _), (owner, _)| space != namespace || owner != name);
+        self.claim_templates
+            .retain(|(space, _), (owner, _)| space != namespace || owner != name);
         for pod in self.pods_of(key) {
             self.delete_pod(&pod, self.pace.delete_seconds_max);
         }
@@ -317,7 +331,9 @@ impl World {
 
     /// A node joins, or changes.
     pub fn put_node(&mut self, node: Node) {
-        let view = Arc::new(NodeView::of(&node));
+        let view = NodeView::of(&node);
+        let devices = self.devices.get(&view.name);
+        let view = Arc::new(view.with_devices(devices));
         self.nodes
             .insert(view.name.clone(), StoredNode { node, view });
     }
@@ -383,12 +399,21 @@ impl World {
                 .filter(|((space, _), (owner, _))| is_own(space) && owner == name)
                 .map(|(_, (_, map))| Arc::clone(map))
                 .collect(),
+            claim_templates: self
+                .claim_templates
+                .iter()
+                .filter(|((space, _), (owner, _))| is_own(space) && owner == name)
+                .map(|(_, (_, template))| Arc::clone(template))
+                .collect(),
             model_config,
             service: wish.service.clone(),
             ranks_service: wish.ranks_service.clone(),
             disruption_budget: wish.budget.clone(),
             quotas: view.quotas.get(namespace).cloned().unwrap_or_default(),
-            cluster: Arc::new(view.cluster()),
+            cluster: Arc::new(Cluster {
+                claims: ClaimNews::Known,
+                ..view.cluster()
+            }),
             samples: wish.samples.clone(),
             demand: None,
         })
@@ -455,6 +480,14 @@ impl World {
                 self.hear(&key, is_unheard);
                 done
             }
+            Action::Delete {
+                kind: Kind::ResourceClaimTemplate,
+                name,
+                ..
+            } => self
+                .claim_templates
+                .remove(&(namespace, name.clone()))
+                .is_some(),
             Action::Delete { name, .. } => self
                 .config_maps
                 .remove(&(namespace, name.clone()))
@@ -511,46 +544,6 @@ impl World {
         true
     }
 
-    /// Quotas of each namespace with what Kubernetes counts as used.
-    pub(super) fn quota_views(&self) -> BTreeMap<String, Vec<Arc<QuotaView>>> {
-        let used = |namespace: &String| {
-            let pods = self
-                .pods
-                .iter()
-                .filter(|((space, _), pod)| space == namespace && !pod.view.is_finished());
-            pods.fold(Resources::default(), |sum, (_, pod)| {
-                sum + pod.view.requests
-            })
-            .accelerators()
-        };
-        let view = |namespace: &String, quota: &QuotaView| {
-            let mut quota = quota.clone();
-            let used = used(namespace);
-            for (resource, limit) in &mut quota.limits {
-                limit.used = used.get(resource).copied().unwrap_or(0);
-            }
-            Arc::new(quota)
-        };
-        self.quotas
-            .iter()
-            .map(|(space, all)| {
-                (
-                    space.clone(),
-                    all.iter().map(|one| view(space, one)).collect(),
-                )
-            })
-            .collect()
-    }
-
-    /// Whether the API server refuses a pod because a quota allows no further devices.
-    pub fn is_over_quota(&self, namespace: &str, pod: &Pod) -> bool {
-        let needs = pod.spec.as_ref().map(Resources::of_pod);
-        let needs = needs.unwrap_or_default().accelerators();
-        let quotas = self.quota_views();
-        let mut quotas = quotas.get(namespace).into_iter().flatten();
-        quotas.any(|quota| quota.exceeded(&needs, &BTreeMap::new()).is_some())
-    }
-
     /// Whether a fresh read shows that what a write supposes of a node is not so.
     pub fn is_refuted(&mut self, action: &Action) -> bool {
         let Action::Delete {
@@ -581,6 +574,13 @@ impl World {
                 let (owner, view) = (owner_of(&map.metadata), ConfigMapView::of(&map));
                 let name = (key.0.clone(), view.name.clone());
                 self.config_maps.insert(name, (owner, Arc::new(view)));
+            }
+            Object::ResourceClaimTemplate(mut template) => {
+                template.metadata.uid = Some(uid);
+                let owner = owner_of(&template.metadata);
+                let view = ClaimTemplateView::of(&template);
+                let name = (key.0.clone(), view.name.clone());
+                self.claim_templates.insert(name, (owner, Arc::new(view)));
             }
             Object::Service(service) => {
                 let is_front = service.metadata.name.as_ref() == Some(&key.1);

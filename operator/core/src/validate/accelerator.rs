@@ -1,8 +1,9 @@
 //! What to compute on: kinds of GPU, and whether parts of them.
 
-use operator_api::{AcceleratorType, Mig};
+use operator_api::{AcceleratorType, Binding, Mig};
 
 use super::{Rules, is_word};
+use crate::devices::DEVICE_CLASS_DEFAULT;
 use crate::mig::MigProfile;
 
 /// Products and profiles that may be listed.
@@ -21,6 +22,8 @@ pub enum ValidAccelerator {
         memory_bytes_min: Option<u64>,
         /// Whether parts of GPUs are used.
         mig: ValidMig,
+        /// Device class of the claims that GPUs are asked for by; none for `nvidia.com/gpu`.
+        claim: Option<String>,
     },
 }
 
@@ -70,11 +73,23 @@ pub(super) fn valid_accelerator(
         );
     }
     let mig = valid_mig(rules, given);
+    let claim = given.claim.as_ref().map(|claim| {
+        let class = claim.device_class_name.as_deref();
+        let given = rules.name("spec.accelerator.claim.deviceClassName", class);
+        given.unwrap_or_else(|| DEVICE_CLASS_DEFAULT.to_owned())
+    });
+    rules.require(
+        claim.is_none() || mig == ValidMig::Never,
+        "spec.accelerator.claim",
+        "",
+        "gives out whole GPUs; remove it or set spec.accelerator.mig to never",
+    );
     match given.kind {
         AcceleratorType::Nvidia => ValidAccelerator::Nvidia {
             products: given.products.clone(),
             memory_bytes_min,
             mig,
+            claim,
         },
         AcceleratorType::Cpu => {
             rules.require(
@@ -95,9 +110,26 @@ pub(super) fn valid_accelerator(
                 word(given.mig.unwrap_or_default()),
                 "is about parts of GPUs; remove it or choose accelerator type nvidia",
             );
+            rules.require(
+                claim.is_none(),
+                "spec.accelerator.claim",
+                "",
+                "is about GPUs; remove it or choose accelerator type nvidia",
+            );
             ValidAccelerator::Cpu
         }
     }
+}
+
+/// Who allocates claims binds the pod.
+pub(super) fn check_binding(rules: &mut Rules, accelerator: &ValidAccelerator, binding: Binding) {
+    let is_claimed = matches!(accelerator, ValidAccelerator::Nvidia { claim: Some(_), .. });
+    rules.require(
+        !is_claimed || binding == Binding::Scheduler,
+        "spec.placement.binding",
+        "direct",
+        "kube-scheduler allocates resource claims; set it to scheduler or remove spec.accelerator.claim",
+    );
 }
 
 fn word(mig: Mig) -> &'static str {

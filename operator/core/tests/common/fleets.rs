@@ -7,20 +7,35 @@ use operator_core::Inventory;
 use operator_core::sim::{Faults, Seed, Story};
 use serde_json::{Value, json};
 
-use super::{deployment, gpu_node, mig_mixed, mig_single, node, settings, small_report, with};
+use super::{
+    deployment, gpu_node, mig_mixed, mig_single, node, settings, slice, small_report, with,
+};
 
 /// The story of a seed.
 pub fn story_of(seed: u64) -> Story {
     // A stream of its own, so that the world's chances do not repeat those of the fleet.
     let mut dice = Seed(seed ^ 0x00C0_FFEE_D15E_A5E5);
     let on_gpus = dice.below(2) == 0;
+    let by_claims = on_gpus && dice.below(4) == 0;
     let count = 2 + dice.below(4);
-    let nodes = (0..count)
+    let nodes: Vec<Node> = (0..count)
         .map(|index| random_node(&mut dice, index, on_gpus))
+        .collect();
+    let names = nodes.iter().filter_map(|node| node.metadata.name.clone());
+    let slices = names
+        .filter(|_| by_claims)
+        .map(|name| slice(&name, "NVIDIA H200", "143771Mi", dice.below(9)))
         .collect();
     let wishes = 1 + dice.below(3);
     let deployments = (0..wishes)
-        .map(|index| random_wish(&mut dice, index, on_gpus))
+        .map(|index| {
+            let wish = random_wish(&mut dice, index, on_gpus);
+            if by_claims {
+                with(wish, by_claim())
+            } else {
+                wish
+            }
+        })
         .collect();
     let quotas = (on_gpus && dice.below(3) == 0).then(|| {
         let resource = *dice.of(&["gpu", "gpu", "mig-3g.71gb"]).unwrap();
@@ -30,6 +45,7 @@ pub fn story_of(seed: u64) -> Story {
         nodes,
         deployments,
         quotas: quotas.into_iter().collect(),
+        slices,
         ..Inventory::default()
     };
     Story {
@@ -40,6 +56,14 @@ pub fn story_of(seed: u64) -> Story {
         faults: random_faults(&mut dice),
         steps: usize::try_from(30 + dice.below(50)).unwrap(),
     }
+}
+
+/// What makes a wish ask for GPUs by claims, which kube-scheduler alone allocates.
+fn by_claim() -> Value {
+    json!({"spec": {
+        "accelerator": {"mig": null, "claim": {}},
+        "placement": {"binding": null},
+    }})
 }
 
 fn quota(resource: &str, most: u64) -> ResourceQuota {

@@ -9,11 +9,13 @@ use std::sync::Arc;
 use engine_spec::{InspectReport, LoadReport, ModelConfig, ModelFacts};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceSlice};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use operator_api::ModelDeployment;
+use operator_core::devices::{AllocationView, ClaimNews, SliceView, by_node};
 use operator_core::snapshot::{
-    Claim, Cluster, ConfigMapView, LoadSample, NodeView, PodPhase, PodSamples, PodView, Scheduled,
-    Terminated,
+    Claim, ClaimTemplateView, Cluster, ConfigMapView, LoadSample, NodeView, PodPhase, PodSamples,
+    PodView, Scheduled, Terminated,
 };
 use operator_core::{Action, Object, Plan, Settings, Snapshot, check, names, plan};
 use serde_json::{Value, json};
@@ -165,6 +167,50 @@ pub fn mig_mixed(name: &str, gpus: u64, devices: &[(&str, u64, u64)]) -> Node {
     node
 }
 
+/// What NVIDIA's DRA driver publishes of a node's GPUs.
+pub fn slice(node: &str, product: &str, memory: &str, gpus: u64) -> ResourceSlice {
+    let devices: Vec<Value> = (0..gpus)
+        .map(|index| {
+            json!({
+                "name": format!("gpu-{index}"),
+                "attributes": {
+                    "type": {"string": "gpu"},
+                    "uuid": {"string": format!("GPU-{node}-{index}")},
+                    "productName": {"string": product},
+                    "cudaComputeCapability": {"version": "9.0.0"},
+                },
+                "capacity": {"memory": {"value": memory}},
+            })
+        })
+        .collect();
+    serde_json::from_value(json!({
+        "metadata": {"name": format!("{node}-gpu")},
+        "spec": {
+            "driver": "gpu.nvidia.com",
+            "nodeName": node,
+            "pool": {"name": node, "generation": 1, "resourceSliceCount": 1},
+            "devices": devices,
+        },
+    }))
+    .unwrap()
+}
+
+/// A claim of someone else that holds devices.
+pub fn held(pool: &str, devices: &[&str]) -> ResourceClaim {
+    let results: Vec<Value> = devices
+        .iter()
+        .map(|device| {
+            json!({"request": "r", "driver": "gpu.nvidia.com", "pool": pool, "device": device})
+        })
+        .collect();
+    serde_json::from_value(json!({
+        "metadata": {"name": "held", "namespace": "other"},
+        "spec": {},
+        "status": {"allocation": {"devices": {"results": results}}},
+    }))
+    .unwrap()
+}
+
 pub fn h200x8(name: &str) -> Node {
     gpu_node(name, "NVIDIA-H200", 143_771, 8)
 }
@@ -186,6 +232,8 @@ pub struct Story {
     pub snapshot: Snapshot,
     nodes: Vec<Node>,
     claims: Vec<Claim>,
+    slices: Vec<SliceView>,
+    others: Vec<AllocationView>,
 }
 
 pub fn story(deployment: ModelDeployment) -> Story {
@@ -196,6 +244,7 @@ pub fn story(deployment: ModelDeployment) -> Story {
             deployment: Arc::new(deployment),
             pods: Vec::new(),
             config_maps: Vec::new(),
+            claim_templates: Vec::new(),
             model_config: None,
             service: None,
             ranks_service: None,
@@ -207,6 +256,8 @@ pub fn story(deployment: ModelDeployment) -> Story {
         },
         nodes: Vec::new(),
         claims: Vec::new(),
+        slices: Vec::new(),
+        others: Vec::new(),
     };
     if source_is_given {
         story = story.of_config(R1_CONFIG);
@@ -221,9 +272,38 @@ impl Story {
         self
     }
 
+    /// Slices that are published, and claims of others that hold some of them.
+    pub fn publishing(
+        mut self,
+        slices: impl IntoIterator<Item = ResourceSlice>,
+        claims: impl IntoIterator<Item = ResourceClaim>,
+    ) -> Self {
+        self.slices
+            .extend(slices.into_iter().filter_map(|slice| SliceView::of(&slice)));
+        self.others.extend(
+            claims
+                .into_iter()
+                .filter_map(|claim| AllocationView::of(&claim)),
+        );
+        Arc::make_mut(&mut self.snapshot.cluster).claims = ClaimNews::Known;
+        self.recount();
+        self
+    }
+
     fn recount(&mut self) {
-        let nodes = self.nodes.iter().map(|node| Arc::new(NodeView::of(node)));
-        self.snapshot.cluster = Arc::new(Cluster::new(nodes, &self.claims));
+        let devices = by_node(&self.slices, &self.others);
+        let nodes = self.nodes.iter().map(|node| {
+            let view = NodeView::of(node);
+            let published = devices.get(&view.name);
+            Arc::new(view.with_devices(published))
+        });
+        let held = devices.iter().map(|(node, devices)| devices.claim(node));
+        let claims: Vec<Claim> = self.claims.iter().cloned().chain(held).collect();
+        let news = self.snapshot.cluster.claims.clone();
+        self.snapshot.cluster = Arc::new(Cluster {
+            claims: news,
+            ..Cluster::new(nodes, &claims)
+        });
     }
 
     /// The model's facts are known from an earlier inspection.
@@ -327,6 +407,11 @@ impl Story {
                     .retain(|old| old.name != view.name);
                 self.snapshot.config_maps.push(Arc::new(view));
             }
+            Action::Apply(Object::ResourceClaimTemplate(template)) => {
+                let mut view = ClaimTemplateView::of(template);
+                view.uid = format!("uid-{}", view.name);
+                self.snapshot.claim_templates.push(Arc::new(view));
+            }
             Action::Apply(Object::Service(service)) => {
                 let is_front = service.metadata.name == self.snapshot.deployment.metadata.name;
                 let service = Some(Arc::new((**service).clone()));
@@ -358,6 +443,11 @@ impl Story {
             }),
             Action::Delete { kind, name, .. } => match kind {
                 operator_core::Kind::Pod => self.pod(name, |pod| pod.deleting = true),
+                operator_core::Kind::ResourceClaimTemplate => {
+                    self.snapshot
+                        .claim_templates
+                        .retain(|one| one.name != *name);
+                }
                 _ => self.snapshot.config_maps.retain(|map| map.name != *name),
             },
         }

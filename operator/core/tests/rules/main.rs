@@ -424,6 +424,36 @@ fn table() -> Vec<(&'static str, Refused, &'static str, Value)> {
             gpu(json!({"accelerator": {"mig": "only", "migProfiles": ["1g.10gb+me"]}})),
         ),
         (
+            "GPUs by claims",
+            Never,
+            "",
+            gpu(json!({"accelerator": {"claim": {"deviceClassName": "gpu.nvidia.com"}}})),
+        ),
+        (
+            "claims on the CPU",
+            Everywhere,
+            "is about GPUs",
+            spec(json!({"accelerator": {"claim": {}}})),
+        ),
+        (
+            "parts by claims",
+            Everywhere,
+            "gives out whole GPUs",
+            gpu(json!({"accelerator": {"claim": {}, "mig": "allowed"}})),
+        ),
+        (
+            "claims that nobody allocates",
+            Everywhere,
+            "kube-scheduler allocates resource claims",
+            gpu(json!({"accelerator": {"claim": {}}, "placement": {"binding": "direct"}})),
+        ),
+        (
+            "a device class with a space",
+            InRust,
+            "deviceClassName",
+            gpu(json!({"accelerator": {"claim": {"deviceClassName": "a b"}}})),
+        ),
+        (
             "two parts for a replica",
             Everywhere,
             "nothing connects MIG devices",
