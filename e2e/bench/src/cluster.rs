@@ -1,35 +1,37 @@
-//! S1: one model with many replicas, created on a real API server with simulated nodes; beside it a bare client that
-//! creates the same pods as fast as the API server takes them, which is the limit of any operator.
+//! What the operator does on a real API server with simulated nodes, beside what bounds it.
 //!
-//! The same control plane serves both, one after the other, in each run; the pods are those of the operator's plan.
+//! S1: one model with many replicas; a bare client then creates the same pods as fast as the API server takes them, which
+//! is the limit of any operator. S6: a restart over a fleet that is as it should be. S7: the operator while nothing
+//! changes. S8: many models at once. The same control plane serves all, one after the other, in each run.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use e2e::{Cluster, Lab};
-use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, DeleteParams, ListParams, PostParams};
+use kube::api::{Api, ListParams, PostParams};
 use operator_api::ModelDeployment;
 use operator_k8s::Client;
 
+use crate::large;
+use crate::objects::{WAIT_MAX, api, clear, clear_pods, create_all, templates, wait_pods};
 use crate::operator::{Operator, newest_operator};
-use crate::planning;
+use crate::planning::{self, Shape};
 use bench_report::{Row, median};
 
-/// ModelDeployments of S8, which tells the story of a fleet of many models.
+/// ModelDeployments of S8, which tells the story of a fleet of many models. Each takes a node; there are fewer where there
+/// are fewer nodes.
 const MODELS: u32 = 300;
-/// Creates under way at once by the bare client; other numbers were not measured.
-const CONCURRENCY: usize = 64;
-/// How long one run may take.
-const RUN_MAX: Duration = Duration::from_secs(600);
 /// How long simulated nodes need to report a thousand pods. It need not be all of them ready: on a busy machine simulated
 /// nodes miss heartbeats, and the pods on them are then reported not ready for good.
 const SETTLE: Duration = Duration::from_secs(30);
 /// How long the operator is watched while nothing changes.
 const IDLE: Duration = Duration::from_secs(10);
+/// How long a restarted operator may take.
+const RESTART_MAX: Duration = Duration::from_secs(60);
 const ACTIONS: &str = "cachalot_operator_actions_total";
+const PASSES: &str = "cachalot_operator_reconcile_total";
 /// Name of the ModelDeployment.
 const NAME: &str = "fleet";
 
@@ -41,6 +43,10 @@ pub struct Bench {
     pub nodes: u32,
     /// Runs.
     pub runs: usize,
+    /// The large fleet; when it is empty it is left out.
+    pub large: large::Size,
+    /// Only the large fleet.
+    pub large_only: bool,
     /// The operator's binary.
     pub operator: Option<PathBuf>,
 }
@@ -48,14 +54,29 @@ pub struct Bench {
 /// One run of the operator.
 struct Run {
     pods_per_second: f64,
+    bare_per_second: f64,
     resident_megabytes: f64,
     writes_per_pod: f64,
     /// Processor time, the operator's start included.
     millis_per_pod: f64,
     /// Of one core, while nothing changes.
     idle_percent: f64,
-    /// From the start of the process to its first look at everything, which changes nothing.
+    /// From the start of the process to its first look that changes nothing.
     restart_seconds: f64,
+    /// Until all of many ModelDeployments are Planned.
+    many_seconds: f64,
+}
+
+/// Where it is measured.
+pub struct Place<'a> {
+    /// The operator's binary.
+    pub binary: &'a Path,
+    /// The control plane.
+    pub cluster: &'a Cluster,
+    /// A client of it.
+    pub client: &'a Client,
+    /// Where the operator logs.
+    pub log: &'a Path,
 }
 
 impl Bench {
@@ -70,39 +91,64 @@ impl Bench {
         prepare(&lab, &cluster, self.nodes)?;
         let (client, _) =
             operator_k8s::client::connect_as(Some(cluster.kubeconfig()), None).await?;
-        let pods: Api<Pod> = Api::namespaced(client.clone(), "default");
         let folder = tempfile::tempdir()?;
-        let mut bare = Vec::new();
         let mut runs = Vec::new();
-        let mut many = Vec::new();
-        for run in 0..self.runs {
+        for run in 0..if self.large_only { 0 } else { self.runs } {
             let log = folder.path().join(format!("operator-{run}.log"));
-            let operated = self
-                .operate(&binary, &cluster, &client, &pods, &log)
-                .await?;
-            let templates = templates(&pods).await?;
-            self.clear(&cluster, &pods).await?;
-            let rate = self.create_bare(&pods, templates).await?;
-            self.clear(&cluster, &pods).await?;
-            many.push(self.many(&binary, &cluster, &client, &log).await?);
-            self.clear(&cluster, &pods).await?;
+            let place = Place {
+                binary: &binary,
+                cluster: &cluster,
+                client: &client,
+                log: &log,
+            };
+            let measured = self.run(&place).await?;
             println!(
-                "run {run}: operator {:.0} pods/s, bare client {rate:.0} pods/s",
-                operated.pods_per_second
+                "run {run}: operator {:.0} pods/s, bare client {:.0} pods/s, restart {:.2} s, {} models {:.1} s, \
+                 {:.0} MB, {:.2} ms per pod, idle {:.1} %",
+                measured.pods_per_second,
+                measured.bare_per_second,
+                measured.restart_seconds,
+                self.models(),
+                measured.many_seconds,
+                measured.resident_megabytes,
+                measured.millis_per_pod,
+                measured.idle_percent,
             );
-            bare.push(rate);
-            runs.push(operated);
+            runs.push(measured);
         }
+        let mut rows = if runs.is_empty() {
+            Vec::new()
+        } else {
+            self.table(&runs)
+        };
+        if !self.large.is_empty() {
+            let log = folder.path().join("operator-large.log");
+            let place = Place {
+                binary: &binary,
+                cluster: &cluster,
+                client: &client,
+                log: &log,
+            };
+            rows.extend(large::rows(&place, self.large, self.runs).await?);
+        }
+        Ok(rows)
+    }
+
+    fn models(&self) -> u32 {
+        MODELS.min(self.nodes)
+    }
+
+    fn table(&self, runs: &[Run]) -> Vec<Row> {
         let column = |of: fn(&Run) -> f64| median(runs.iter().map(of).collect());
         let replicas = self.replicas;
-        Ok(vec![
+        vec![
             Row::against(
                 &format!(
                     "S1: 1 model x {replicas} replicas, pods created per second, beside a bare client"
                 ),
                 column(|run| run.pods_per_second),
                 "pods/s",
-                median(bare),
+                column(|run| run.bare_per_second),
                 Some(0.9),
             ),
             Row::below(
@@ -137,140 +183,112 @@ impl Bench {
                 1.0,
             ),
             Row::below(
-                &format!("S8: {MODELS} ModelDeployments applied at once, until all are Planned"),
-                median(many),
+                &format!(
+                    "S8: {} ModelDeployments applied at once, until all are Planned",
+                    self.models()
+                ),
+                column(|run| run.many_seconds),
                 "s",
                 5.0,
             ),
-        ])
+        ]
     }
 
-    /// Creates the fleet with the operator, which starts and stops with the run.
-    async fn operate(
-        &self,
-        binary: &Path,
-        cluster: &Cluster,
-        client: &Client,
-        pods: &Api<Pod>,
-        log: &Path,
-    ) -> Result<Run> {
-        let operator = Operator::start(binary, cluster, log)?;
+    /// Everything once; the control plane is left empty.
+    async fn run(&self, place: &Place<'_>) -> Result<Run> {
+        let Place {
+            cluster, client, ..
+        } = place;
+        let pods: Api<Pod> = api(client);
+        let operator = Operator::start(place.binary, cluster, place.log)?;
         operator.wait_leading().await?;
-        let wishes: Api<ModelDeployment> = Api::namespaced(client.clone(), "default");
-        let mut wish = planning::deployment(NAME, self.replicas)?;
-        wish.metadata.uid = None;
-        wish.metadata.generation = None;
-        let start = Instant::now();
-        wishes.create(&PostParams::default(), &wish).await?;
-        self.wait_count(pods, self.replicas).await?;
-        let span = start.elapsed();
+        let pods_per_second = self.create_operated(client, &pods).await?;
         let used_seconds = operator.processor_seconds()?;
         // Status and budget may still be on their way.
         tokio::time::sleep(Duration::from_secs(2)).await;
         let metrics = operator.metrics()?;
         let writes = Operator::sum(&metrics, ACTIONS);
         let resident_megabytes = Operator::resident_megabytes(&metrics)?;
-        tokio::time::sleep(SETTLE).await;
-        let before = operator.processor_seconds()?;
-        let begin = Instant::now();
-        tokio::time::sleep(IDLE).await;
-        let used = operator.processor_seconds()? - before;
-        let idle_percent = 100.0 * used / begin.elapsed().as_secs_f64();
+        let idle_percent = idle(&operator).await?;
         drop(operator);
-        let restart_seconds = restart(binary, cluster, log).await?;
+        let restart_seconds = restart(place, 1).await?.0;
+        // The bare client creates the same pods, of the same owner, while no operator runs.
+        let templates = templates(&pods).await?;
+        clear_pods(&pods).await?;
+        let bare_per_second = self.create_bare(&pods, templates).await?;
+        clear(cluster, client).await?;
+        let many_seconds = many(place, self.models()).await?;
+        clear(cluster, client).await?;
         let replicas = f64::from(self.replicas);
         Ok(Run {
-            pods_per_second: replicas / span.as_secs_f64(),
+            pods_per_second,
+            bare_per_second,
             resident_megabytes,
             millis_per_pod: 1000.0 * used_seconds / replicas,
             idle_percent,
             restart_seconds,
+            many_seconds,
             writes_per_pod: writes / replicas,
         })
     }
 
-    /// Creates many ModelDeployments of one replica; seconds until all of them have a plan.
-    async fn many(
-        &self,
-        binary: &Path,
-        cluster: &Cluster,
-        client: &Client,
-        log: &Path,
-    ) -> Result<f64> {
-        let operator = Operator::start(binary, cluster, log)?;
-        operator.wait_leading().await?;
-        let wishes: Api<ModelDeployment> = Api::namespaced(client.clone(), "default");
-        let mut models = Vec::new();
-        for index in 0..MODELS {
-            let mut wish = planning::deployment(&format!("{NAME}-{index}"), 1)?;
-            wish.metadata.uid = None;
-            wish.metadata.generation = None;
-            models.push(wish);
-        }
+    /// Has the fleet created by the operator that runs; pods per second.
+    async fn create_operated(&self, client: &Client, pods: &Api<Pod>) -> Result<f64> {
+        let wish = planning::wish(NAME, self.replicas, Shape::DeepSeekR1)?;
         let start = Instant::now();
-        let wishes = &wishes;
-        let mut calls = futures::stream::iter(models)
-            .map(|wish| async move { wishes.create(&PostParams::default(), &wish).await })
-            .buffer_unordered(CONCURRENCY);
-        while let Some(created) = calls.next().await {
-            created?;
-        }
-        loop {
-            let all = wishes.list(&ListParams::default()).await?;
-            let planned = all.iter().filter(|wish| is_planned(wish)).count();
-            if planned >= usize::try_from(MODELS)? {
-                return Ok(start.elapsed().as_secs_f64());
-            }
-            if start.elapsed() > RUN_MAX {
-                bail!("{planned} of {MODELS} are Planned after {RUN_MAX:?}");
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    }
-
-    /// Creates the same pods with nothing but a client; pods per second.
-    async fn create_bare(&self, pods: &Api<Pod>, templates: Vec<Pod>) -> Result<f64> {
-        let start = Instant::now();
-        let mut calls = futures::stream::iter(templates)
-            .map(|pod| async move { pods.create(&PostParams::default(), &pod).await })
-            .buffer_unordered(CONCURRENCY);
-        while let Some(created) = calls.next().await {
-            created?;
-        }
+        api::<ModelDeployment>(client)
+            .create(&PostParams::default(), &wish)
+            .await?;
+        wait_pods(pods, usize::try_from(self.replicas)?).await?;
         Ok(f64::from(self.replicas) / start.elapsed().as_secs_f64())
     }
 
-    async fn wait_count(&self, pods: &Api<Pod>, wanted: u32) -> Result<()> {
+    /// Creates pods with nothing but a client; pods per second, by the same count as the operator's.
+    async fn create_bare(&self, pods: &Api<Pod>, templates: Vec<Pod>) -> Result<f64> {
+        let wanted = templates.len();
         let start = Instant::now();
-        loop {
-            let there = count(pods).await?;
-            if there >= usize::try_from(wanted)? {
-                return Ok(());
-            }
-            if start.elapsed() > RUN_MAX {
-                bail!("{there} of {wanted} pods after {RUN_MAX:?}");
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        tokio::try_join!(create_all(pods, templates), wait_pods(pods, wanted))?;
+        Ok(f64::from(self.replicas) / start.elapsed().as_secs_f64())
     }
+}
 
-    /// Removes the fleet, whoever made it.
-    async fn clear(&self, cluster: &Cluster, pods: &Api<Pod>) -> Result<()> {
-        cluster.kubectl(&["delete", "mdep", "--all", "--wait=false"])?;
-        let at_once = DeleteParams::default().grace_period(0);
-        let start = Instant::now();
-        loop {
-            let left = count(pods).await?;
-            if left == 0 {
-                return Ok(());
-            }
-            if start.elapsed() > RUN_MAX {
-                bail!("{left} pods are still there after {RUN_MAX:?}");
-            }
-            pods.delete_collection(&at_once, &ListParams::default())
-                .await?;
-            tokio::time::sleep(Duration::from_millis(500)).await;
+/// The operator's share of a core, in percent, once the fleet has settled.
+pub async fn idle(operator: &Operator) -> Result<f64> {
+    tokio::time::sleep(SETTLE).await;
+    let before = operator.processor_seconds()?;
+    let begin = Instant::now();
+    tokio::time::sleep(IDLE).await;
+    let used = operator.processor_seconds()? - before;
+    Ok(100.0 * used / begin.elapsed().as_secs_f64())
+}
+
+/// Creates many ModelDeployments of one replica; seconds until all of them have a plan.
+async fn many(place: &Place<'_>, number: u32) -> Result<f64> {
+    let operator = Operator::start(place.binary, place.cluster, place.log)?;
+    operator.wait_leading().await?;
+    let wishes: Api<ModelDeployment> = api(place.client);
+    let models = (0..number)
+        .map(|index| planning::wish(&format!("{NAME}-{index}"), 1, Shape::DeepSeekR1))
+        .collect::<Result<_>>()?;
+    let start = Instant::now();
+    create_all(&wishes, models).await?;
+    wait_planned(&wishes, usize::try_from(number)?).await?;
+    Ok(start.elapsed().as_secs_f64())
+}
+
+/// Waits until so many ModelDeployments have a plan.
+pub async fn wait_planned(wishes: &Api<ModelDeployment>, wanted: usize) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        let all = wishes.list(&ListParams::default()).await?;
+        let planned = all.iter().filter(|wish| is_planned(wish)).count();
+        if planned >= wanted {
+            return Ok(());
         }
+        if start.elapsed() > WAIT_MAX {
+            bail!("{planned} of {wanted} are Planned after {WAIT_MAX:?}");
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
@@ -279,56 +297,44 @@ fn is_planned(wish: &ModelDeployment) -> bool {
     conditions.any(|condition| condition.type_ == "Planned" && condition.status == "True")
 }
 
-/// Starts the operator over a fleet that is as it should be; seconds until it has looked at all of it.
-async fn restart(binary: &Path, cluster: &Cluster, log: &Path) -> Result<f64> {
+/// Starts the operator over a fleet of `models` that is as it should be; seconds until its first look that changes
+/// nothing, and until so many looks have; with the operator. Passes that wrote a status are not counted: simulated nodes
+/// may have reported something meanwhile.
+pub async fn restart(place: &Place<'_>, models: u32) -> Result<(f64, f64, Operator)> {
     let start = Instant::now();
-    let operator = Operator::start(binary, cluster, log)?;
+    let operator = Operator::start(place.binary, place.cluster, place.log)?;
+    let mut first = None;
     loop {
         // It may not listen yet.
         let metrics = operator.metrics().unwrap_or_default();
-        if Operator::sum(&metrics, "cachalot_operator_reconcile_total") >= 1.0 {
-            break;
+        let looks = |outcome: &str| {
+            Operator::sum_where(&metrics, PASSES, &format!("outcome=\"{outcome}\""))
+        };
+        let (unchanged, elapsed) = (looks("unchanged"), start.elapsed());
+        if unchanged >= 1.0 {
+            first.get_or_insert(elapsed.as_secs_f64());
         }
-        if start.elapsed() > RUN_MAX {
-            bail!("the restarted operator looked at nothing in {RUN_MAX:?}");
+        let reports = Operator::sum_where(&metrics, ACTIONS, "action=\"report\"");
+        let actions = Operator::sum(&metrics, ACTIONS) - reports;
+        if actions > 0.0 {
+            bail!(
+                "the restarted operator made {actions} writes to a fleet that was as it should be"
+            );
+        }
+        if unchanged >= f64::from(models)
+            && let Some(first) = first
+        {
+            return Ok((first, elapsed.as_secs_f64(), operator));
+        }
+        if elapsed > RESTART_MAX {
+            bail!(
+                "the restarted operator: {unchanged} of {models} looks changed nothing, {} wrote a status and {} failed in {RESTART_MAX:?}",
+                looks("applied"),
+                looks("failed"),
+            );
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    let seconds = start.elapsed().as_secs_f64();
-    tokio::time::sleep(Duration::from_secs(2)).await;
-    let actions = Operator::sum(&operator.metrics()?, ACTIONS);
-    if actions > 0.0 {
-        bail!("the restarted operator made {actions} writes to a fleet that was as it should be");
-    }
-    Ok(seconds)
-}
-
-/// How many pods there are: the first of them, and how many the API server says remain.
-async fn count(pods: &Api<Pod>) -> Result<usize> {
-    let page = pods.list_metadata(&ListParams::default().limit(1)).await?;
-    let more = page.metadata.remaining_item_count.unwrap_or(0);
-    Ok(page.items.len() + usize::try_from(more)?)
-}
-
-/// The pods that are there, as they were created: without what the cluster added, and owned by nobody.
-async fn templates(pods: &Api<Pod>) -> Result<Vec<Pod>> {
-    let list = pods.list(&ListParams::default()).await?;
-    Ok(list
-        .items
-        .into_iter()
-        .map(|mut pod| {
-            pod.metadata.uid = None;
-            pod.metadata.resource_version = None;
-            pod.metadata.creation_timestamp = None;
-            pod.metadata.managed_fields = None;
-            pod.metadata.owner_references = None;
-            pod.status = None;
-            if let Some(spec) = &mut pod.spec {
-                spec.node_name = None;
-            }
-            pod
-        })
-        .collect())
 }
 
 fn prepare(lab: &Lab, cluster: &Cluster, nodes: u32) -> Result<()> {
@@ -337,9 +343,11 @@ fn prepare(lab: &Lab, cluster: &Cluster, nodes: u32) -> Result<()> {
     cluster.kubectl(&["apply", "--server-side", "-f", &crd])?;
     let name = "crd/modeldeployments.cachalot.dev";
     cluster.kubectl(&["wait", "--for=condition=Established", name, "--timeout=30s"])?;
-    let config = serde_json::to_string(&planning::config()?)?;
-    let typed = config.replacen('{', "{\"apiVersion\":\"v1\",\"kind\":\"ConfigMap\",", 1);
-    cluster.apply("default", &typed)?;
+    for shape in [Shape::DeepSeekR1, Shape::Small] {
+        let config = serde_json::to_string(&shape.config()?)?;
+        let typed = config.replacen('{', "{\"apiVersion\":\"v1\",\"kind\":\"ConfigMap\",", 1);
+        cluster.apply("default", &typed)?;
+    }
     let count = nodes.to_string();
     let mut arguments = vec!["simulate", "--prefix", "gpu", "--count", &count];
     arguments.extend([
@@ -360,8 +368,8 @@ fn prepare(lab: &Lab, cluster: &Cluster, nodes: u32) -> Result<()> {
         if all.iter().filter(is_ready).count() >= usize::try_from(nodes)? {
             return Ok(());
         }
-        if start.elapsed() > RUN_MAX {
-            bail!("the simulated nodes are not ready after {RUN_MAX:?}");
+        if start.elapsed() > WAIT_MAX {
+            bail!("the simulated nodes are not ready after {WAIT_MAX:?}");
         }
         std::thread::sleep(Duration::from_secs(1));
     }

@@ -4,6 +4,8 @@
 //! that a slow machine slows both. Writes `docs/performance/fleet.json`.
 
 mod cluster;
+mod large;
+mod objects;
 mod operator;
 mod planning;
 
@@ -29,6 +31,15 @@ struct Arguments {
     /// Runs of each measurement; the median counts.
     #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=99))]
     runs: u32,
+    /// ModelDeployments of the large fleet, over which the operator is restarted; 0: not measured.
+    #[arg(long, value_name = "NUMBER", default_value_t = 1000)]
+    large_models: u32,
+    /// Replicas of each of them, of one GPU.
+    #[arg(long, value_name = "NUMBER", default_value_t = 10)]
+    large_replicas: u32,
+    /// Only the large fleet.
+    #[arg(long)]
+    large_only: bool,
     /// The operator's binary; absent: the newest that cargo built.
     #[arg(long, value_name = "FILE")]
     operator: Option<PathBuf>,
@@ -54,6 +65,11 @@ fn main() -> Result<()> {
             replicas: arguments.replicas,
             nodes: arguments.nodes,
             runs,
+            large_only: arguments.large_only,
+            large: large::Size {
+                models: arguments.large_models,
+                replicas: arguments.large_replicas,
+            },
             operator: arguments.operator,
         };
         rows.extend(runtime.block_on(bench.rows())?);

@@ -69,11 +69,16 @@ impl Operator {
 
     /// Sum of a metric over its labels; 0 while there is none.
     pub fn sum(metrics: &str, name: &str) -> f64 {
+        Self::sum_where(metrics, name, "")
+    }
+
+    /// Sum of those series of a metric that have a label, given as `name="value"`; 0 while there is none.
+    pub fn sum_where(metrics: &str, name: &str, label: &str) -> f64 {
         metrics
             .lines()
             .filter(|line| {
                 line.strip_prefix(name)
-                    .is_some_and(|rest| rest.starts_with(['{', ' ']))
+                    .is_some_and(|rest| rest.starts_with(['{', ' ']) && rest.contains(label))
             })
             .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())
             .sum()

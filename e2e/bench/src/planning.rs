@@ -9,6 +9,7 @@ use operator_api::ModelDeployment;
 use operator_core::{Action, Cluster, Inventory, Object, Plan, Settings, Snapshot};
 use serde_json::json;
 
+use crate::objects::NAMESPACE;
 use bench_report::{Row, median};
 
 /// ModelDeployments over which the replicas of the last row are spread.
@@ -19,7 +20,7 @@ pub fn rows(nodes: u32, replicas: u32, runs: usize) -> Result<Vec<Row>> {
     let gpus = u64::from(nodes) * 8;
     let mut inventory = Inventory {
         nodes: (0..nodes).map(node).collect::<Result<_>>()?,
-        config_maps: vec![config()?],
+        config_maps: vec![Shape::DeepSeekR1.config()?],
         ..Inventory::default()
     };
     let empty = Arc::new(inventory.cluster());
@@ -116,16 +117,60 @@ fn node(index: u32) -> Result<Node> {
     }))?)
 }
 
-/// A ModelDeployment of DeepSeek-R1: eight GPUs a replica.
-pub fn deployment(name: &str, replicas: u32) -> Result<ModelDeployment> {
+/// What a model looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// DeepSeek-R1: eight GPUs a replica.
+    DeepSeekR1,
+    /// The model of `make bench-engine`: one GPU a replica.
+    Small,
+}
+
+impl Shape {
+    fn source(self) -> &'static str {
+        match self {
+            Self::DeepSeekR1 => "hf://deepseek-ai/DeepSeek-R1",
+            Self::Small => "hf://cachalot/bench",
+        }
+    }
+
+    fn config_name(self) -> &'static str {
+        match self {
+            Self::DeepSeekR1 => "deepseek-r1-config",
+            Self::Small => "bench-config",
+        }
+    }
+
+    /// The config map that a ModelDeployment of this shape names.
+    pub fn config(self) -> Result<ConfigMap> {
+        let read =
+            |file: &str| std::fs::read_to_string(e2e::root().join(file)).context(file.to_owned());
+        let mut map: ConfigMap = match self {
+            Self::DeepSeekR1 => {
+                let text = read("docs/guide/gpu-fleet.yaml")?;
+                let first = text.split("\n---\n").next().unwrap_or_default();
+                serde_yaml::from_str(first).context("docs/guide/gpu-fleet.yaml")?
+            }
+            Self::Small => serde_json::from_value(json!({
+                "data": {"config.json": read("engine/bench/model/config.json")?},
+            }))?,
+        };
+        map.metadata.name = Some(self.config_name().into());
+        map.metadata.namespace = Some(NAMESPACE.into());
+        Ok(map)
+    }
+}
+
+/// A ModelDeployment to be created.
+pub fn wish(name: &str, replicas: u32, shape: Shape) -> Result<ModelDeployment> {
     Ok(serde_json::from_value(json!({
         "apiVersion": "cachalot.dev/v1alpha1",
         "kind": "ModelDeployment",
-        "metadata": {"name": name, "namespace": "default", "uid": format!("uid-{name}"), "generation": 1},
+        "metadata": {"name": name, "namespace": NAMESPACE},
         "spec": {
             "model": {
-                "source": "hf://deepseek-ai/DeepSeek-R1",
-                "configMapRef": {"name": "deepseek-r1-config"},
+                "source": shape.source(),
+                "configMapRef": {"name": shape.config_name()},
             },
             "context": {"maxTokens": 32768, "maxConcurrentSequences": 16},
             "replicas": replicas,
@@ -134,11 +179,10 @@ pub fn deployment(name: &str, replicas: u32) -> Result<ModelDeployment> {
     }))?)
 }
 
-/// The config map of the guide with the config of DeepSeek-R1.
-pub fn config() -> Result<ConfigMap> {
-    let text = std::fs::read_to_string(e2e::root().join("docs/guide/gpu-fleet.yaml"))?;
-    let first = text.split("\n---\n").next().unwrap_or_default();
-    let mut map: ConfigMap = serde_yaml::from_str(first).context("docs/guide/gpu-fleet.yaml")?;
-    map.metadata.namespace = Some("default".into());
-    Ok(map)
+/// A ModelDeployment of DeepSeek-R1 as the API server would show it.
+fn deployment(name: &str, replicas: u32) -> Result<ModelDeployment> {
+    let mut wish = wish(name, replicas, Shape::DeepSeekR1)?;
+    wish.metadata.uid = Some(format!("uid-{name}"));
+    wish.metadata.generation = Some(1);
+    Ok(wish)
 }
