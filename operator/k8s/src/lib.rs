@@ -7,6 +7,7 @@ pub mod apply;
 pub mod client;
 pub mod error;
 pub mod events;
+pub mod guard;
 pub mod http;
 pub mod lease;
 mod ledger;
