@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -24,15 +25,25 @@ use tokio::task::{Id, JoinError, JoinSet};
 use tokio::time::Instant;
 
 use crate::admin::Health;
+use crate::memory::{self, Memory};
 use crate::metrics::{Metrics, Outcome};
 use crate::queue::Queue;
 
 /// Changes that come together are looked at together.
 const DEBOUNCE: Duration = Duration::from_millis(20);
+/// How many times as long as its last pass a ModelDeployment is left alone: a thousand pods that become ready one by one
+/// would otherwise cause a plan of all and a status each.
+const REST_FACTOR: u32 = 8;
+/// Longest such rest.
+const REST_MAX: Duration = Duration::from_secs(1);
+/// How long the writes of a plan wait that was told while many others were looked at; engines load for minutes.
+const TOLD_PAUSE: Duration = Duration::from_secs(1);
 /// A look at everything now and then, in case a change was never told.
 const RESYNC: Duration = Duration::from_secs(600);
 /// How often the loop turns when nothing happens.
 const TURN: Duration = Duration::from_secs(1);
+/// Writes from which on a pass leaves much free memory behind.
+const BULK: usize = 32;
 /// How often it turns while the first lists are being read.
 const WARM_UP_TURN: Duration = Duration::from_millis(20);
 
@@ -54,6 +65,8 @@ pub struct Controller {
     pub metrics: Metrics,
     /// Whether the loop turns.
     pub health: Health,
+    /// When free memory is given back.
+    pub memory: Memory,
     /// Passes at once.
     pub workers: usize,
     /// The operator's own configuration.
@@ -64,6 +77,8 @@ pub struct Controller {
 enum Done {
     /// The next look, when one is wanted.
     Settled(Option<Duration>),
+    /// The same, after a pass that decided and took so long.
+    Decided(Option<Duration>, Duration),
     /// The object is gone.
     Gone,
 }
@@ -72,6 +87,8 @@ enum Done {
 struct Shared {
     controller: Controller,
     deciding: Mutex<()>,
+    /// Whether many are looked at, or wait to be.
+    is_crowded: AtomicBool,
 }
 
 impl Controller {
@@ -82,12 +99,14 @@ impl Controller {
         let shared = Arc::new(Shared {
             controller: self,
             deciding: Mutex::new(()),
+            is_crowded: AtomicBool::new(false),
         });
         let this = &shared.controller;
         let mut queue: Queue<Key> = Queue::default();
         let mut passes: JoinSet<Result<Done, Error>> = JoinSet::new();
         let mut keys: HashMap<Id, Key> = HashMap::new();
         let mut leading = false;
+        let mut released = Duration::ZERO;
         let mut leadership = this.leadership.clone();
         tokio::pin!(stop);
         loop {
@@ -103,6 +122,7 @@ impl Controller {
                 for key in this.world.deployments.read().keys() {
                     queue.ask(key, now);
                 }
+                this.memory.used();
             }
             leading = may_work;
             for key in this.world.take_woken() {
@@ -119,7 +139,14 @@ impl Controller {
                 });
                 keys.insert(task.id(), key);
             }
-            this.metrics.queue(queue.depth(now));
+            let depth = queue.depth(now);
+            this.metrics.queue(depth);
+            let is_crowded = depth > 0 || passes.len() > workers / 4;
+            shared.is_crowded.store(is_crowded, Ordering::Relaxed);
+            if this.memory.is_due(now - released) {
+                memory::release();
+                released = now;
+            }
             let full = passes.len() >= workers;
             let pause = match queue.next_due() {
                 Some(due) if may_work && !full => due.saturating_sub(started.elapsed()).min(TURN),
@@ -155,8 +182,15 @@ fn settle(
     let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
     let Some(key) = keys.remove(&id) else { return };
     let failure = match ended {
-        Ok((_, Ok(Done::Settled(again)))) => {
-            return queue.done(&key, Some(now + again.unwrap_or(RESYNC).min(RESYNC)));
+        Ok((_, Ok(done @ (Done::Settled(_) | Done::Decided(..))))) => {
+            let (again, took) = match done {
+                Done::Decided(again, took) => (again, took),
+                Done::Settled(again) => (again, Duration::ZERO),
+                Done::Gone => (None, Duration::ZERO),
+            };
+            let held_until = now + (took * REST_FACTOR).min(REST_MAX);
+            let again = now + again.unwrap_or(RESYNC).min(RESYNC);
+            return queue.done(&key, Some(again), held_until);
         }
         Ok((_, Ok(Done::Gone))) => return queue.forget(&key),
         Ok((_, Err(error))) => format!("{}: {error}", error.category().as_str()),
@@ -190,15 +224,15 @@ impl Shared {
             return Ok(Done::Settled(None));
         }
         let uid = deployment.metadata.uid.clone().unwrap_or_default();
-        let result = self.reconcile(&key, deployment).await;
-        match &result {
-            Ok((wrote, _)) => {
-                let took = timer.ended(if *wrote {
+        match self.reconcile(&key, deployment).await {
+            Ok((wrote, again)) => {
+                let took = timer.ended(if wrote {
                     Outcome::Applied
                 } else {
                     Outcome::Unchanged
                 });
                 tracing::debug!(deployment = %key, wrote, micros = took.as_micros(), "pass ended");
+                Ok(Done::Decided(again, took))
             }
             Err(error) => {
                 timer.ended(Outcome::Failed);
@@ -213,9 +247,9 @@ impl Shared {
                         note: error.to_string(),
                     });
                 }
+                Err(error)
             }
         }
-        result.map(|(_, again)| Done::Settled(again))
     }
 
     /// One pass; returns whether anything was written and when to look again.
@@ -243,7 +277,11 @@ impl Shared {
             };
             let now = operator_k8s::now();
             let snapshot = this.world.snapshot(key, Arc::clone(&deployment), seen, now);
-            let plan = operator_core::plan(&snapshot, &this.settings);
+            let mut plan = operator_core::plan(&snapshot, &this.settings);
+            if self.only_tells(&deployment, &plan) {
+                plan.actions.clear();
+                plan.wake_after = Some(TOLD_PAUSE);
+            }
             this.applier.assume(&key.namespace, &plan.actions);
             plan
         };
@@ -255,23 +293,28 @@ impl Shared {
             wake_after,
         } = plan;
         let uid = deployment.metadata.uid.clone().unwrap_or_default();
-        let applied = this
-            .applier
-            .apply(&key.namespace, &actions, &|applied: &Applied<'_>| {
-                self.count(key, applied)
-            })
-            .await;
+        let stored = deployment.status.clone().unwrap_or_default();
+        let report = !same(&stored, &status);
+        // The status says what was decided, whatever comes of it, and does not wait for the writes: of many
+        // ModelDeployments that were applied at once, each has its plan in its status before the first pods are made.
+        let reporting = async {
+            if !report {
+                return Ok(());
+            }
+            let reported = this.applier.report(key, &stored, &status).await;
+            let result = if reported.is_ok() { "done" } else { "failed" };
+            this.metrics.action("report", result);
+            reported
+        };
+        let told = |applied: &Applied<'_>| self.count(key, applied);
+        let applying = this.applier.apply(&key.namespace, &actions, &told);
+        let (reported, applied) = tokio::join!(reporting, applying);
         if applied.is_err() {
             this.applier.give_up(&key.namespace, &actions);
         }
-        // The status and the events say what was decided also when a write failed: the reason why is in them.
-        let stored = deployment.status.clone().unwrap_or_default();
-        let report = !same(&stored, &status);
-        let reported = if report {
-            this.applier.report(key, &status).await
-        } else {
-            Ok(())
-        };
+        if actions.len() > BULK {
+            this.memory.used();
+        }
         this.world.waits_for_room(key, waits_for_room(&status));
         this.metrics.replicas(
             &key.namespace,
@@ -298,6 +341,14 @@ impl Shared {
             });
         }
         Ok((applied.written > 0 || report, applied.again.or(wake_after)))
+    }
+
+    /// Whether a pass over a new generation ends with its status, and its writes wait for the next one: while many
+    /// wait, people learn of each what is planned before anything is made of any.
+    fn only_tells(&self, deployment: &ModelDeployment, plan: &Plan) -> bool {
+        let observed = |status: &operator_api::ModelDeploymentStatus| status.observed_generation;
+        let told = deployment.status.as_ref().and_then(observed);
+        self.is_crowded.load(Ordering::Relaxed) && is_news(told, observed(&plan.status))
     }
 
     fn count(&self, key: &Key, applied: &Applied<'_>) {
@@ -327,6 +378,12 @@ impl Shared {
     }
 }
 
+/// Whether a plan is the first to be told of its generation. One without a generation is carried out at once: whatever it
+/// tells, the next one would be as new.
+fn is_news(told: Option<i64>, planned: Option<i64>) -> bool {
+    planned.is_some() && told != planned
+}
+
 /// Whether two statuses are the same once stored; the API server keeps whole seconds.
 fn same(
     stored: &operator_api::ModelDeploymentStatus,
@@ -351,5 +408,18 @@ fn reference(key: &Key, uid: &str) -> ObjectReference {
         name: Some(key.name.to_string()),
         uid: Some(uid.to_string()),
         ..ObjectReference::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_first_plan_of_a_generation_is_news() {
+        assert!(is_news(None, Some(1)) && is_news(Some(1), Some(2)));
+        assert!(!is_news(Some(2), Some(2)));
+        // It would be told for ever, and nothing ever made.
+        assert!(!is_news(None, None) && !is_news(Some(1), None));
     }
 }

@@ -3,6 +3,7 @@
 mod admin;
 mod config;
 mod controller;
+mod memory;
 mod metrics;
 mod queue;
 #[cfg(test)]

@@ -118,7 +118,7 @@ impl Metrics {
             ),
             actions: counters(
                 "cachalot_operator_actions_total",
-                "Writes to the cluster by action and result ('done', 'already', 'failed').",
+                "Writes to the cluster by action ('report' is the status) and result ('done', 'already', 'failed').",
                 &["action", "result"],
             ),
             watch_errors: counters(

@@ -69,13 +69,13 @@ impl<K: Clone + Ord + std::hash::Hash> Queue<K> {
         Some(key)
     }
 
-    /// The pass over `key` succeeded; the next one at `again`, or when asked.
-    pub fn done(&mut self, key: &K, again: Option<Duration>) {
+    /// The pass over `key` succeeded; the next one at `again`, or when asked, but not before `held_until`.
+    pub fn done(&mut self, key: &K, again: Option<Duration>, held_until: Duration) {
         let Some(state) = self.states.get_mut(key) else {
             return;
         };
         state.failures = 0;
-        state.held_until = Duration::ZERO;
+        state.held_until = held_until;
         self.release(key);
         if let Some(again) = again {
             self.ask(key, again);
@@ -113,8 +113,9 @@ impl<K: Clone + Ord + std::hash::Hash> Queue<K> {
     fn release(&mut self, key: &K) {
         if let Some(state) = self.states.get_mut(key) {
             state.busy = false;
-            if let Some(due) = state.due {
-                self.due.insert((due, key.clone()));
+            if let Some(due) = &mut state.due {
+                *due = (*due).max(state.held_until);
+                self.due.insert((*due, key.clone()));
             }
         }
     }
@@ -156,9 +157,9 @@ mod tests {
         assert_eq!(queue.take(s(0)), Some("a"));
         queue.ask(&"a", s(1));
         assert_eq!(queue.take(s(1)), None);
-        queue.done(&"a", Some(s(60)));
+        queue.done(&"a", Some(s(60)), s(0));
         assert_eq!(queue.take(s(1)), Some("a"));
-        queue.done(&"a", None);
+        queue.done(&"a", None, s(0));
         assert_eq!(queue.take(s(1000)), None);
     }
 
@@ -187,10 +188,24 @@ mod tests {
         queue.take(s(0));
         queue.failed(&"a", s(0), 0);
         assert_eq!(queue.take(s(1)), Some("a"));
-        queue.done(&"a", None);
+        queue.done(&"a", None, s(0));
         queue.ask(&"a", s(1));
         assert_eq!(queue.take(s(1)), Some("a"));
         assert_eq!(queue.failed(&"a", s(1), 0), BACKOFF_MIN);
+    }
+
+    #[test]
+    fn what_is_asked_during_and_after_a_pass_waits_until_the_key_is_no_longer_held() {
+        let mut queue = Queue::default();
+        queue.ask(&"a", s(0));
+        queue.take(s(0));
+        queue.ask(&"a", s(1));
+        queue.done(&"a", Some(s(60)), s(5));
+        assert_eq!((queue.take(s(4)), queue.next_due()), (None, Some(s(5))));
+        assert_eq!(queue.take(s(5)), Some("a"));
+        queue.done(&"a", None, s(9));
+        queue.ask(&"a", s(6));
+        assert_eq!((queue.take(s(8)), queue.take(s(9))), (None, Some("a")));
     }
 
     #[test]

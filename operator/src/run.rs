@@ -23,6 +23,7 @@ use tokio::task::JoinSet;
 use crate::admin::{self, Health};
 use crate::config::Config;
 use crate::controller::Controller;
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 
 /// How long passes under way may take when stopping.
@@ -127,6 +128,7 @@ pub async fn run(config: Config) -> Result<()> {
         leadership,
         metrics,
         health,
+        memory: Memory::default(),
         workers: config.workers,
         settings: Settings {
             engine_image: config.engine_image,

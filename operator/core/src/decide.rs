@@ -240,7 +240,7 @@ impl<'a> Decided<'a> {
                 }
             },
         };
-        actions.extend(moves.actions.iter().cloned());
+        actions.append(&mut moves.actions);
         actions.extend(old_configs);
         let wake_after = self.wake_after(inspection.wake_after, &moves, chosen.is_some());
         let report = Report {

@@ -1,7 +1,8 @@
 //! The labels and annotations of a pod that mean something to a decision.
 //!
 //! There are ten thousand pods, and a map of strings each would be most of the operator's memory:
-//! keys come from one table and are kept by reference, everything else is dropped.
+//! keys come from one table and are kept by number, values lie in one text, everything else is
+//! dropped. Invariant: values lie in the order of the table, so equal marks are equal bytes.
 
 use std::collections::BTreeMap;
 
@@ -27,48 +28,73 @@ const KEYS: &[&str] = &[
 
 /// Values by key, for the keys of one table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Marks(Vec<(&'static str, Box<str>)>);
+pub struct Marks {
+    /// Which key of the table, and where its value ends in the text.
+    ends: Box<[(u8, u32)]>,
+    text: Box<str>,
+}
 
 impl Marks {
     /// What is kept of a map.
     pub fn of(map: Option<&BTreeMap<String, String>>) -> Self {
-        let known = KEYS.iter().filter_map(|key| {
-            let value = map?.get(*key)?;
-            Some((*key, value.as_str().into()))
-        });
-        let mut kept: Vec<_> = known.collect();
-        kept.shrink_to_fit();
-        Self(kept)
+        Self::with(|key| map?.get(key).map(String::as_str))
+    }
+
+    /// The marks of which `value` knows the values.
+    fn with<'a>(value: impl Fn(&'static str) -> Option<&'a str>) -> Self {
+        let (mut ends, mut text) = (Vec::new(), String::new());
+        for (number, key) in (0..).zip(KEYS) {
+            if let Some(value) = value(key) {
+                text.push_str(value);
+                // Kubernetes allows 256 KiB of annotations in all.
+                ends.push((number, u32::try_from(text.len()).unwrap_or(u32::MAX)));
+            }
+        }
+        Self {
+            ends: ends.into(),
+            text: text.into(),
+        }
     }
 
     /// The value of a key.
     pub fn get(&self, key: &str) -> Option<&str> {
-        let mut all = self.0.iter();
-        all.find(|(known, _)| *known == key)
-            .map(|(_, value)| &**value)
+        let mut start = 0;
+        for (number, end) in &self.ends {
+            let end = usize::try_from(*end).ok()?;
+            if KEYS.get(usize::from(*number)) == Some(&key) {
+                return self.text.get(start..end);
+            }
+            start = end;
+        }
+        None
     }
 
     /// Sets a value; without effect for a key that means nothing.
     pub fn insert(&mut self, key: &str, value: String) {
-        self.remove(key);
-        if let Some(known) = KEYS.iter().find(|known| **known == key) {
-            self.0.push((known, value.into()));
-        }
+        let old = std::mem::take(self);
+        *self = Self::with(|known| {
+            if known == key {
+                Some(value.as_str())
+            } else {
+                old.get(known)
+            }
+        });
     }
 
     /// Removes a key.
     pub fn remove(&mut self, key: &str) {
-        self.0.retain(|(known, _)| *known != key);
+        let old = std::mem::take(self);
+        *self = Self::with(|known| old.get(known).filter(|_| known != key));
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.ends.len()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.ends.is_empty()
     }
 }
 
@@ -95,6 +121,18 @@ mod tests {
         marks.insert(names::SERVING, "false".into());
         marks.insert("example.com/x", "z".into());
         assert_eq!((marks.len(), marks.get(names::SERVING)), (2, Some("false")));
+        marks.insert(names::COMPONENT, String::new());
+        marks.insert(names::FAILURES, "17".into());
+        assert_eq!(marks.get(names::COMPONENT), Some(""));
+        assert_eq!(marks.get(names::FAILURES), Some("17"));
+        assert_eq!(marks.get(names::SERVING), Some("false"));
+        marks.remove(names::COMPONENT);
+        let wanted = map(&[(names::SERVING, "false"), (names::FAILURES, "17")]);
+        assert_eq!(
+            marks,
+            Marks::of(Some(&wanted)),
+            "in whatever order they came"
+        );
         marks.remove(names::SERVING);
         assert!(!marks.is_empty() && marks.get(names::SERVING).is_none());
         assert!(Marks::of(None).is_empty());

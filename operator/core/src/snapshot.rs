@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine_spec::{LoadReport, StartupReport};
+use engine_spec::{LoadReport, StartupPhase, StartupReport};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     ConfigMap, ContainerStatus, Node, Pod, PodStatus, Service, Taint as NodeTaint,
@@ -562,6 +562,12 @@ impl PodSamples {
     pub fn record_startup(&mut self, text: &str) -> Result<(), serde_json::Error> {
         self.startup = Some(serde_json::from_str(text)?);
         Ok(())
+    }
+
+    /// Whether the engine said that it has started.
+    pub fn has_started(&self) -> bool {
+        let report = self.startup.as_ref();
+        report.is_some_and(|report| report.phase == StartupPhase::Ready)
     }
 
     /// Takes in the text of `/load` as answered at `at`.

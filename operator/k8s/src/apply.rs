@@ -1,6 +1,7 @@
 //! Carries out the actions of a plan, in order, and tells the world what the API server answered.
 //!
-//! Creates that follow each other run concurrently with a slow start: one, then one more for each that succeeded, up to
+//! Applies that follow each other run concurrently: they are of different objects, and what needs them comes after them.
+//! Creates that follow each other do so with a slow start: one, then one more for each that succeeded, up to
 //! [`CONCURRENCY_MAX`]. A quota or an admission rule that refuses the first pod is then met once and not a thousand times.
 //! The first failure ends the pass; whatever was done before it is harmless to repeat.
 //!
@@ -191,11 +192,7 @@ impl Applier {
         let mut rest = actions;
         let mut width = 1;
         while let Some(first) = rest.first() {
-            let creates = rest
-                .iter()
-                .take_while(|action| matches!(action, Action::Create(_)))
-                .count();
-            let (now, later) = rest.split_at(creates.max(1));
+            let (now, later) = rest.split_at(together(rest));
             let again = match self.unsure.held(namespace, first) {
                 None if self.is_refuted(first).await? => Some(STALE_PAUSE),
                 held => held,
@@ -204,15 +201,15 @@ impl Applier {
                 self.give_up(namespace, rest);
                 return Ok(Outcome { written, again });
             }
-            match self.run(namespace, now, &mut width, told).await {
+            let mut all = now.len();
+            let creates = matches!(first, Action::Create(_));
+            let width = if creates { &mut width } else { &mut all };
+            match self.run(namespace, now, width, told).await {
                 (count, None) => written += count,
                 (_, Some(error)) => {
                     self.give_up(namespace, later);
                     return Err(error);
                 }
-            }
-            if creates == 0 {
-                width = 1;
             }
             rest = later;
         }
@@ -275,15 +272,27 @@ impl Applier {
         }
     }
 
-    /// Stores the status.
+    /// Makes the status `wanted`, where `stored` is what was last seen of it.
     ///
     /// # Errors
     /// The lease is lost, the object is gone, or the API server refuses or does not answer.
-    pub async fn report(&self, key: &Key, status: &ModelDeploymentStatus) -> Result<(), Error> {
-        let status = serde_json::to_value(status).unwrap_or_default();
+    pub async fn report(
+        &self,
+        key: &Key,
+        stored: &ModelDeploymentStatus,
+        wanted: &ModelDeploymentStatus,
+    ) -> Result<(), Error> {
+        let value = |status| serde_json::to_value(status).unwrap_or_default();
+        let (stored, wanted) = (value(stored), value(wanted));
         let stored: ModelDeployment = self
             .writer
-            .apply_status("ModelDeployment", &key.namespace, &key.name, &status)
+            .merge_status(
+                "ModelDeployment",
+                &key.namespace,
+                &key.name,
+                &stored,
+                wanted,
+            )
             .await?;
         self.world.wrote_deployment(stored);
         Ok(())
@@ -447,6 +456,20 @@ impl Applier {
         };
         Ok(matches!(written, Written::Done(())))
     }
+}
+
+/// How many of the next actions may be under way together: creates, or applies of anything but pods.
+fn together(actions: &[Action]) -> usize {
+    let is_apply = |action: &&Action| match action {
+        Action::Apply(object) => !matches!(object, Object::Pod(_)),
+        _ => false,
+    };
+    let creates = actions
+        .iter()
+        .take_while(|action| matches!(action, Action::Create(_)))
+        .count();
+    let applies = actions.iter().take_while(is_apply).count();
+    creates.max(applies).max(1)
 }
 
 /// Whether an error leaves open if the write took effect.

@@ -8,6 +8,7 @@ pub mod claims;
 pub mod client;
 pub mod error;
 pub mod events;
+pub mod guard;
 pub mod http;
 pub mod lease;
 mod ledger;

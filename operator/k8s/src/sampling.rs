@@ -25,13 +25,17 @@ const TICK: Duration = Duration::from_millis(250);
 const IN_FLIGHT_MAX: usize = 128;
 /// How often a pod that starts is asked.
 const STARTING_PERIOD: Duration = Duration::from_secs(1);
+/// How much more seldom pods are asked whose load steers nothing: it is only told in the status.
+const TOLD_PERIOD_FACTOR: u32 = 3;
+/// The longest such period, for what is older than a minute is not told.
+const TOLD_PERIOD_MAX: Duration = Duration::from_secs(30);
 /// Longest pause for a pod that does not answer.
 const SILENT_PERIOD_MAX: Duration = Duration::from_secs(60);
 
 /// How often to ask.
 #[derive(Clone, Copy, Debug)]
 pub struct Periods {
-    /// Pods that serve, and Prometheus.
+    /// Pods that serve a model that scales by their load, and Prometheus. Pods of other models are asked a third as often.
     pub serving: Duration,
     /// Pods that leave.
     pub draining: Duration,
@@ -71,8 +75,9 @@ struct Store {
 
 #[derive(Debug)]
 struct Sampled {
-    uid: String,
-    samples: PodSamples,
+    uid: Box<str>,
+    /// Absent until it answers; there are ten thousand pods, and this is the largest part of what is kept of each.
+    samples: Option<Box<PodSamples>>,
     due: Instant,
     silent: u32,
     asking: bool,
@@ -116,7 +121,10 @@ impl Sampler {
             .take_while(|(key, _)| {
                 key.namespace == prefix.namespace && key.name.starts_with(&*prefix.name)
             })
-            .map(|(key, sampled)| (key.name.to_string(), sampled.samples.clone()))
+            .filter_map(|(key, sampled)| {
+                let samples = sampled.samples.as_deref()?;
+                Some((key.name.to_string(), samples.clone()))
+            })
             .collect()
     }
 
@@ -159,39 +167,64 @@ impl Sampler {
     fn due_pods(&self, now: Instant, room: usize) -> Vec<(Key, Key, Target)> {
         let pods = self.world.pods.read();
         let mut store = self.lock();
-        store.pods.retain(|key, _| pods.contains_key(key));
-        let mut due = Vec::new();
+        let (mut due, mut new, mut gone) = (Vec::new(), Vec::new(), Vec::new());
+        // Both lie in the order of their keys: one walk over both, several times a second, and no search.
+        let mut known = store.pods.iter_mut().peekable();
         for (key, entry) in pods.iter() {
+            while let Some((old, _)) = known.next_if(|(old, _)| *old < key) {
+                gone.push(old.clone());
+            }
+            let sampled = known.next_if(|(old, _)| *old == key);
             if due.len() >= room {
-                break;
+                continue;
             }
             let Ok(child) = entry else { continue };
-            let Some(address) = asks(&child.view) else {
-                continue;
+            let target = |serves: bool| {
+                Some(Target {
+                    pod: key.name.to_string(),
+                    address: asks(&child.view)?.to_string(),
+                    port: u16::try_from(names::ENGINE_PORT).unwrap_or(8000),
+                    serves,
+                })
             };
-            let sampled = store
-                .pods
-                .entry(key.clone())
-                .or_insert_with(|| Sampled::new(&child.view.uid, now));
-            if sampled.uid != child.view.uid {
-                *sampled = Sampled::new(&child.view.uid, now);
-            }
-            // A pod that begins to leave is asked at once.
-            let soon = is_draining(&child.view) && sampled.due > now + self.periods.draining;
-            if sampled.asking || (sampled.due > now && !soon) {
-                continue;
-            }
-            sampled.asking = true;
-            let target = Target {
-                pod: key.name.to_string(),
-                address: address.to_string(),
-                port: u16::try_from(names::ENGINE_PORT).unwrap_or(8000),
+            let target = match sampled {
+                None => {
+                    let Some(target) = target(false) else {
+                        continue;
+                    };
+                    new.push((key.clone(), Sampled::new(&child.view.uid, now)));
+                    target
+                }
+                Some((_, sampled)) => {
+                    if *sampled.uid != *child.view.uid {
+                        *sampled = Sampled::new(&child.view.uid, now);
+                    }
+                    // A pod that begins to leave is asked at once.
+                    let is_soon =
+                        || sampled.due > now + self.periods.draining && is_draining(&child.view);
+                    if sampled.asking || (sampled.due > now && !is_soon()) {
+                        continue;
+                    }
+                    let Some(target) = target(child.view.ready && sampled.has_started()) else {
+                        continue;
+                    };
+                    sampled.asking = true;
+                    target
+                }
             };
             due.push((
                 key.clone(),
                 Key::new(Arc::clone(&key.namespace), &*child.deployment),
                 target,
             ));
+        }
+        gone.extend(known.map(|(old, _)| old.clone()));
+        for key in gone {
+            store.pods.remove(&key);
+        }
+        for (key, mut sampled) in new {
+            sampled.asking = true;
+            store.pods.insert(key, sampled);
         }
         due
     }
@@ -202,20 +235,26 @@ impl Sampler {
         let Some(scrape) = scrapes.into_iter().next() else {
             return;
         };
-        (self.observer)(Asked::Pod(scrape.startup.is_ok()));
+        (self.observer)(Asked::Pod(scrape.is_answered()));
         let draining = self
             .world
             .pods
             .get(&key)
             .and_then(Result::ok)
             .is_some_and(|child| is_draining(&child.view));
+        let steers = self
+            .world
+            .deployments
+            .get(&deployment)
+            .and_then(Result::ok)
+            .is_some_and(|wish| wish.spec.autoscaling.is_some());
         let mut store = self.lock();
         let Some(sampled) = store.pods.get_mut(&key) else {
             return;
         };
         sampled.asking = false;
         let news = sampled.record(&scrape, at);
-        sampled.due = Instant::now() + sampled.pause(self.periods, draining);
+        sampled.due = Instant::now() + sampled.pause(self.periods, draining, steers);
         drop(store);
         // Whoever waits for a pod to fall idle needs every answer.
         if news || draining {
@@ -331,39 +370,50 @@ fn is_draining(pod: &PodView) -> bool {
 impl Sampled {
     fn new(uid: &str, now: Instant) -> Self {
         Sampled {
-            uid: uid.to_string(),
-            samples: PodSamples::default(),
+            uid: uid.into(),
+            samples: None,
             due: now,
             silent: 0,
             asking: false,
         }
     }
 
+    fn has_started(&self) -> bool {
+        self.samples
+            .as_ref()
+            .is_some_and(|samples| samples.has_started())
+    }
+
     /// Takes in an answer; true when a decision may depend on the difference.
     fn record(&mut self, scrape: &Scrape, at: Timestamp) -> bool {
-        let before = (
-            self.samples.startup.clone(),
-            self.samples
-                .latest
-                .as_ref()
-                .map(|sample| sample.report.clone()),
-        );
+        let said = |samples: &Option<Box<PodSamples>>| {
+            samples.as_ref().map(|samples| {
+                let latest = samples.latest.as_ref();
+                (
+                    samples.startup.clone(),
+                    latest.map(|sample| sample.report.clone()),
+                )
+            })
+        };
+        let before = said(&self.samples);
         match &scrape.startup {
-            Ok(answer) => match self.samples.record_startup(&answer.body) {
+            None => self.silent = 0,
+            Some(Ok(answer)) => match self.record_startup(&answer.body) {
                 Ok(()) => self.silent = 0,
                 Err(error) => {
                     self.silent = self.silent.saturating_add(1);
                     tracing::debug!(pod = %scrape.pod, status = answer.status, %error, "/startupz is not understood");
                 }
             },
-            Err(error) => {
+            Some(Err(error)) => {
                 self.silent = self.silent.saturating_add(1);
                 tracing::debug!(pod = %scrape.pod, %error, "engine does not answer");
             }
         }
         match &scrape.load {
             Some(Ok(answer)) if answer.status == 200 => {
-                if let Err(error) = self.samples.record_load(at, &answer.body) {
+                let samples = self.samples.get_or_insert_default();
+                if let Err(error) = samples.record_load(at, &answer.body) {
                     tracing::debug!(pod = %scrape.pod, %error, "/load is not understood");
                 }
             }
@@ -373,21 +423,31 @@ impl Sampled {
             Some(Err(error)) => tracing::debug!(pod = %scrape.pod, %error, "/load does not answer"),
             None => {}
         }
-        before
-            != (
-                self.samples.startup.clone(),
-                self.samples
-                    .latest
-                    .as_ref()
-                    .map(|sample| sample.report.clone()),
-            )
+        before != said(&self.samples)
     }
 
-    fn pause(&self, periods: Periods, draining: bool) -> Duration {
+    /// Takes in the text of `/startupz`. What is no report, as of whatever else listens there, is not kept.
+    fn record_startup(&mut self, text: &str) -> Result<(), serde_json::Error> {
+        let mut samples = self.samples.take().unwrap_or_default();
+        let recorded = samples.record_startup(text);
+        if recorded.is_ok() || *samples != PodSamples::default() {
+            self.samples = Some(samples);
+        }
+        recorded
+    }
+
+    fn pause(&self, periods: Periods, draining: bool, steers: bool) -> Duration {
+        let serves = self
+            .samples
+            .as_ref()
+            .is_some_and(|samples| samples.latest.is_some());
         let base = match () {
             () if draining => periods.draining,
-            () if self.samples.latest.is_none() => STARTING_PERIOD,
-            () => periods.serving,
+            () if !serves => STARTING_PERIOD,
+            () if steers => periods.serving,
+            () => (periods.serving * TOLD_PERIOD_FACTOR)
+                .min(TOLD_PERIOD_MAX)
+                .max(periods.serving),
         };
         if self.silent == 0 || draining {
             return base;
@@ -437,7 +497,7 @@ mod tests {
     fn scrape(startup: Result<Answer, crate::error::Error>, load: Option<String>) -> Scrape {
         Scrape {
             pod: "p".into(),
-            startup,
+            startup: Some(startup),
             load: load.map(|body| answer(200, &body)),
         }
     }
@@ -460,12 +520,17 @@ mod tests {
         while passed < Duration::from_secs(600) {
             sampled.record(&scrape(silence(), None), Timestamp::now());
             asked += 1;
-            passed += sampled.pause(PERIODS, false);
+            passed += sampled.pause(PERIODS, false, true);
         }
         assert!(asked < 20, "asked {asked} times in ten minutes");
         sampled.record(&scrape(answer(200, READY), Some(load(0))), Timestamp::now());
-        assert_eq!(sampled.pause(PERIODS, false), PERIODS.serving);
-        assert_eq!(sampled.pause(PERIODS, true), PERIODS.draining);
+        assert_eq!(sampled.pause(PERIODS, false, true), PERIODS.serving);
+        assert_eq!(
+            sampled.pause(PERIODS, false, false),
+            3 * PERIODS.serving,
+            "its load steers nothing"
+        );
+        assert_eq!(sampled.pause(PERIODS, true, true), PERIODS.draining);
     }
 
     #[test]
@@ -473,5 +538,45 @@ mod tests {
         let mut sampled = Sampled::new("u", Instant::now());
         assert!(!sampled.record(&scrape(answer(404, "not found"), None), Timestamp::now()));
         assert_eq!(sampled.silent, 1);
+        assert!(sampled.samples.is_none(), "nothing is kept of it");
+    }
+
+    fn running(name: &str) -> k8s_openapi::api::core::v1::Pod {
+        serde_json::from_value(serde_json::json!({
+            "metadata": {"name": name, "namespace": "d", "uid": format!("uid-{name}"), "labels": {
+                "app.kubernetes.io/managed-by": "cachalot", names::MODEL_DEPLOYMENT: "m", names::COMPONENT: names::ENGINE}},
+            "spec": {"containers": [{"name": "engine"}]},
+            "status": {"phase": "Running", "podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]},
+        }))
+        .expect("a pod")
+    }
+
+    #[tokio::test]
+    async fn each_pod_is_asked_once_when_due_and_forgotten_when_gone() {
+        let world = World::new();
+        let scraper = Scraper::new(Duration::from_millis(100));
+        let sampler = Sampler::new(Arc::clone(&world), scraper, None, PERIODS, Box::new(|_| ()));
+        let asked = |now, room| {
+            let due = sampler.due_pods(now, room);
+            let names = due.iter().map(|(key, ..)| key.name.to_string());
+            names.collect::<Vec<_>>()
+        };
+        let now = Instant::now();
+        for name in ["m-0", "m-2", "m-4"] {
+            world.wrote_pod(running(name));
+        }
+        assert_eq!(asked(now, 2), ["m-0", "m-2"], "there is room for two");
+        world.wrote_pod(running("m-1"));
+        assert_eq!(asked(now, 9), ["m-1", "m-4"], "the others are being asked");
+        let started = scrape(answer(200, READY), Some(load(0)));
+        for (key, sampled) in &mut sampler.lock().pods {
+            sampled.asking = &*key.name == "m-4";
+            sampled.record(&started, Timestamp::now());
+        }
+        let due = sampler.due_pods(now, 9);
+        assert_eq!(due.len(), 3);
+        assert!(due.iter().all(|(.., target)| target.serves));
+        world.pods.forget_all();
+        assert!(asked(now, 9).is_empty() && sampler.lock().pods.is_empty());
     }
 }

@@ -26,6 +26,8 @@ pub struct Target {
     pub address: String,
     /// Port of the engine.
     pub port: u16,
+    /// Whether it said that it has started and Kubernetes finds it ready: it is then not asked for its start again.
+    pub serves: bool,
 }
 
 /// The answers of one pod.
@@ -33,8 +35,8 @@ pub struct Target {
 pub struct Scrape {
     /// Name of the pod.
     pub pod: String,
-    /// `GET /startupz`: 200 once started, 503 before.
-    pub startup: Result<Answer, Error>,
+    /// `GET /startupz`: 200 once started, 503 before. Not asked of an engine that serves, unless its load is not told.
+    pub startup: Option<Result<Answer, Error>>,
     /// `GET /load`; not asked while the engine has not started.
     pub load: Option<Result<Answer, Error>>,
 }
@@ -44,6 +46,16 @@ pub struct Scrape {
 pub struct Scraper {
     http: HttpClient,
     timeout: Duration,
+}
+
+impl Scrape {
+    /// Whether the engine answered.
+    pub fn is_answered(&self) -> bool {
+        match &self.startup {
+            Some(startup) => startup.is_ok(),
+            None => self.load.as_ref().is_some_and(Result::is_ok),
+        }
+    }
 }
 
 impl Scraper {
@@ -65,6 +77,16 @@ impl Scraper {
     }
 
     async fn one(&self, target: Target) -> Scrape {
+        if target.serves {
+            let load = self.get(&target, "load", REPORT_BYTES_MAX).await;
+            if load.as_ref().is_ok_and(|answer| answer.status == 200) {
+                return Scrape {
+                    pod: target.pod,
+                    startup: None,
+                    load: Some(load),
+                };
+            }
+        }
         let startup = self.get(&target, "startupz", REPORT_BYTES_MAX).await;
         let started = startup.as_ref().is_ok_and(|answer| answer.status == 200);
         let load = if started {
@@ -74,7 +96,7 @@ impl Scraper {
         };
         Scrape {
             pod: target.pod,
-            startup,
+            startup: Some(startup),
             load,
         }
     }
@@ -114,6 +136,7 @@ mod tests {
             pod: pod.into(),
             address: address.into(),
             port: port.parse().expect("a port"),
+            serves: false,
         }
     }
 
@@ -123,8 +146,28 @@ mod tests {
         let scrapes = Scraper::new(Duration::from_millis(500))
             .scrape(vec![loading])
             .await;
-        assert_eq!(scrapes[0].startup.as_ref().expect("an answer").status, 503);
+        let startup = scrapes[0].startup.as_ref().expect("it was asked");
+        assert_eq!(startup.as_ref().expect("an answer").status, 503);
         assert!(scrapes[0].load.is_none());
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_serves_is_asked_for_its_load_alone() {
+        let serving = |status| async move {
+            let target = target("a", status, r#"{"phase":"loading"}"#, Duration::ZERO).await;
+            let target = Target {
+                serves: true,
+                ..target
+            };
+            let scraper = Scraper::new(Duration::from_millis(500));
+            scraper.scrape(vec![target]).await.remove(0)
+        };
+        let scrape = serving(200).await;
+        assert!(scrape.startup.is_none() && scrape.is_answered());
+        assert_eq!(scrape.load.expect("asked").expect("an answer").status, 200);
+        // It was started anew in its place, which Kubernetes has not noticed yet.
+        let scrape = serving(503).await;
+        assert!(scrape.startup.is_some() && scrape.load.is_none());
     }
 
     #[tokio::test]
@@ -147,7 +190,7 @@ mod tests {
         assert!(
             scrapes[..20]
                 .iter()
-                .all(|scrape| matches!(scrape.startup, Err(Error::Timeout { .. })))
+                .all(|scrape| matches!(scrape.startup, Some(Err(Error::Timeout { .. }))))
         );
         assert!(scrapes[20].load.as_ref().is_some_and(Result::is_ok));
     }

@@ -19,12 +19,12 @@ use std::time::Duration;
 use futures::StreamExt;
 use kube::Resource;
 use kube::api::Api;
-use kube::core::DeserializeGuard;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, Event};
 use serde::de::DeserializeOwned;
 
+use crate::guard::Guarded;
 use crate::retry::jitter;
 
 /// Namespace and name; the namespace of cluster-wide objects is empty. Shared: a pod's key is held in several places, and
@@ -201,6 +201,11 @@ impl<V: PartialEq> Mirror<V> {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn forget_all(&self) {
+        self.keep_only(&HashSet::new(), &|_| ());
+    }
+
     /// Drops what a complete list did not name. What was written meanwhile is in doubt: the list may be older than it.
     fn keep_only(&self, listed: &HashSet<Key>, changed: &impl Fn(Change<'_, V>)) {
         let written = self.listing().written.take().unwrap_or_default();
@@ -225,13 +230,13 @@ impl<V: PartialEq> Mirror<V> {
 }
 
 /// Objects asked for at once while a list is read: a page is held as text and as whole objects before it is made small.
-const PAGE: u32 = 100;
+const PAGE: u32 = 200;
 
 /// Keeps `mirror` equal to the cluster until dropped. `trim` makes the small value, or none for objects that do not
 /// matter; `changed` is told of every difference, from this task, and must not block.
 pub async fn follow<K, V>(
     mirror: Arc<Mirror<V>>,
-    api: Api<DeserializeGuard<K>>,
+    api: Api<Guarded<K>>,
     config: watcher::Config,
     trim: impl Fn(K) -> Result<Option<V>, String>,
     changed: impl Fn(Change<'_, V>),
@@ -290,7 +295,7 @@ pub async fn follow<K, V>(
 
 /// An object that does not parse is guarded; one that parses but makes no sense to `trim` is treated alike.
 fn entry_of<K, V>(
-    object: DeserializeGuard<K>,
+    object: Guarded<K>,
     trim: impl Fn(K) -> Result<Option<V>, String>,
 ) -> Option<Entry<V>>
 where
@@ -329,7 +334,7 @@ pub fn write_through<K, V>(
     K: Resource<DynamicType = ()>,
     V: PartialEq,
 {
-    let object = DeserializeGuard(Ok(object));
+    let object = Guarded(Ok(object));
     // Noted before it is put, so that a list which ends in between cannot drop it unnoticed.
     if let Some(written) = &mut mirror.listing().written {
         written.insert(key_of(&object));
@@ -440,7 +445,7 @@ mod tests {
     use k8s_openapi::api::core::v1::ConfigMap;
     use std::cell::RefCell;
 
-    fn parse(json: serde_json::Value) -> DeserializeGuard<ConfigMap> {
+    fn parse(json: serde_json::Value) -> Guarded<ConfigMap> {
         serde_json::from_value(json).expect("guarded")
     }
 

@@ -72,6 +72,31 @@ fn creates(number: usize) -> Vec<Action> {
         .collect()
 }
 
+#[test]
+fn applies_run_together_and_so_do_creates_but_not_one_with_the_other() {
+    let apply = || Action::Apply(Object::ConfigMap(Box::default()));
+    let create = || Action::Create(Object::Pod(Box::default()));
+    let delete = || Action::Delete {
+        kind: Kind::Pod,
+        name: "p".into(),
+        uid: "u".into(),
+        if_silent: None,
+    };
+    let pod = || Action::Apply(Object::Pod(Box::default()));
+    let stages = |mut actions: &[Action]| {
+        let mut sizes = Vec::new();
+        while !actions.is_empty() {
+            let size = together(actions);
+            sizes.push(size);
+            actions = &actions[size..];
+        }
+        sizes
+    };
+    let actions = [apply(), apply(), create(), create(), create(), apply()];
+    assert_eq!(stages(&actions), [2, 3, 1]);
+    assert_eq!(stages(&[delete(), delete(), pod(), pod()]), [1, 1, 1, 1]);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_slow_create_holds_up_no_others_and_no_more_than_the_limit_are_under_way() {
     let (applier, _, seen) = applier(|number| {

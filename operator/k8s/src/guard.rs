@@ -1,0 +1,218 @@
+//! An object as it arrives: understood or not, and without the parts that are only bulk.
+//!
+//! One object that does not parse must not make a whole list unreadable, so each is read as plain JSON first and made a
+//! typed object from that. Managed fields (a third of a pod) and the images of a node (most of it) are skipped while they
+//! are read, since nothing here keeps them.
+
+use std::borrow::Cow;
+use std::fmt;
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
+use kube::core::error_boundary::InvalidObject;
+use serde::de::{
+    Deserialize, DeserializeOwned, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess,
+    SeqAccess, Visitor,
+};
+use serde_json::{Map, Value};
+
+/// What is skipped of an object: a field of one of its sections.
+const BULK: &[(&str, &str)] = &[("metadata", "managedFields"), ("status", "images")];
+
+/// An object, or why it is none.
+#[derive(Clone, Debug)]
+pub struct Guarded<K>(pub Result<K, InvalidObject>);
+
+impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Lean {
+            bulk: "",
+            section: true,
+        }
+        .deserialize(deserializer)?;
+        let failed = match K::deserialize(&value) {
+            Ok(object) => return Ok(Guarded(Ok(object))),
+            Err(error) => error.to_string(),
+        };
+        let metadata = match value.get("metadata") {
+            None => ObjectMeta::default(),
+            Some(metadata) => ObjectMeta::deserialize(metadata).map_err(D::Error::custom)?,
+        };
+        Ok(Guarded(Err(InvalidObject {
+            error: failed,
+            metadata,
+        })))
+    }
+}
+
+impl<K: Resource> Resource for Guarded<K> {
+    type DynamicType = K::DynamicType;
+    type Scope = K::Scope;
+
+    fn kind(dynamic: &Self::DynamicType) -> Cow<'_, str> {
+        K::kind(dynamic)
+    }
+
+    fn group(dynamic: &Self::DynamicType) -> Cow<'_, str> {
+        K::group(dynamic)
+    }
+
+    fn version(dynamic: &Self::DynamicType) -> Cow<'_, str> {
+        K::version(dynamic)
+    }
+
+    fn plural(dynamic: &Self::DynamicType) -> Cow<'_, str> {
+        K::plural(dynamic)
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        match &self.0 {
+            Ok(object) => object.meta(),
+            Err(invalid) => &invalid.metadata,
+        }
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        match &mut self.0 {
+            Ok(object) => object.meta_mut(),
+            Err(invalid) => &mut invalid.metadata,
+        }
+    }
+}
+
+/// Reads JSON without a field.
+#[derive(Clone, Copy)]
+struct Lean {
+    /// The field that is skipped; empty: none.
+    bulk: &'static str,
+    /// Whether this is the object itself, whose sections have a field to skip.
+    section: bool,
+}
+
+impl Lean {
+    /// How a field of this map is read.
+    fn of(self, key: &str) -> Lean {
+        let found = BULK
+            .iter()
+            .find(|(section, _)| self.section && *section == key);
+        Lean {
+            bulk: found.map_or("", |(_, bulk)| bulk),
+            section: false,
+        }
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Lean {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        if self.bulk.is_empty() && !self.section {
+            return Value::deserialize(deserializer);
+        }
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Lean {
+    type Value = Value;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a JSON value")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
+        let mut fields = Map::new();
+        while let Some(key) = access.next_key::<String>()? {
+            if !self.bulk.is_empty() && key == self.bulk {
+                access.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            let value = access.next_value_seed(self.of(&key))?;
+            fields.insert(key, value);
+        }
+        Ok(Value::Object(fields))
+    }
+
+    // What is no map has nothing to skip.
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut access: A) -> Result<Value, A::Error> {
+        let mut items = Vec::new();
+        while let Some(item) = access.next_element()? {
+            items.push(item);
+        }
+        Ok(Value::Array(items))
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E: Error>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::core::v1::{Node, Pod};
+    use kube::core::{ObjectList, WatchEvent};
+
+    #[test]
+    fn an_object_that_is_not_understood_keeps_its_metadata_and_spoils_no_other() {
+        let text = r#"{"apiVersion": "v1", "kind": "PodList", "metadata": {"resourceVersion": "7"}, "items": [
+            {"metadata": {"name": "a", "namespace": "d", "managedFields": [{"manager": "m"}]}, "spec": {"containers": []}},
+            {"metadata": {"name": "b", "namespace": "d", "uid": "u"}, "spec": {"containers": "none"}},
+            {"metadata": {"name": "c", "namespace": "d"}, "status": "odd", "spec": null}]}"#;
+        let list: ObjectList<Guarded<Pod>> = serde_json::from_str(text).expect("a list");
+        let names: Vec<_> = list
+            .items
+            .iter()
+            .map(|item| item.meta().name.as_deref())
+            .collect();
+        assert_eq!(names, [Some("a"), Some("b"), Some("c")]);
+        let good = list.items[0].0.as_ref().expect("a pod");
+        assert!(good.spec.is_some() && good.metadata.managed_fields.is_none());
+        let broken = list.items[1].0.as_ref().expect_err("no pod");
+        assert_eq!(broken.metadata.uid.as_deref(), Some("u"));
+        assert!(broken.error.contains("sequence"), "{}", broken.error);
+        assert!(list.items[2].0.is_err());
+    }
+
+    #[test]
+    fn bulk_is_skipped_and_nothing_else() {
+        let node = serde_json::json!({
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": "n", "labels": {"managedFields": "x", "images": "y"}, "generation": 3},
+            "status": {"allocatable": {"cpu": "1"}, "daemonEndpoints": {"kubeletEndpoint": {"Port": 10250}},
+                       "conditions": [{"type": "Ready", "status": "True"}]},
+        });
+        let mut full = node.clone();
+        full["metadata"]["managedFields"] =
+            serde_json::json!([{"manager": "kubelet", "fieldsV1": {"f:a": {}}}]);
+        full["status"]["images"] = serde_json::json!([{"names": ["a", "b"], "sizeBytes": 5}]);
+        let event = format!(r#"{{"type": "ADDED", "object": {full}}}"#);
+        let event: WatchEvent<Guarded<Node>> = serde_json::from_str(&event).expect("an event");
+        let WatchEvent::Added(Guarded(Ok(read))) = event else {
+            panic!("{event:?}");
+        };
+        let wanted: Node = serde_json::from_value(node).expect("a node");
+        assert_eq!(read, wanted);
+    }
+}
