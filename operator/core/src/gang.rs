@@ -11,7 +11,7 @@ use crate::placement::{self, Rank, Room, WhyNot, Wish};
 use crate::snapshot::NodeView;
 
 /// Whether the engine serves a replica of several pods on processors.
-const SERVED_ON_CPU: bool = false;
+const SERVED_ON_CPU: bool = true;
 /// Annotation of a ModelDeployment: plan for what the engine does not serve yet, comma separated.
 const PREVIEW: &str = "cachalot.dev/preview";
 /// The word in [`PREVIEW`] for replicas of several pods on any device.
