@@ -94,10 +94,14 @@ fn clique(name: &str, clique: &str) -> k8s_openapi::api::core::v1::Node {
 }
 
 #[test]
-fn without_an_engine_that_serves_them_groups_are_refused() {
+fn groups_are_planned_only_where_the_engine_serves_them() {
+    let given = deployment("m", json!({"parallelism": {"tensor": 2}}));
+    let plan = story(given).inspected().on([node("a", "4", "8Gi")]).plan();
+    // One node may take several ranks on the processors.
+    assert_eq!(first_nodes(&plan), ["a", "a"]);
     // Sixteen GPUs on nodes of eight.
-    let given = r1(json!({"parallelism": {"tensor": 16, "expert": 16}}));
-    let plan = story(given)
+    let wide = r1(json!({"parallelism": {"tensor": 16, "expert": 16}}));
+    let plan = story(wide)
         .of_config(R1_CONFIG)
         .on([h100x8("a"), h100x8("b")])
         .plan();
@@ -263,6 +267,7 @@ fn a_failed_rank_takes_its_group_with_it_and_counts_once() {
     // While the first rank still runs nothing takes their place, whatever the pause says.
     let story = story.after(&plan, answers).later(30);
     assert_eq!(moves(&story.plan()), Vec::<String>::new());
+    assert_ne!(condition(&story.plan(), "Planned").1, "PlanRejected");
     let plan = story.swept().plan();
     assert_eq!(
         moves(&plan),
