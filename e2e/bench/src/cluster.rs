@@ -8,16 +8,17 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use clap::ValueEnum;
 use e2e::{Cluster, Lab};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams, PostParams};
 use operator_api::ModelDeployment;
 use operator_k8s::Client;
 
-use crate::large;
 use crate::objects::{WAIT_MAX, api, clear, clear_pods, create_all, templates, wait_pods};
 use crate::operator::{Operator, newest_operator};
 use crate::planning::{self, Shape};
+use crate::{large, stories};
 use bench_report::{Row, median};
 
 /// ModelDeployments of S8, which tells the story of a fleet of many models. Each takes a node; there are fewer where there
@@ -35,6 +36,17 @@ const PASSES: &str = "cachalot_operator_reconcile_total";
 /// Name of the ModelDeployment.
 const NAME: &str = "fleet";
 
+/// A part of what is measured on the control plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Part {
+    /// One model with many replicas, restart, idle share, many models (S1, S6 to S8).
+    Create,
+    /// Fleets over time (S2 to S5).
+    Stories,
+    /// Ten thousand pods (S6, S7).
+    Large,
+}
+
 /// What to measure.
 pub struct Bench {
     /// Replicas.
@@ -43,10 +55,10 @@ pub struct Bench {
     pub nodes: u32,
     /// Runs.
     pub runs: usize,
-    /// The large fleet; when it is empty it is left out.
+    /// The large fleet.
     pub large: large::Size,
-    /// Only the large fleet.
-    pub large_only: bool,
+    /// What of the cluster part is measured.
+    pub parts: Vec<Part>,
     /// The operator's binary.
     pub operator: Option<PathBuf>,
 }
@@ -80,8 +92,8 @@ pub struct Place<'a> {
 }
 
 impl Bench {
-    /// The rows of the cluster part.
-    pub async fn rows(&self) -> Result<Vec<Row>> {
+    /// The rows of the cluster part, and the parts that failed with why: what the others measured is worth keeping.
+    pub async fn rows(&self) -> Result<(Vec<Row>, Vec<String>)> {
         let binary = match &self.operator {
             Some(given) => given.clone(),
             None => newest_operator()?,
@@ -92,16 +104,37 @@ impl Bench {
         let (client, _) =
             operator_k8s::client::connect_as(Some(cluster.kubeconfig()), None).await?;
         let folder = tempfile::tempdir()?;
-        let mut runs = Vec::new();
-        for run in 0..if self.large_only { 0 } else { self.runs } {
-            let log = folder.path().join(format!("operator-{run}.log"));
+        let (mut rows, mut failed) = (Vec::new(), Vec::new());
+        for part in &self.parts {
+            let log = folder.path().join(format!("operator-{part:?}.log"));
             let place = Place {
                 binary: &binary,
                 cluster: &cluster,
                 client: &client,
                 log: &log,
             };
-            let measured = self.run(&place).await?;
+            let found = match part {
+                Part::Create => self.create(&place).await,
+                Part::Stories => stories::rows(&place, self.runs).await,
+                Part::Large => large::rows(&place, self.large, self.runs).await,
+            };
+            match found {
+                Ok(found) => rows.extend(found),
+                Err(why) => {
+                    eprintln!("{part:?} failed: {why:#}");
+                    failed.push(format!("{part:?}: {why:#}"));
+                    clear(&cluster, &client).await?;
+                }
+            }
+        }
+        Ok((rows, failed))
+    }
+
+    /// S1 and S6 to S8, the operator beside a bare client.
+    async fn create(&self, place: &Place<'_>) -> Result<Vec<Row>> {
+        let mut runs = Vec::new();
+        for run in 0..self.runs {
+            let measured = self.run(place).await?;
             println!(
                 "run {run}: operator {:.0} pods/s, bare client {:.0} pods/s, restart {:.2} s, {} models {:.1} s, \
                  {:.0} MB, {:.2} ms per pod, idle {:.1} %",
@@ -116,22 +149,7 @@ impl Bench {
             );
             runs.push(measured);
         }
-        let mut rows = if runs.is_empty() {
-            Vec::new()
-        } else {
-            self.table(&runs)
-        };
-        if !self.large.is_empty() {
-            let log = folder.path().join("operator-large.log");
-            let place = Place {
-                binary: &binary,
-                cluster: &cluster,
-                client: &client,
-                log: &log,
-            };
-            rows.extend(large::rows(&place, self.large, self.runs).await?);
-        }
-        Ok(rows)
+        Ok(self.table(&runs))
     }
 
     fn models(&self) -> u32 {

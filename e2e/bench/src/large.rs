@@ -26,13 +26,6 @@ pub struct Size {
     pub replicas: u32,
 }
 
-impl Size {
-    /// Whether there is nothing to measure.
-    pub fn is_empty(self) -> bool {
-        self.models == 0 || self.replicas == 0
-    }
-}
-
 /// Has the fleet created once and restarts the operator over it `runs` times; the control plane is left empty.
 pub async fn rows(place: &Place<'_>, size: Size, runs: usize) -> Result<Vec<Row>> {
     let (models, total) = (size.models, size.models * size.replicas);
@@ -62,7 +55,7 @@ pub async fn rows(place: &Place<'_>, size: Size, runs: usize) -> Result<Vec<Row>
     clear(place.cluster, place.client).await?;
     let of = format!("{models} models and {total} pods");
     Ok(vec![
-        Row::plain(&format!("S2: {of}, created per second"), rate, "pods/s"),
+        Row::plain(&format!("S6: {of}, created per second"), rate, "pods/s"),
         Row::below(
             &format!("S6: operator's memory with {of}, which it made"),
             made_megabytes,

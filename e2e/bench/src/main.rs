@@ -8,12 +8,14 @@ mod large;
 mod objects;
 mod operator;
 mod planning;
+mod stories;
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use bench_report::Report;
 use clap::Parser;
+use cluster::Part;
 
 /// Measures the operator.
 #[derive(Parser)]
@@ -31,15 +33,15 @@ struct Arguments {
     /// Runs of each measurement; the median counts.
     #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=99))]
     runs: u32,
-    /// ModelDeployments of the large fleet, over which the operator is restarted; 0: not measured.
+    /// What is measured on a control plane; all of it takes half an hour.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Part::Create, Part::Stories, Part::Large])]
+    parts: Vec<Part>,
+    /// ModelDeployments of the large fleet, over which the operator is restarted.
     #[arg(long, value_name = "NUMBER", default_value_t = 1000)]
     large_models: u32,
     /// Replicas of each of them, of one GPU.
     #[arg(long, value_name = "NUMBER", default_value_t = 10)]
     large_replicas: u32,
-    /// Only the large fleet.
-    #[arg(long)]
-    large_only: bool,
     /// The operator's binary; absent: the newest that cargo built.
     #[arg(long, value_name = "FILE")]
     operator: Option<PathBuf>,
@@ -55,6 +57,7 @@ struct Arguments {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let runs = usize::try_from(arguments.runs)?;
+    let mut failed = Vec::new();
     let mut rows = planning::rows(arguments.nodes, arguments.replicas, runs)?;
     if !arguments.plans_only {
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -65,18 +68,24 @@ fn main() -> Result<()> {
             replicas: arguments.replicas,
             nodes: arguments.nodes,
             runs,
-            large_only: arguments.large_only,
+            parts: arguments.parts,
             large: large::Size {
                 models: arguments.large_models,
                 replicas: arguments.large_replicas,
             },
             operator: arguments.operator,
         };
-        rows.extend(runtime.block_on(bench.rows())?);
+        let (found, why) = runtime.block_on(bench.rows())?;
+        rows.extend(found);
+        failed = why;
     }
     let mut report = Report::new(&command(), std::thread::available_parallelism()?.get());
     rows.into_iter().for_each(|row| report.push(row));
-    report.finish(&arguments.out)
+    report.finish(&arguments.out)?;
+    if !failed.is_empty() {
+        bail!("not measured: {}", failed.join("; "));
+    }
+    Ok(())
 }
 
 /// What makes the figures again.
