@@ -34,8 +34,13 @@ impl Stand {
             .kubectl(&["create", "namespace", SYSTEM])
             .expect("a namespace");
         stand.apply_crd();
-        // The goldens are what the chart renders; a test of their own proves that.
-        let chart = read("charts/tests/golden/default.yaml");
+        stand.apply_rights(&read("charts/tests/golden/default.yaml"));
+        stand
+    }
+
+    /// Gives the operator the rights of a render of the chart. The goldens are what it renders; a test of their own
+    /// proves that.
+    pub fn apply_rights(&self, chart: &str) {
         let rights: Vec<&str> = chart
             .split("\n---\n")
             .filter(|document| {
@@ -51,14 +56,12 @@ impl Stand {
             })
             .collect();
         assert!(rights.len() >= 5, "{rights:?}");
-        stand
-            .cluster
+        self.cluster
             .with_input(
                 &["apply", "--server-side", "-f", "-"],
                 &rights.join("\n---\n"),
             )
             .expect("rights");
-        stand
     }
 
     fn apply_crd(&self) {
