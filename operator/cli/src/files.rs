@@ -83,7 +83,10 @@ pub fn add(inventory: &mut Inventory, paths: &[String], namespace: &str) -> Resu
                 bail!("{path}: document {} has no kind", index + 1);
             }
             let metadata = &mut document["metadata"];
-            if kind != "Node" && metadata.is_object() && metadata["namespace"].is_null() {
+            if !matches!(&*kind, "Node" | "PriorityClass")
+                && metadata.is_object()
+                && metadata["namespace"].is_null()
+            {
                 metadata["namespace"] = namespace.into();
             }
             match kind.as_str() {
@@ -93,6 +96,9 @@ pub fn add(inventory: &mut Inventory, paths: &[String], namespace: &str) -> Resu
                 "Service" => inventory.services.push(typed(path, &kind, document)?),
                 "PodDisruptionBudget" => inventory.budgets.push(typed(path, &kind, document)?),
                 "ResourceQuota" => inventory.quotas.push(typed(path, &kind, document)?),
+                "PriorityClass" => inventory
+                    .priority_classes
+                    .push(typed(path, &kind, document)?),
                 "ModelDeployment" => inventory.deployments.push(typed(path, &kind, document)?),
                 _ => {}
             }

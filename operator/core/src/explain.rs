@@ -15,7 +15,7 @@ use crate::placement::{self, Room, WhyNot, Wish};
 use crate::plan::{Action, Object, Plan, Settings};
 use crate::replicas::{State, observe};
 use crate::resources::Resources;
-use crate::snapshot::Snapshot;
+use crate::snapshot::{PodView, Snapshot};
 
 /// Nodes named in a group; the others are counted.
 pub const NODES_NAMED_MAX: usize = 8;
@@ -115,6 +115,9 @@ pub struct Place {
     pub nodes: Vec<String>,
     /// Further nodes.
     pub more_nodes: usize,
+    /// ModelDeployments whose replicas have to leave first, as `namespace/name`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub preempts: Vec<String>,
 }
 
 /// What nodes mean for the next replica.
@@ -222,6 +225,7 @@ pub fn pods(snapshot: &Snapshot) -> Vec<PodWords> {
 fn words_of(state: &State) -> (&'static str, String) {
     match state {
         State::Refused { message } => ("Refused", message.clone()),
+        State::Waiting => ("Waiting", "until others have left its place".into()),
         State::Starting => ("Starting", String::new()),
         State::Failing { message } => ("Failing", message.clone()),
         State::Ready => ("Ready", String::new()),
@@ -264,9 +268,21 @@ fn places(plan: &Plan) -> Vec<Place> {
                 pod: pod.metadata.name.clone().unwrap_or_default(),
                 nodes,
                 more_nodes,
+                preempts: owners(&PodView::of(pod)),
             }
         })
         .collect()
+}
+
+/// ModelDeployments whose replicas have to leave before a pod can be bound.
+pub(crate) fn owners(pod: &PodView) -> Vec<String> {
+    let mut owners: Vec<String> = pod
+        .victims()
+        .map(|victim| format!("{}/{}", victim.namespace, victim.deployment))
+        .collect();
+    owners.sort();
+    owners.dedup();
+    owners
 }
 
 /// Replicas of this deployment by node, those to be created included.

@@ -10,12 +10,14 @@ use engine_spec::ModelFacts;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, ResourceQuota, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::scheduling::v1::PriorityClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use operator_api::ModelDeployment;
 
 use crate::inspect::source_hash;
 use crate::names;
 use crate::plan::Settings;
+use crate::priority::{self, Contest, PriorityClassView, Rival};
 use crate::snapshot::{Claim, Cluster, ConfigMapView, NodeView, PodView, QuotaView, Snapshot};
 use crate::validate::validate;
 
@@ -34,6 +36,8 @@ pub struct Inventory {
     pub budgets: Vec<PodDisruptionBudget>,
     /// Quotas.
     pub quotas: Vec<ResourceQuota>,
+    /// Priority classes.
+    pub priority_classes: Vec<PriorityClass>,
     /// Wishes.
     pub deployments: Vec<ModelDeployment>,
 }
@@ -70,6 +74,7 @@ impl Inventory {
             services,
             budgets,
             quotas,
+            priority_classes,
             deployments,
         } = given;
         for mut deployment in deployments {
@@ -97,6 +102,7 @@ impl Inventory {
         self.services.extend(services);
         self.budgets.extend(budgets);
         self.quotas.extend(quotas);
+        self.priority_classes.extend(priority_classes);
     }
 
     /// The operator's configuration as its youngest pod shows it; none while it has made no pod.
@@ -121,6 +127,32 @@ impl Inventory {
         })
     }
 
+    /// Who else wants the nodes that `deployment` wants.
+    fn contest(&self, deployment: &ModelDeployment) -> Contest {
+        let ModelDeployment { metadata, spec, .. } = deployment;
+        let own = (
+            metadata.namespace.as_deref().unwrap_or_default(),
+            metadata.name.as_deref().unwrap_or_default(),
+        );
+        let classes = self.priority_classes.iter();
+        let pods = self.pods.iter().map(|pod| Rival {
+            namespace: pod.metadata.namespace.clone().unwrap_or_default().into(),
+            pod: Arc::new(PodView::of(pod)),
+        });
+        Contest::of(
+            own,
+            spec.placement.priority_class_name.as_deref(),
+            classes
+                .map(|class| Arc::new(PriorityClassView::of(class)))
+                .collect(),
+            pods,
+            |(namespace, name)| {
+                let other = self.deployment(namespace, name);
+                other.map_or(0, |other| priority::floor(&other.spec))
+            },
+        )
+    }
+
     /// What a decision about `deployment` at `now` depends on; `cluster` is [`Inventory::cluster`],
     /// made once for many wishes. There are no samples: nobody was asked for its load.
     pub fn snapshot(
@@ -143,6 +175,7 @@ impl Inventory {
         });
         Snapshot {
             now,
+            contest: self.contest(&deployment),
             pods: self
                 .pods
                 .iter()

@@ -16,6 +16,8 @@ pub mod names;
 pub mod objects;
 pub mod placement;
 pub mod plan;
+pub mod preemption;
+pub mod priority;
 pub mod replicas;
 pub mod report;
 pub mod resources;
@@ -33,6 +35,7 @@ pub use decide::plan;
 pub use explain::{Explanation, explain};
 pub use inventory::Inventory;
 pub use plan::{Action, Event, EventKind, Kind, Object, Plan, Settings};
+pub use priority::{Contest, PriorityClassView, Rival};
 pub use resources::Resources;
 pub use snapshot::{
     Claim, Cluster, ConfigMapView, ContainerView, Demand, LoadSample, NodeView, PodPhase,

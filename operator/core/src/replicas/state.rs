@@ -20,6 +20,8 @@ pub enum State {
         /// Its words.
         message: String,
     },
+    /// It holds a place that others have not left yet.
+    Waiting,
     /// It exists and does not answer yet.
     Starting,
     /// It fails again and again in place.
@@ -64,7 +66,11 @@ impl Replica<'_> {
     pub fn is_live(&self) -> bool {
         matches!(
             self.state,
-            State::Refused { .. } | State::Starting | State::Failing { .. } | State::Ready
+            State::Refused { .. }
+                | State::Waiting
+                | State::Starting
+                | State::Failing { .. }
+                | State::Ready
         )
     }
 
@@ -120,6 +126,9 @@ fn state(pod: &PodView, snapshot: &Snapshot) -> State {
             // Someone may have set the label by hand; such a pod must not drain for ever.
             since: since.or(pod.created).unwrap_or(snapshot.now),
         };
+    }
+    if pod.is_reserving() {
+        return State::Waiting;
     }
     if pod.ready {
         return State::Ready;

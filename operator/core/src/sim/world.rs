@@ -18,6 +18,7 @@ use super::{Broken, epoch};
 use crate::inventory::Inventory;
 use crate::names;
 use crate::plan::{Action, Kind, Object};
+use crate::priority::{Priority, PriorityClassView};
 use crate::resources::Resources;
 use crate::snapshot::{
     Claim, Cluster, ConfigMapView, NodeView, PodSamples, PodView, QuotaView, Snapshot,
@@ -134,6 +135,8 @@ pub struct World {
     pub(super) held: BTreeMap<Key, Timestamp>,
     /// Names of quotas and the GPUs they allow, by namespace.
     pub(super) quotas: BTreeMap<String, Vec<(String, u64)>>,
+    /// Priority classes.
+    pub(super) classes: Vec<Arc<PriorityClassView>>,
     /// Pods that answered until something else than the operator ended that.
     pub(super) lost: BTreeSet<Key>,
     /// Whether requests come; without, replicas are idle.
@@ -153,6 +156,7 @@ impl World {
             services: _,
             budgets: _,
             quotas,
+            priority_classes,
             deployments,
         } = inventory;
         let mut world = Self {
@@ -174,6 +178,10 @@ impl World {
             held: BTreeMap::new(),
             bad_revision: 0,
             quotas: BTreeMap::new(),
+            classes: priority_classes
+                .iter()
+                .map(|class| Arc::new(PriorityClassView::of(class)))
+                .collect(),
             lost: BTreeSet::new(),
             is_busy: true,
             report,
@@ -386,6 +394,7 @@ impl World {
             service: wish.service.clone(),
             disruption_budget: wish.budget.clone(),
             quotas: view.quotas.get(namespace).cloned().unwrap_or_default(),
+            contest: view.contest(self, &wish.deployment),
             cluster: Arc::new(view.cluster()),
             samples: wish.samples.clone(),
             demand: None,
@@ -440,6 +449,12 @@ impl World {
                 });
                 self.hear(&key, is_unheard);
                 true
+            }
+            Action::Release { name, uid } => {
+                let key = (namespace, name.clone());
+                let done = self.is_it(&key, uid) && self.release(&key);
+                self.hear(&key, is_unheard);
+                done
             }
             Action::Delete {
                 kind: Kind::Pod,
@@ -591,6 +606,10 @@ impl World {
 
     fn create(&mut self, key: &Key, pod: &Pod) {
         let mut pod = pod.clone();
+        if let Some(spec) = &mut pod.spec {
+            let priority = Priority::of(spec.priority_class_name.as_deref(), &self.classes);
+            spec.priority = Some(priority.value);
+        }
         pod.metadata.uid = Some(self.uid());
         pod.metadata.creation_timestamp = Some(Time(self.now));
         pod.status = Some(PodStatus {
