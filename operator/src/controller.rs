@@ -393,7 +393,14 @@ fn same(
 }
 
 fn waits_for_room(status: &operator_api::ModelDeploymentStatus) -> bool {
-    let waiting: BTreeSet<&str> = ["NoNodeFits", "MemoryDoesNotFit", "GpuQuotaExceeded"].into();
+    let waiting: BTreeSet<&str> = [
+        "NoNodeFits",
+        "MemoryDoesNotFit",
+        "GpuQuotaExceeded",
+        "Preempting",
+        "Preempted",
+    ]
+    .into();
     status
         .conditions
         .iter()

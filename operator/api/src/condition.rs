@@ -117,6 +117,10 @@ closed! {
         MemoryDoesNotFit,
         /// No node can take another replica now; the message says why for each group of nodes.
         NoNodeFits,
+        /// Replicas wait until others of lower priority have left their place.
+        Preempting,
+        /// Replicas gave way to others of higher priority and have no place since.
+        Preempted,
         /// A ResourceQuota of the namespace allows no further GPUs.
         GpuQuotaExceeded,
         /// The plan needs something this version does not serve yet.

@@ -540,8 +540,6 @@ pub struct RolloutAnalysis {
 /// Which nodes may be used.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("!(has(self.binding) && self.binding == 'direct' && has(self.priorityClassName))")
-    .message("placement.binding direct passes kube-scheduler by, so placement.priorityClassName would have no effect; remove one of them"))]
 pub struct Placement {
     /// Labels a node must carry.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -562,7 +560,8 @@ pub struct Placement {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spot: Option<Spot>,
 
-    /// Priority class of the pods.
+    /// Priority class of the pods. Where a replica fits nowhere, replicas of ModelDeployments of
+    /// lower priority are drained to make room, unless the class says `preemptionPolicy: Never`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub priority_class_name: Option<String>,
@@ -591,7 +590,7 @@ pub enum Binding {
     #[default]
     Scheduler,
     /// The operator, by writing the node into the pod: faster, for pools that belong to cachalot
-    /// alone. Priorities, preemption and other schedulers do not count then.
+    /// alone. Other schedulers, and priorities of pods that are not cachalot's, do not count then.
     Direct,
 }
 

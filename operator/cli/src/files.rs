@@ -83,7 +83,7 @@ pub fn add(inventory: &mut Inventory, paths: &[String], namespace: &str) -> Resu
                 bail!("{path}: document {} has no kind", index + 1);
             }
             let metadata = &mut document["metadata"];
-            if !["Node", "ResourceSlice"].contains(&kind.as_str())
+            if !["Node", "ResourceSlice", "PriorityClass"].contains(&kind.as_str())
                 && metadata.is_object()
                 && metadata["namespace"].is_null()
             {
@@ -102,6 +102,9 @@ pub fn add(inventory: &mut Inventory, paths: &[String], namespace: &str) -> Resu
                     let template = typed(path, &kind, document)?;
                     inventory.claim_templates.push(template);
                 }
+                "PriorityClass" => inventory
+                    .priority_classes
+                    .push(typed(path, &kind, document)?),
                 "ModelDeployment" => inventory.deployments.push(typed(path, &kind, document)?),
                 _ => {}
             }

@@ -106,6 +106,13 @@ fn places(explanation: &Explanation) -> Vec<Vec<String>> {
             if place.more_nodes > 0 {
                 let _ = write!(nodes, " and {} more", place.more_nodes);
             }
+            if !place.preempts.is_empty() {
+                let _ = write!(
+                    nodes,
+                    ", once replicas of {} have left",
+                    place.preempts.join(", ")
+                );
+            }
             vec![place.pod.clone(), nodes]
         })
         .collect()

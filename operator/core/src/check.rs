@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::Pod;
 
 use crate::names;
 use crate::plan::{Action, Kind, Object, Plan};
+use crate::priority::Priority;
 use crate::replicas::{GroupKey, Replica, State, observe};
 use crate::resources::Resources;
 use crate::snapshot::{PodView, Snapshot};
@@ -42,6 +43,8 @@ pub enum Flaw {
     },
     /// First choices of new pods take more of a node than it has.
     Overbooked(String),
+    /// A new pod would take the place of a replica that is worth as much, or is not known.
+    Outranks(String),
     /// New pods ask for more devices than a quota of the namespace leaves.
     OverQuota(String),
     /// A pod whose resource claim has no template.
@@ -68,6 +71,12 @@ impl fmt::Display for Flaw {
                 write!(f, "{ready} replicas would answer, {promised} are promised")
             }
             Self::Overbooked(node) => write!(f, "node {node} is overbooked"),
+            Self::Outranks(name) => {
+                write!(
+                    f,
+                    "pod {name} takes the place of one that is not of lower priority"
+                )
+            }
             Self::OverQuota(name) => write!(f, "quota {name} leaves too few devices"),
             Self::NoTemplate(name) => write!(f, "the claim of pod {name} has no template"),
             Self::Malformed(name) => write!(f, "{name} is malformed"),
@@ -101,14 +110,16 @@ fn check_writes(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
     for action in &plan.actions {
         let (kind, name) = match action {
             Action::Create(object) | Action::Apply(object) => (object.kind(), object.name()),
-            Action::PatchPod { name, .. } => (Kind::Pod, name.as_str()),
+            Action::PatchPod { name, .. } | Action::Release { name, .. } => {
+                (Kind::Pod, name.as_str())
+            }
             Action::Delete { kind, name, .. } => (*kind, name.as_str()),
         };
         if !written.insert((kind, name)) {
             flaws.push(Flaw::WrittenTwice(format!("{} {name}", kind.as_str())));
         }
         let is_observed = match action {
-            Action::PatchPod { uid, .. } => snapshot
+            Action::PatchPod { uid, .. } | Action::Release { uid, .. } => snapshot
                 .pods
                 .iter()
                 .any(|p| p.name == name && p.uid == *uid),
@@ -272,9 +283,11 @@ fn check_replicas(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
             allowed,
         });
     }
-    let ready_before = count(replicas.iter().filter(|r| r.is_ready()).count());
+    // Those that give way to a higher priority leave without our doing; nobody else leaves for it.
+    let stands = |r: &Replica<'_>| r.is_ready() && snapshot.contest.claimant(r.pod).is_none();
+    let ready_before = count(replicas.iter().filter(|r| stands(r)).count());
     let is_taken_away =
-        |r: &&Replica<'_>| r.is_ready() && (!stays(r) || drained.contains(r.pod.name.as_str()));
+        |r: &&Replica<'_>| stands(r) && (!stays(r) || drained.contains(r.pod.name.as_str()));
     let taken_away = count(replicas.iter().filter(is_taken_away).count());
     let ready = ready_before - taken_away;
     let promised = wanted.saturating_sub(valid.rollout.unavailable_max);
@@ -381,6 +394,7 @@ fn check_claims(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
 
 fn check_room(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
     let mut taken: BTreeMap<String, Resources> = BTreeMap::new();
+    let returned = returned(plan, snapshot, flaws);
     for action in &plan.actions {
         let Action::Create(Object::Pod(pod)) = action else {
             continue;
@@ -400,15 +414,70 @@ fn check_room(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
         }
     }
     for (name, amount) in taken {
-        let fits = snapshot
-            .cluster
-            .nodes
-            .get(&name)
-            .is_some_and(|node| amount.fit_in(&snapshot.cluster.free(node)));
+        let fits = snapshot.cluster.nodes.get(&name).is_some_and(|node| {
+            let used = snapshot.cluster.used.get(&name).copied();
+            let back = returned.get(&name).copied().unwrap_or_default();
+            let used = used.unwrap_or_default().minus(back);
+            amount.fit_in(&node.allocatable.minus(used))
+        });
         if !fits {
             flaws.push(Flaw::Overbooked(name));
         }
     }
+}
+
+/// What nodes get back from pods that give way to ours, and from our pods that are removed before
+/// they were there.
+fn returned(
+    plan: &Plan,
+    snapshot: &Snapshot,
+    flaws: &mut Vec<Flaw>,
+) -> BTreeMap<String, Resources> {
+    let contest = &snapshot.contest;
+    let class = snapshot
+        .deployment
+        .spec
+        .placement
+        .priority_class_name
+        .as_deref();
+    let own = Priority::of(class, &contest.classes);
+    let mut leaving: BTreeSet<String> = BTreeSet::new();
+    let mut back: BTreeMap<String, Resources> = BTreeMap::new();
+    for pod in snapshot.pods.iter().filter(|pod| pod.is_reserving()) {
+        leaving.extend(pod.victims().map(|victim| victim.uid.to_owned()));
+        let is_removed = plan.actions.iter().any(|action| {
+            matches!(action, Action::Delete { kind: Kind::Pod, uid, .. } if *uid == pod.uid)
+        });
+        if let (true, Some(node)) = (is_removed, pod.planned_nodes().first()) {
+            *back.entry((*node).to_owned()).or_default() += pod.requests;
+        }
+    }
+    for action in &plan.actions {
+        let Action::Create(Object::Pod(pod)) = action else {
+            continue;
+        };
+        let view = PodView::of(pod);
+        for victim in view.victims() {
+            let is_lower = contest
+                .rivals
+                .iter()
+                .any(|rival| rival.pod.uid == victim.uid && rival.pod.priority < own.value);
+            if !is_lower || !own.preempts {
+                flaws.push(Flaw::Outranks(view.name.clone()));
+            }
+            leaving.insert(victim.uid.to_owned());
+        }
+    }
+    for rival in contest
+        .rivals
+        .iter()
+        .filter(|rival| leaving.contains(&rival.pod.uid))
+    {
+        if let Some(node) = rival.node() {
+            *back.entry(node.to_owned()).or_default() += rival.pod.requests;
+        }
+    }
+    back
 }
 
 fn label<'a>(pod: &'a Pod, key: &str) -> &'a str {

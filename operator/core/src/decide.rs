@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use engine_spec::ModelFacts;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use operator_api::{ConditionStatus, Reason, RolloutStatus};
+use operator_api::{ConditionStatus, ConditionType, Reason, RolloutStatus};
 
 use crate::check::check;
 use crate::fit::{self, Layout, NoLayout};
@@ -61,6 +61,8 @@ fn decide(snapshot: &Snapshot, settings: &Settings) -> Plan {
                 snapshot,
                 &replicas,
                 Verdict::no(Reason::SpecInvalid, message),
+                // Another one's place is not held up by a spec that makes no sense.
+                replicas::moves_of_preempted(drain_seconds(snapshot), snapshot, &replicas),
             );
         }
     };
@@ -83,13 +85,20 @@ pub(crate) fn chosen(
     Some(choice.map(|(revision, layout)| (valid, revision, layout)))
 }
 
-/// The plan when nothing may be decided: status and events only.
-fn blocked(snapshot: &Snapshot, replicas: &[Replica<'_>], verdict: Verdict) -> Plan {
+/// The drain timeout of a spec that is not valid.
+fn drain_seconds(snapshot: &Snapshot) -> u32 {
+    let given = snapshot.deployment.spec.rollout.drain_timeout_seconds;
+    given
+        .and_then(|seconds| u32::try_from(seconds).ok())
+        .unwrap_or(0)
+}
+
+/// The plan when nothing may be decided: status, events, and what others are owed.
+fn blocked(snapshot: &Snapshot, replicas: &[Replica<'_>], verdict: Verdict, moves: Moves) -> Plan {
     let stored = snapshot.deployment.status.as_ref();
     let wanted = stored
         .and_then(|status| status.wanted_replicas)
         .or(snapshot.deployment.spec.replicas);
-    let moves = Moves::default();
     let report = Report {
         snapshot,
         replicas,
@@ -111,7 +120,8 @@ fn blocked(snapshot: &Snapshot, replicas: &[Replica<'_>], verdict: Verdict) -> P
     Plan {
         status,
         events,
-        ..Plan::default()
+        wake_after: moves.wake_after,
+        actions: moves.actions,
     }
 }
 
@@ -125,6 +135,7 @@ fn rejected(snapshot: &Snapshot, flaw: &str) -> Plan {
         snapshot,
         &replicas,
         Verdict::unknown(Reason::PlanRejected, message),
+        Moves::default(),
     );
     plan.wake_after = Some(Duration::from_secs(LOOK_SECONDS_UNPLACED));
     plan
@@ -513,6 +524,26 @@ impl<'a> Decided<'a> {
 
     fn placed(&self, layout: &Layout, moves: &Moves) -> Verdict {
         let words = fit::layout_words(layout);
+        if let Some(first) = moves.preempted.first() {
+            return Verdict::no(
+                Reason::Preempted,
+                format!(
+                    "{} of {} replicas leave their place. {first}. They come back where there is room",
+                    moves.preempted.len(),
+                    self.wanted
+                ),
+            );
+        }
+        if let (0, Some(first)) = (moves.unplaced, moves.waiting.first()) {
+            return Verdict::no(
+                Reason::Preempting,
+                format!(
+                    "{} of {} replicas have no place yet. {first}. The plan is {words}",
+                    moves.waiting.len(),
+                    self.wanted
+                ),
+            );
+        }
         if moves.unplaced == 0 {
             return Verdict::yes(Reason::FitFound, words);
         }
@@ -538,13 +569,29 @@ impl<'a> Decided<'a> {
         } else {
             ""
         };
+        let (reason, cause) = if self.was_preempted() {
+            let cause = ": others of higher priority took it";
+            (Reason::Preempted, cause)
+        } else {
+            (Reason::NoNodeFits, "")
+        };
         Verdict::no(
-            Reason::NoNodeFits,
+            reason,
             format!(
-                "{} of {} replicas have no place. {why_not}{hint}. The plan is {words}",
+                "{} of {} replicas have no place{cause}. {why_not}{hint}. The plan is {words}",
                 moves.unplaced, self.wanted
             ),
         )
+    }
+
+    /// Whether replicas gave way and have not all found a place since.
+    fn was_preempted(&self) -> bool {
+        let status = self.snapshot.deployment.status.iter();
+        let mut conditions = status.flat_map(|status| &status.conditions);
+        conditions.any(|condition| {
+            condition.type_ == ConditionType::Planned.as_str()
+                && condition.reason == Reason::Preempted.as_str()
+        })
     }
 
     fn wake_after(
@@ -565,7 +612,10 @@ impl<'a> Decided<'a> {
             (moving, LOOK_SECONDS_BUSY),
             (steered && serving, LOOK_SECONDS_STEERED),
             (serving, LOOK_SECONDS_SERVING),
-            (moves.unplaced > 0 || !is_planned, LOOK_SECONDS_UNPLACED),
+            (
+                moves.unplaced > 0 || !moves.waiting.is_empty() || !is_planned,
+                LOOK_SECONDS_UNPLACED,
+            ),
         ];
         looks
             .into_iter()

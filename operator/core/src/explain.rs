@@ -120,6 +120,9 @@ pub struct Place {
     pub nodes: Vec<String>,
     /// Further nodes.
     pub more_nodes: usize,
+    /// ModelDeployments whose replicas have to leave first, as `namespace/name`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub preempts: Vec<String>,
 }
 
 /// What nodes mean for the next replica.
@@ -238,6 +241,7 @@ fn with_rank(pod: &PodView, message: String) -> String {
 fn words_of(state: &State) -> (&'static str, String) {
     match state {
         State::Refused { message } => ("Refused", message.clone()),
+        State::Waiting => ("Waiting", "until others have left its place".into()),
         State::Starting => ("Starting", String::new()),
         State::Failing { message } => ("Failing", message.clone()),
         State::Ready => ("Ready", String::new()),
@@ -281,9 +285,21 @@ fn places(plan: &Plan) -> Vec<Place> {
                 pod: pod.metadata.name.clone().unwrap_or_default(),
                 nodes,
                 more_nodes,
+                preempts: owners(&PodView::of(pod)),
             }
         })
         .collect()
+}
+
+/// ModelDeployments whose replicas have to leave before a pod can be bound.
+pub(crate) fn owners(pod: &PodView) -> Vec<String> {
+    let mut owners: Vec<String> = pod
+        .victims()
+        .map(|victim| format!("{}/{}", victim.namespace, victim.deployment))
+        .collect();
+    owners.sort();
+    owners.dedup();
+    owners
 }
 
 /// Replicas of this deployment by node, those to be created included.

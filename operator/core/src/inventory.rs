@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, ResourceQuota, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceClaimTemplate, ResourceSlice};
+use k8s_openapi::api::scheduling::v1::PriorityClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use operator_api::ModelDeployment;
 
@@ -19,6 +20,7 @@ use crate::devices::{self, AllocationView, ClaimNews, NodeDevices, SliceView};
 use crate::inspect::source_hash;
 use crate::names;
 use crate::plan::Settings;
+use crate::priority::{self, Contest, PriorityClassView, Rival};
 use crate::snapshot::{
     Claim, ClaimTemplateView, Cluster, ConfigMapView, NodeView, PodView, QuotaView, Snapshot,
 };
@@ -47,6 +49,8 @@ pub struct Inventory {
     pub claim_templates: Vec<ResourceClaimTemplate>,
     /// Why slices and claims could not be listed; none when they were.
     pub claims_unread: Option<String>,
+    /// Priority classes.
+    pub priority_classes: Vec<PriorityClass>,
     /// Wishes.
     pub deployments: Vec<ModelDeployment>,
 }
@@ -106,6 +110,7 @@ impl Inventory {
             claims,
             claim_templates,
             claims_unread,
+            priority_classes,
             deployments,
         } = given;
         for mut deployment in deployments {
@@ -137,6 +142,7 @@ impl Inventory {
         self.claims.extend(claims);
         self.claim_templates.extend(claim_templates);
         self.claims_unread = self.claims_unread.take().or(claims_unread);
+        self.priority_classes.extend(priority_classes);
     }
 
     /// The operator's configuration as its youngest pod shows it; none while it has made no pod.
@@ -161,6 +167,32 @@ impl Inventory {
         })
     }
 
+    /// Who else wants the nodes that `deployment` wants.
+    fn contest(&self, deployment: &ModelDeployment) -> Contest {
+        let ModelDeployment { metadata, spec, .. } = deployment;
+        let own = (
+            metadata.namespace.as_deref().unwrap_or_default(),
+            metadata.name.as_deref().unwrap_or_default(),
+        );
+        let classes = self.priority_classes.iter();
+        let pods = self.pods.iter().map(|pod| Rival {
+            namespace: pod.metadata.namespace.clone().unwrap_or_default().into(),
+            pod: Arc::new(PodView::of(pod)),
+        });
+        Contest::of(
+            own,
+            spec.placement.priority_class_name.as_deref(),
+            classes
+                .map(|class| Arc::new(PriorityClassView::of(class)))
+                .collect(),
+            pods,
+            |(namespace, name)| {
+                let other = self.deployment(namespace, name);
+                other.map_or(0, |other| priority::floor(&other.spec))
+            },
+        )
+    }
+
     /// What a decision about `deployment` at `now` depends on; `cluster` is [`Inventory::cluster`],
     /// made once for many wishes. There are no samples: nobody was asked for its load.
     pub fn snapshot(
@@ -183,6 +215,7 @@ impl Inventory {
         });
         Snapshot {
             now,
+            contest: self.contest(&deployment),
             pods: self
                 .pods
                 .iter()

@@ -19,6 +19,8 @@ pub mod names;
 pub mod objects;
 pub mod placement;
 pub mod plan;
+pub mod preemption;
+pub mod priority;
 pub mod quota;
 pub mod replicas;
 pub mod report;
@@ -37,6 +39,7 @@ pub use decide::plan;
 pub use explain::{Explanation, explain};
 pub use inventory::Inventory;
 pub use plan::{Action, Event, EventKind, Kind, Object, Plan, Settings};
+pub use priority::{Contest, PriorityClassView, Rival};
 pub use resources::Resources;
 pub use snapshot::{
     Claim, ClaimTemplateView, Cluster, ConfigMapView, ContainerView, Demand, LoadSample, NodeView,

@@ -24,6 +24,7 @@ const KEYS: &[&str] = &[
     names::REFUSED_NODES,
     names::INSPECT_INPUTS,
     names::DRAIN_SINCE,
+    names::PREEMPTS,
 ];
 
 /// Values by key, for the keys of one table.

@@ -47,6 +47,10 @@ pub const INSPECT_INPUTS: &str = "cachalot.dev/inspect-inputs";
 /// Annotation: since when a pod finishes its requests before it leaves.
 pub const DRAIN_SINCE: &str = "cachalot.dev/drain-since";
 
+/// Annotation: pods whose place this one takes once they have left, `namespace/deployment/uid`, comma
+/// separated.
+pub const PREEMPTS: &str = "cachalot.dev/preempts";
+
 /// Value of [`COMPONENT`] for pods that serve.
 pub const ENGINE: &str = "engine";
 /// Value of [`COMPONENT`] for pods that read a model's facts.

@@ -319,16 +319,32 @@ impl<'a> Room<'a> {
     /// The same room without what a pod that is not bound yet is counted for.
     pub fn without(&self, node: &str, amount: Resources) -> Self {
         let mut room = self.clone();
-        *room.returned.entry(node.to_owned()).or_default() += amount;
+        room.give_back(node, amount);
         room
+    }
+
+    /// Gives room on a node back.
+    pub fn give_back(&mut self, node: &str, amount: Resources) {
+        *self.returned.entry(node.to_owned()).or_default() += amount;
     }
 
     /// What is free on a node.
     pub fn free(&self, node: &NodeView) -> Resources {
+        self.free_with(node, Resources::default())
+    }
+
+    /// What would be free on a node if `given_up` were given back too.
+    pub fn free_with(&self, node: &NodeView, given_up: Resources) -> Resources {
         let amount =
             |map: &BTreeMap<String, Resources>| map.get(&node.name).copied().unwrap_or_default();
-        let used = amount(&self.cluster.used).minus(amount(&self.returned));
-        node.allocatable.minus(used).minus(amount(&self.taken))
+        let returned = amount(&self.returned) + given_up;
+        let used = amount(&self.cluster.used) + amount(&self.taken);
+        node.allocatable.minus(used.minus(returned))
+    }
+
+    /// A node by name.
+    pub fn node(&self, name: &str) -> Option<&'a NodeView> {
+        self.cluster.nodes.get(name).map(AsRef::as_ref)
     }
 
     /// The node of that name.
@@ -363,7 +379,7 @@ pub fn why_not(node: &NodeView, wish: &Wish<'_>, room: &Room<'_>) -> Option<WhyN
 }
 
 /// Reasons that do not change when pods come and go.
-fn standing(node: &NodeView, wish: &Wish<'_>) -> Option<WhyNot> {
+pub(crate) fn standing(node: &NodeView, wish: &Wish<'_>) -> Option<WhyNot> {
     if !node.ready {
         return Some(WhyNot::NotReady);
     }
@@ -404,7 +420,7 @@ fn standing(node: &NodeView, wish: &Wish<'_>) -> Option<WhyNot> {
     device::why_not(node, wish.layout)
 }
 
-fn shortage(wish: &Wish<'_>, node: &NodeView, free: Resources) -> Option<WhyNot> {
+pub(crate) fn shortage(wish: &Wish<'_>, node: &NodeView, free: Resources) -> Option<WhyNot> {
     let needs = wish.requests;
     let devices = device::shortage(&wish.layout.kind, &needs, node, &free);
     if devices.is_some() {

@@ -52,6 +52,13 @@ pub enum Action {
         /// Annotations to set, or to remove where none.
         annotations: BTreeMap<String, Option<String>>,
     },
+    /// Let kube-scheduler bind a pod of that uid: those whose place it takes have left it.
+    Release {
+        /// Name.
+        name: String,
+        /// Uid it must have.
+        uid: String,
+    },
     /// Delete the object of that uid; "not found" counts as done.
     Delete {
         /// Kind.
@@ -156,6 +163,7 @@ impl fmt::Display for Action {
                 }
                 Ok(())
             }
+            Self::Release { name, .. } => write!(f, "release Pod {name}"),
             Self::Delete { kind, name, .. } => write!(f, "delete {} {name}", kind.as_str()),
         }
     }

@@ -64,6 +64,10 @@ pub struct Moves {
     pub sick: Vec<String>,
     /// First choices of the pods that are created.
     pub nodes: Vec<String>,
+    /// Replicas that wait until others have left their place, in words.
+    pub waiting: Vec<String>,
+    /// Replicas that give way to others of higher priority, in words.
+    pub preempted: Vec<String>,
     /// Replicas that failed as often as their restart budget allows, in words.
     pub exhausted: Vec<String>,
     /// When to look again.
@@ -91,6 +95,10 @@ impl Moves {
 
     /// Removes a pod; with `if_silent`, only if that node is found silent once more.
     fn remove_if(&mut self, pod: &PodView, why: &str, if_silent: Option<String>) {
+        // One that would get its place now does not need it any more.
+        let is_release =
+            |action: &Action| matches!(action, Action::Release { name, .. } if *name == pod.name);
+        self.actions.retain(|action| !is_release(action));
         self.actions.push(Action::Delete {
             kind: Kind::Pod,
             name: pod.name.clone(),
@@ -140,9 +148,11 @@ pub fn moves(given: Given<'_>, replicas: &[Replica<'_>]) -> Moves {
     planner.tear(&mut moves);
     planner.finish_draining(&mut moves);
     planner.move_refused(&mut moves);
+    planner.settle_waiting(&mut moves);
     planner.take_back(&mut moves);
     planner.complete(&mut moves);
     planner.start(&mut moves);
+    planner.give_way(&mut moves);
     planner.retire(&mut moves);
     moves
 }
@@ -155,8 +165,11 @@ pub fn moves_without_plan(
     snapshot: &Snapshot,
     replicas: &[Replica<'_>],
 ) -> Moves {
-    let mut moves = Moves::default();
+    let mut moves = moves_of_preempted(valid.rollout.drain_timeout_seconds, snapshot, replicas);
     for replica in replicas {
+        if snapshot.contest.claimant(replica.pod).is_some() {
+            continue;
+        }
         if let Some(why) = drained(
             replica,
             snapshot,
@@ -176,6 +189,23 @@ pub fn moves_without_plan(
             }
         }
     }
+    moves
+}
+
+/// Replicas whose place another one takes leave, whatever else may be decided.
+pub fn moves_of_preempted(
+    drain_timeout_seconds: u32,
+    snapshot: &Snapshot,
+    replicas: &[Replica<'_>],
+) -> Moves {
+    let mut moves = Moves::default();
+    let is_claimed = |replica: &&Replica<'_>| snapshot.contest.claimant(replica.pod).is_some();
+    for replica in replicas.iter().filter(is_claimed) {
+        if let Some(why) = drained(replica, snapshot, drain_timeout_seconds, &mut moves) {
+            moves.remove(replica.pod, why);
+        }
+    }
+    planner::give_way(snapshot, replicas.iter(), &mut moves);
     moves
 }
 

@@ -249,7 +249,7 @@ fn waits_for_room(status: &ModelDeploymentStatus) -> bool {
             && condition.status == "False"
             && matches!(
                 condition.reason.as_str(),
-                "NoNodeFits" | "MemoryDoesNotFit" | "GpuQuotaExceeded"
+                "NoNodeFits" | "MemoryDoesNotFit" | "GpuQuotaExceeded" | "Preempting" | "Preempted"
             )
     })
 }

@@ -21,6 +21,7 @@ use crate::fit::DeviceKind;
 use crate::marks::Marks;
 use crate::names;
 use crate::plan::{Action, Object, Plan};
+use crate::priority::Contest;
 pub use crate::quota::QuotaView;
 use crate::resources::Resources;
 
@@ -50,6 +51,8 @@ pub struct Snapshot {
     pub disruption_budget: Option<Arc<PodDisruptionBudget>>,
     /// Quotas on GPUs in its namespace.
     pub quotas: Vec<Arc<QuotaView>>,
+    /// Other ModelDeployments that want the same nodes, and priorities.
+    pub contest: Contest,
     /// Nodes and what is taken on them.
     pub cluster: Arc<Cluster>,
     /// What engine pods said about themselves, by pod name.
@@ -150,6 +153,8 @@ pub struct PodView {
     pub container: ContainerView,
     /// What it asks for.
     pub requests: Resources,
+    /// Its priority, as the API server decided.
+    pub priority: i32,
 }
 
 /// What a pod, whoever's it is, takes from a node.
@@ -298,6 +303,7 @@ impl PodView {
                 .map(ContainerView::of)
                 .unwrap_or_default(),
             requests: pod.spec.as_ref().map(Resources::of_pod).unwrap_or_default(),
+            priority: pod.spec.as_ref().and_then(|s| s.priority).unwrap_or(0),
         }
     }
 
@@ -374,6 +380,8 @@ fn scheduled(status: Option<&PodStatus>) -> Scheduled {
     match condition(status, "PodScheduled") {
         None => Scheduled::NotYet,
         Some(c) if c.status == "True" => Scheduled::Bound,
+        // Nobody has looked at it: a scheduling gate holds it back.
+        Some(c) if c.reason.as_deref() == Some("SchedulingGated") => Scheduled::NotYet,
         Some(c) => Scheduled::Refused {
             since: c.last_transition_time.as_ref().map(|time| time.0),
             message: c.message.clone().unwrap_or_default(),

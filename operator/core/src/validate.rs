@@ -490,15 +490,8 @@ fn valid_placement(rules: &mut Rules, given: &Placement) -> ValidPlacement {
             "must be the key of a node label, such as topology.kubernetes.io/zone",
         );
     }
-    let binding = binding.unwrap_or_default();
-    rules.require(
-        binding == Binding::Scheduler || priority_class_name.is_none(),
-        "spec.placement.binding",
-        "direct",
-        "passes kube-scheduler by, so spec.placement.priorityClassName would have no effect; remove one of them",
-    );
     ValidPlacement {
-        binding,
+        binding: binding.unwrap_or_default(),
         node_selector: node_selector.clone(),
         tolerations: tolerations.clone(),
         spread_by,

@@ -7,7 +7,7 @@ mod common;
 use common::*;
 use engine_spec::LoadReport;
 use operator_core::snapshot::{PodView, Scheduled, Terminated};
-use operator_core::{names, replicas};
+use operator_core::{Action, names, replicas};
 use serde_json::json;
 
 fn busy(running: u32, waiting: u32) -> LoadReport {
@@ -445,6 +445,27 @@ fn replicas_of_a_silent_node_are_replaced_elsewhere() {
         story.snapshot.pods.last().unwrap().node.as_deref(),
         Some("a")
     );
+}
+
+/// The node may answer again by now; who carries the delete out asks it once more.
+#[test]
+fn a_silent_node_is_read_again_before_its_replica_is_given_up() {
+    let silent = with(
+        node("b", "8", "16Gi"),
+        json!({"status": {"conditions": [
+            {"type": "Ready", "status": "Unknown", "lastTransitionTime": "2026-11-24T11:59:00Z"}
+        ]}}),
+    );
+    let plan = three().running().on([silent]).plan();
+    let conditions: Vec<Option<String>> = plan
+        .actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::Delete { if_silent, .. } => Some(if_silent.clone()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(conditions, [Some("b".to_owned())], "{plan}");
 }
 
 #[test]

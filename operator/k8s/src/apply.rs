@@ -311,6 +311,7 @@ impl Applier {
                 self.patch_pod(namespace, name, uid, labels, annotations)
                     .await
             }
+            Action::Release { name, uid } => self.release(namespace, name, uid).await,
             Action::Delete {
                 kind,
                 name,
@@ -401,6 +402,20 @@ impl Applier {
         Ok(true)
     }
 
+    async fn release(&self, namespace: &str, name: &str, uid: &str) -> Result<bool, Error> {
+        match self.writer.release_pod(namespace, name, uid).await {
+            Ok(Written::Done(pod)) => {
+                self.world.wrote_pod(pod);
+                Ok(true)
+            }
+            Ok(Written::Already) => Ok(false),
+            Err(error) => {
+                self.doubt(namespace, name, None, &error);
+                Err(error)
+            }
+        }
+    }
+
     async fn patch_pod(
         &self,
         namespace: &str,
@@ -486,6 +501,7 @@ pub fn action_label(action: &Action) -> &'static str {
         Action::Create(_) => "create",
         Action::Apply(_) => "apply",
         Action::PatchPod { .. } => "patch_pod",
+        Action::Release { .. } => "release_pod",
         Action::Delete { .. } => "delete",
     }
 }

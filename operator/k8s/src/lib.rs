@@ -16,6 +16,7 @@ pub mod list;
 pub mod prometheus;
 pub mod read;
 pub mod retry;
+mod rivals;
 pub mod sampling;
 pub mod scrape;
 mod trim;

@@ -58,6 +58,11 @@ pub async fn inventory(
             ..Inventory::default()
         });
     }
+    // Who may plan need not have rights on them; nobody is then told to give way.
+    let classes = match all(&Api::all(client.clone()), "PriorityClass", "").await {
+        Err(error) if error.category() == Category::Forbidden => Vec::new(),
+        other => other?,
+    };
     let mut config_maps: Vec<ConfigMap> =
         all(&scoped(client, namespace), "ConfigMap", &ours).await?;
     let named: BTreeSet<(&str, &str)> = deployments
@@ -91,6 +96,7 @@ pub async fn inventory(
         services: all(&scoped(client, namespace), "Service", "").await?,
         budgets: all(&scoped(client, namespace), "PodDisruptionBudget", "").await?,
         quotas: all(&scoped(client, namespace), "ResourceQuota", "").await?,
+        priority_classes: classes,
         deployments,
     })
 }

@@ -10,17 +10,20 @@ use std::sync::{Arc, Mutex};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, ResourceQuota, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::scheduling::v1::PriorityClass;
 use kube::api::Api;
 use kube::runtime::watcher;
 use kube::{Client, Resource};
 use operator_api::ModelDeployment;
 use operator_core::{
-    Claim, Cluster, ConfigMapView, Demand, NodeView, PodSamples, QuotaView, Snapshot, names,
+    Claim, Cluster, ConfigMapView, Demand, NodeView, PodSamples, PriorityClassView, QuotaView,
+    Snapshot, names,
 };
 use tokio::task::JoinSet;
 
 use crate::claims::Claims;
 use crate::ledger::Ledger;
+use crate::rivals::{self, Reservations, view_of};
 pub use crate::trim::{ChildConfigMap, ChildPod};
 use crate::trim::{
     child_config_map, child_pod, key_of, other_claim, trim_budget, trim_deployment, trim_service,
@@ -49,6 +52,9 @@ pub struct World {
     pub quotas: Arc<Mirror<QuotaView>>,
     /// Resource claims, where they are followed.
     pub claims: Claims,
+    /// Priority classes.
+    pub classes: Arc<Mirror<PriorityClassView>>,
+    reservations: Reservations,
     ledger: Mutex<Ledger>,
     wakes: Wakes,
 }
@@ -80,6 +86,8 @@ impl World {
             budgets: Mirror::new("PodDisruptionBudget"),
             quotas: Mirror::new("ResourceQuota"),
             claims: Claims::default(),
+            classes: Mirror::new("PriorityClass"),
+            reservations: Reservations::default(),
             ledger: Mutex::default(),
             wakes: Wakes::default(),
         })
@@ -114,6 +122,7 @@ impl World {
             of(&self.services),
             of(&self.budgets),
             of(&self.quotas),
+            of(&self.classes),
         ];
         if self.claims.is_followed() {
             let claims = &self.claims;
@@ -170,8 +179,18 @@ impl World {
         let config_maps = children(&self.config_maps, key, |map| {
             (*map.deployment == *key.name).then(|| Arc::clone(&map.view))
         });
+        let classes = self.classes.read();
+        let classes = classes.values().filter_map(|entry| entry.clone().ok());
         Snapshot {
             now,
+            contest: rivals::contest(
+                &deployment,
+                key,
+                classes.collect(),
+                &self.pods,
+                &self.deployments,
+                &self.reservations,
+            ),
             deployment,
             pods,
             config_maps,
@@ -244,12 +263,13 @@ impl World {
     pub fn wrote_pod(&self, pod: Pod) {
         let key = key_of(&pod.metadata);
         watch::write_through(&self.pods, pod, child_pod);
-        let claim = self
-            .pods
-            .get(&key)
-            .and_then(Result::ok)
-            .and_then(|pod| pod.claim.clone());
+        let entry = self.pods.get(&key);
+        let claim = entry
+            .as_ref()
+            .and_then(|entry| entry.as_ref().ok()?.claim.clone());
         lock(&self.ledger).set(&key, claim);
+        self.wakes
+            .add(self.reservations.set(&key, view_of(entry.as_ref())));
     }
 
     /// Pods of `owner` that are gone from the mirror although they were written while the list that does not name them was
@@ -408,6 +428,22 @@ impl World {
             trim,
             changed,
         ));
+
+        let world = Arc::clone(self);
+        let changed = move |change: Change<'_, PriorityClassView>| world.class_changed(change);
+        let trim = |class: PriorityClass| Ok(Some(PriorityClassView::of(&class)));
+        tasks.spawn(watch::follow(
+            Arc::clone(&self.classes),
+            Api::all(client.clone()),
+            all(),
+            trim,
+            changed,
+        ));
+    }
+
+    fn class_changed(&self, _: Change<'_, PriorityClassView>) {
+        // What a replica may take changes only for those who wait for room.
+        self.wakes.room_appeared();
     }
 
     fn pod_changed(&self, change: Change<'_, ChildPod>) {
@@ -417,6 +453,7 @@ impl World {
         };
         let freed = claim(before).is_some() && claim(after).is_none();
         lock(&self.ledger).set(key, claim(after));
+        self.wakes.add(self.reservations.set(key, view_of(after)));
         self.wake_owner(
             key,
             owner(before, |pod| &pod.deployment),

@@ -15,6 +15,7 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Client, Resource};
+use operator_core::names;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -175,9 +176,36 @@ impl Writer {
         name: &str,
         metadata: Value,
     ) -> Result<Written<Pod>, Error> {
+        let patch = serde_json::json!({ "metadata": metadata });
+        self.merge_pod(namespace, name, patch).await
+    }
+
+    /// Takes the scheduling gates off a pod of that uid, with what it said of those whose place it takes.
+    ///
+    /// # Errors
+    /// The lease is lost, or the API server refuses or does not answer.
+    pub async fn release_pod(
+        &self,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+    ) -> Result<Written<Pod>, Error> {
+        let patch = serde_json::json!({
+            "metadata": { "uid": uid, "annotations": { names::PREEMPTS: null } },
+            "spec": { "schedulingGates": null },
+        });
+        self.merge_pod(namespace, name, patch).await
+    }
+
+    async fn merge_pod(
+        &self,
+        namespace: &str,
+        name: &str,
+        patch: Value,
+    ) -> Result<Written<Pod>, Error> {
         let call = Call::on("patch", "Pod", namespace, name);
         self.guard(&call)?;
-        let patch = Patch::Merge(serde_json::json!({ "metadata": metadata }));
+        let patch = Patch::Merge(patch);
         let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
         let parameters = PatchParams {
             field_manager: Some(FIELD_MANAGER.into()),

@@ -10,8 +10,8 @@ use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapKeySelector, ConfigMapVolumeSource, Container, ContainerPort,
     EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction, Lifecycle, LifecycleHandler,
     LocalObjectReference, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
-    PersistentVolumeClaimVolumeSource, Pod, PodSecurityContext, PodSpec, PreferredSchedulingTerm,
-    Probe, ResourceClaim, ResourceRequirements, SeccompProfile, SecretKeySelector,
+    PersistentVolumeClaimVolumeSource, Pod, PodSchedulingGate, PodSecurityContext, PodSpec,
+    PreferredSchedulingTerm, Probe, ResourceClaim, ResourceRequirements, SeccompProfile, SecretKeySelector,
     SecretVolumeSource, SecurityContext, SleepAction, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -23,6 +23,7 @@ use crate::devices;
 use crate::fit::Layout;
 use crate::names::{self, Revision};
 use crate::plan::Settings;
+use crate::priority::GATE;
 use crate::resources::{NVIDIA_GPU, Resources};
 use crate::validate::{Source, ValidDeployment};
 
@@ -74,6 +75,8 @@ pub struct Slot {
     pub nodes: Vec<String>,
     /// Nodes whose kubelet refused the pods before.
     pub refused: Vec<String>,
+    /// Pods that have to leave the node first; nobody may bind the new one before.
+    pub preempts: Vec<String>,
 }
 
 /// What an engine pod asks for, as the planner counts it.
@@ -195,10 +198,15 @@ pub fn engine_pod(
     if !slot.refused.is_empty() {
         annotations.insert(names::REFUSED_NODES.into(), slot.refused.join(","));
     }
-    // Bound by us, a pod names its node; kube-scheduler then leaves it alone.
+    // Bound by us, a pod names its node; kube-scheduler then leaves it alone. One that waits for a
+    // place cannot name it yet: its kubelet would refuse it.
+    let waits = !slot.preempts.is_empty();
+    if waits {
+        annotations.insert(names::PREEMPTS.into(), slot.preempts.join(","));
+    }
     let bound = match valid.placement.binding {
-        Binding::Scheduler => None,
-        Binding::Direct => slot.nodes.first().cloned(),
+        Binding::Direct if !waits => slot.nodes.first().cloned(),
+        Binding::Direct | Binding::Scheduler => None,
     };
     metadata.annotations = Some(annotations);
 
@@ -264,6 +272,7 @@ pub fn engine_pod(
                 Some(_) => None,
             },
             node_name: bound,
+            scheduling_gates: waits.then(|| vec![PodSchedulingGate { name: GATE.into() }]),
             node_selector: node_selector(valid),
             tolerations: tolerations(valid, layout.gpus() > 0),
             hostname: member.as_ref().map(|member| member.name.clone()),

@@ -2,6 +2,9 @@
 //! what is too many retires. Each takes what those before it gave and gave away into account.
 
 mod gang;
+mod preempting;
+
+pub(super) use preempting::give_way;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -41,6 +44,8 @@ pub(super) struct Planner<'a> {
     taken_back: Vec<u32>,
     /// Indices of all pods, whatever they are doing.
     indices: BTreeSet<u32>,
+    /// Uids of pods that give way to replicas that are not to be disturbed.
+    spoken_for: BTreeSet<String>,
 }
 
 impl<'a> Planner<'a> {
@@ -60,6 +65,11 @@ impl<'a> Planner<'a> {
             offers: vec![None; given.sides.len()],
             taken_back: vec![0; given.sides.len()],
             indices: replicas.iter().filter_map(Replica::index).collect(),
+            spoken_for: preempting::spoken_for(
+                &given.snapshot.contest,
+                Self::priority(&given.sides[0], &given.snapshot.contest),
+                replicas,
+            ),
         }
     }
 
@@ -223,7 +233,9 @@ impl<'a> Planner<'a> {
                     break;
                 }
                 let is_gone = self.gone.contains(replica.pod.name.as_str());
-                let is_wanted = replica.pod.ready && self.is_current_on(index, replica);
+                let is_wanted = replica.pod.ready
+                    && self.is_current_on(index, replica)
+                    && !self.gives_way(replica);
                 if is_draining && !is_gone && is_wanted {
                     self.gone.insert(&replica.pod.name);
                     self.taken_back[index] += 1;
@@ -409,6 +421,7 @@ impl<'a> Planner<'a> {
         let offers = self.offers[index].get_or_insert_with(|| Offers::new(wish, room));
         match offers.best(&slot.refused, on_demand_min) {
             Ok(nodes) => slot.nodes = nodes,
+            Err(_) if self.preempt(moves, index, &mut slot) => {}
             Err(why_not) => {
                 moves.why_not = why_not;
                 return false;
@@ -593,9 +606,10 @@ impl<'a> Planner<'a> {
     fn retirement_order(&self, replica: &Replica<'_>) -> (u8, u64, std::cmp::Reverse<u32>) {
         let rank = match replica.state {
             State::Refused { .. } => 0,
-            State::Failing { .. } => 1,
-            State::Starting => 2,
-            _ => 3,
+            State::Waiting => 1,
+            State::Failing { .. } => 2,
+            State::Starting => 3,
+            _ => 4,
         };
         let samples = self.given.snapshot.samples.get(&replica.pod.name);
         let busy = samples
@@ -621,6 +635,10 @@ fn push_pod(moves: &mut Moves, side: &Side, slot: &Slot) {
         ..
     } = side;
     let pod = objects::engine_pod(valid, layout, settings, revision, slot);
+    if !slot.preempts.is_empty() {
+        let words = preempting::waiting_words(&PodView::of(&pod));
+        moves.waiting.push(words);
+    }
     moves
         .created
         .push(pod.metadata.name.clone().unwrap_or_default());

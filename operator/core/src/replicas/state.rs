@@ -21,6 +21,8 @@ pub enum State {
         /// Its words.
         message: String,
     },
+    /// It holds a place that others have not left yet.
+    Waiting,
     /// It exists and does not answer yet.
     Starting,
     /// It fails again and again in place.
@@ -87,7 +89,11 @@ impl<'a> Replica<'a> {
     pub fn is_live(&self) -> bool {
         matches!(
             self.state,
-            State::Refused { .. } | State::Starting | State::Failing { .. } | State::Ready
+            State::Refused { .. }
+                | State::Waiting
+                | State::Starting
+                | State::Failing { .. }
+                | State::Ready
         )
     }
 
@@ -141,6 +147,9 @@ pub fn state(pod: &PodView, snapshot: &Snapshot) -> State {
             // Someone may have set the label by hand; such a pod must not drain for ever.
             since: since.or(pod.created).unwrap_or(snapshot.now),
         };
+    }
+    if pod.is_reserving() {
+        return State::Waiting;
     }
     if pod.ready {
         return State::Ready;

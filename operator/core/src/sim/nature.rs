@@ -6,7 +6,7 @@ use std::sync::Arc;
 use engine_spec::LoadReport;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{
-    ContainerState, ContainerStateTerminated, ContainerStatus, PodCondition, PodStatus,
+    ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodCondition, PodStatus,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -82,7 +82,7 @@ impl World {
                 continue;
             }
             if pod.view.node.is_none() {
-                if !pod.view.deleting {
+                if !pod.view.deleting && !is_gated(&pod.pod) {
                     let cluster = bound.get_or_insert_with(|| self.bound());
                     let cluster = cluster.clone();
                     if self.bind(key, &cluster) {
@@ -103,6 +103,7 @@ impl World {
         let pods = self.pods.values().flat_map(|pod| {
             let starting = pod.ready_at.filter(|at| *at > self.now && !pod.view.ready);
             let is_new = pod.ready_at.is_none()
+                && !is_gated(&pod.pod)
                 && pod.view.scheduled == Scheduled::NotYet
                 && !pod.view.is_finished();
             [starting, pod.gone_at, is_new.then_some(soon)]
@@ -140,6 +141,17 @@ impl World {
                 pod.gone_at = Some(later(now, COLLECT_SECONDS));
             }
         }
+    }
+
+    /// The scheduling gates of a pod go; false when it has none.
+    pub(super) fn release(&mut self, key: &Key) -> bool {
+        let was_gated = self.pods.get(key).is_some_and(|pod| is_gated(&pod.pod));
+        self.change_pod(key, |pod| {
+            pod.spec.get_or_insert_default().scheduling_gates = None;
+            let annotations = pod.metadata.annotations.get_or_insert_default();
+            annotations.remove(names::PREEMPTS);
+        });
+        was_gated
     }
 
     /// The scheduler's turn with a pod; true when it found a node.
@@ -376,6 +388,14 @@ impl World {
             end(status, "Failed", reason, 137, "", now);
         });
     }
+}
+
+fn is_gated(pod: &Pod) -> bool {
+    let gates = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.scheduling_gates.as_ref());
+    gates.is_some_and(|gates| !gates.is_empty())
 }
 
 pub(super) fn later(now: Timestamp, seconds: u64) -> Timestamp {

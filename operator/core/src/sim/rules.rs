@@ -6,8 +6,9 @@
 //! - never more pods than wanted plus surge by a create of ours;
 //! - never fewer answering replicas than promised by a drain or delete of ours: what others ended
 //!   meanwhile, unseen by us, is not our doing, what we ended is, heard of or not;
+//! - nobody takes the place of a replica that is worth as much;
 //! - after the last fault: no write repeated for ever, nothing left over, and every ModelDeployment
-//!   complete, or told that no node fits while indeed none does.
+//!   complete, or told that no node fits while indeed none does, even without all that is worth less.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,7 +16,9 @@ use super::Broken;
 use super::world::{Key, World};
 use crate::explain::{Standing, explain};
 use crate::names;
+use crate::placement::{Room, Wish};
 use crate::plan::{Action, Kind, Object, Plan, Settings};
+use crate::priority::Priority;
 use crate::replicas::{GroupKey, Replica, State, observe};
 use crate::snapshot::{PodView, Snapshot};
 use crate::validate::validate;
@@ -139,12 +142,20 @@ pub(super) fn serving(world: &World, key: &Key, action: &Action) -> bool {
         }
         _ => return false,
     };
+    // One that gives way to a higher priority is not promised any more.
+    let gives_way = |pod: &PodView| {
+        let contest = world
+            .wishes
+            .get(key)
+            .map(|wish| world.view.contest(world, &wish.deployment));
+        contest.is_some_and(|contest| contest.claimant(pod).is_some())
+    };
     let has_it = |pods: &&Vec<(&Key, &PodView)>| pods.iter().any(|(key, _)| key.1 == *name);
     let seen = groups(seen_engines(world, key));
     let is_seen = seen.values().find(has_it);
     let truth = groups(engines(world, key));
     let is_true = truth.values().find(has_it);
-    is_seen.is_some_and(|pods| answers(pods, is_serving))
+    is_seen.is_some_and(|pods| answers(pods, |pod| is_serving(pod) && !gives_way(pod)))
         && is_true.is_some_and(|pods| answers(pods, |pod| does_serve(world, pod)))
 }
 
@@ -174,6 +185,9 @@ pub(super) fn write(
                 "{action} after {failures:?} failures, {budget} are allowed"
             )));
         }
+    }
+    if let Action::Create(Object::Pod(pod)) = action {
+        of_lower_priority(world, pod)?;
     }
     if matches!(action, Action::Create(Object::Pod(pod)) if is_engine(pod)) {
         let is_counted = |pod: &PodView| {
@@ -205,6 +219,31 @@ pub(super) fn write(
             return Err(world.broken(format!(
                 "{answering} replicas of {} answer by our doing, {promised} are promised",
                 key.1
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether all whose place a pod takes are worth less than it, as the API server has it.
+fn of_lower_priority(
+    world: &World,
+    pod: &k8s_openapi::api::core::v1::Pod,
+) -> Result<(), Box<Broken>> {
+    let class = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.priority_class_name.as_deref());
+    let own = Priority::of(class, &world.classes);
+    let view = PodView::of(pod);
+    for victim in view.victims() {
+        let mut all = world.pods.values();
+        // One that is gone meanwhile is in nobody's way.
+        let found = all.find(|other| other.view.uid == victim.uid);
+        if found.is_some_and(|other| !own.preempts || other.view.priority >= own.value) {
+            return Err(world.broken(format!(
+                "{} of priority {} takes the place of {}",
+                view.name, own.value, victim.uid
             )));
         }
     }
@@ -382,7 +421,7 @@ fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), Str
     );
     if !matches!(
         reason(&status, "Planned").as_str(),
-        "NoNodeFits" | "MemoryDoesNotFit" | "NotServedYet" | "GpuQuotaExceeded"
+        "NoNodeFits" | "MemoryDoesNotFit" | "NotServedYet" | "GpuQuotaExceeded" | "Preempted"
     ) {
         return Err(format!(
             "{words}, Planned is {}",
@@ -412,6 +451,50 @@ fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), Str
         .find(|group| group.standing == Standing::Fits);
     match fits {
         Some(group) => Err(format!("{words}, though {:?} would fit", group.nodes)),
+        None => nobody_else_can_leave(&snapshot, settings, &replicas, wanted)
+            .map_err(|why| format!("{words}, though {why}")),
+    }
+}
+
+/// Whether a ModelDeployment that misses a replica is in nobody's debt: no node would fit even
+/// without all that is worth less.
+fn nobody_else_can_leave(
+    snapshot: &Snapshot,
+    settings: &Settings,
+    replicas: &[Replica<'_>],
+    wanted: usize,
+) -> Result<(), String> {
+    let failed = replicas
+        .iter()
+        .any(|replica| matches!(replica.state, State::Failed { .. }));
+    let live = replicas.iter().filter(|replica| replica.is_live()).count();
+    let Some(Ok((valid, _, layout))) = crate::decide::chosen(snapshot, settings) else {
+        return Ok(());
+    };
+    // One that failed before takes nobody's place, and neither does what a rollout adds. Where a
+    // number is kept off spot nodes, the place may not be one for the next replica.
+    if failed || live >= wanted || valid.placement.on_demand_min.is_some() {
+        return Ok(());
+    }
+    let wish = Wish {
+        layout: &layout,
+        requests: crate::objects::engine_requests(&valid, &layout),
+        placement: &valid.placement,
+        own: BTreeMap::new(),
+        avoid: Vec::new(),
+    };
+    let mut room = Room::new(&snapshot.cluster);
+    for rival in &snapshot.contest.rivals {
+        if let Some(node) = rival.node() {
+            room.give_back(node, rival.pod.requests);
+        }
+    }
+    let mut nodes = room.nodes();
+    match nodes.find(|node| crate::placement::why_not(node, &wish, &room).is_none()) {
+        Some(node) => Err(format!(
+            "{} is held by replicas of lower priority",
+            node.name
+        )),
         None => Ok(()),
     }
 }

@@ -4,8 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use operator_api::ModelDeployment;
+
 use super::world::{Key, World};
 use crate::names;
+use crate::priority::{self, Contest, Rival};
 use crate::snapshot::{Claim, Cluster, NodeView, PodView, QuotaView};
 
 /// A pod as it was last seen.
@@ -46,11 +49,40 @@ impl View {
         }
     }
 
+    /// Who else wants the nodes.
+    pub(super) fn contest(&self, world: &World, deployment: &ModelDeployment) -> Contest {
+        let ModelDeployment { metadata, spec, .. } = deployment;
+        let own = (
+            metadata.namespace.as_deref().unwrap_or_default(),
+            metadata.name.as_deref().unwrap_or_default(),
+        );
+        let pods = self.pods.iter().map(|((namespace, _), pod)| Rival {
+            namespace: namespace.as_str().into(),
+            pod: Arc::clone(&pod.view),
+        });
+        Contest::of(
+            own,
+            spec.placement.priority_class_name.as_deref(),
+            world.classes.clone(),
+            pods,
+            |(namespace, name)| {
+                let other = world.wishes.get(&(namespace.to_string(), name.clone()));
+                other.map_or(0, |other| priority::floor(&other.deployment.spec))
+            },
+        )
+    }
+
     /// Nodes, and what is taken on them.
     pub(super) fn cluster(&self) -> Cluster {
         let claims = self.pods.values().filter_map(|pod| pod.claim.as_ref());
         Cluster::new(self.nodes.values().cloned(), claims)
     }
+}
+
+/// Whose pods have to leave before a pod can be bound.
+fn owners_of_victims(pod: &PodView) -> impl Iterator<Item = Key> + '_ {
+    pod.victims()
+        .map(|victim| (victim.namespace.to_owned(), victim.deployment.to_owned()))
 }
 
 impl World {
@@ -72,6 +104,7 @@ impl World {
             for pod in [before, after].into_iter().flatten() {
                 let owner = pod.view.label(names::MODEL_DEPLOYMENT);
                 woken.insert((key.0.clone(), owner.to_owned()));
+                woken.extend(owners_of_victims(&pod.view));
             }
             let claims = |seen: Option<&Seen>| seen.is_some_and(|seen| seen.claim.is_some());
             is_room |= claims(before) && !claims(after);
@@ -115,6 +148,18 @@ impl World {
             return;
         }
         self.unsure.remove(key);
+        let before = self.view.pods.get(key).map(|seen| &seen.view);
+        let after = self.pods.get(key).map(|pod| &pod.view);
+        let named: Vec<Key> = [before, after]
+            .into_iter()
+            .flatten()
+            .flat_map(|view| owners_of_victims(view))
+            .collect();
+        for owner in named {
+            if let Some(wish) = self.wishes.get_mut(&owner) {
+                wish.is_woken = true;
+            }
+        }
         match self.pods.get(key) {
             Some(pod) => {
                 let seen = Seen {

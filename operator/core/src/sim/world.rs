@@ -19,6 +19,8 @@ use crate::devices::{ClaimNews, NodeDevices};
 use crate::inventory::Inventory;
 use crate::names;
 use crate::plan::{Action, Kind, Object};
+use crate::priority::{Priority, PriorityClassView};
+use crate::resources::Resources;
 use crate::snapshot::{
     Claim, ClaimTemplateView, Cluster, ConfigMapView, NodeView, PodSamples, PodView, QuotaView,
     Snapshot,
@@ -140,6 +142,8 @@ pub struct World {
     pub(super) held: BTreeMap<Key, Timestamp>,
     /// Quotas by namespace; what they say is used is counted anew.
     pub(super) quotas: BTreeMap<String, Vec<QuotaView>>,
+    /// Priority classes.
+    pub(super) classes: Vec<Arc<PriorityClassView>>,
     /// Pods that answered until something else than the operator ended that.
     pub(super) lost: BTreeSet<Key>,
     /// Whether requests come; without, replicas are idle.
@@ -164,6 +168,7 @@ impl World {
             claims: _,
             claim_templates: _,
             claims_unread: _,
+            priority_classes,
             deployments,
         } = inventory;
         let mut world = Self {
@@ -187,6 +192,10 @@ impl World {
             held: BTreeMap::new(),
             bad_revision: 0,
             quotas: BTreeMap::new(),
+            classes: priority_classes
+                .iter()
+                .map(|class| Arc::new(PriorityClassView::of(class)))
+                .collect(),
             lost: BTreeSet::new(),
             is_busy: true,
             report,
@@ -410,6 +419,7 @@ impl World {
             ranks_service: wish.ranks_service.clone(),
             disruption_budget: wish.budget.clone(),
             quotas: view.quotas.get(namespace).cloned().unwrap_or_default(),
+            contest: view.contest(self, &wish.deployment),
             cluster: Arc::new(Cluster {
                 claims: ClaimNews::Known,
                 ..view.cluster()
@@ -467,6 +477,12 @@ impl World {
                 });
                 self.hear(&key, is_unheard);
                 true
+            }
+            Action::Release { name, uid } => {
+                let key = (namespace, name.clone());
+                let done = self.is_it(&key, uid) && self.release(&key);
+                self.hear(&key, is_unheard);
+                done
             }
             Action::Delete {
                 kind: Kind::Pod,
@@ -603,6 +619,10 @@ impl World {
 
     fn create(&mut self, key: &Key, pod: &Pod) {
         let mut pod = pod.clone();
+        if let Some(spec) = &mut pod.spec {
+            let priority = Priority::of(spec.priority_class_name.as_deref(), &self.classes);
+            spec.priority = Some(priority.value);
+        }
         pod.metadata.uid = Some(self.uid());
         pod.metadata.creation_timestamp = Some(Time(self.now));
         pod.status = Some(PodStatus {

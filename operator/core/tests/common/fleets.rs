@@ -2,6 +2,7 @@
 //! them, and a mix of faults; all from one seed.
 
 use k8s_openapi::api::core::v1::{Node, ResourceQuota};
+use k8s_openapi::api::scheduling::v1::PriorityClass;
 use operator_api::ModelDeployment;
 use operator_core::Inventory;
 use operator_core::sim::{Faults, Seed, Story};
@@ -46,6 +47,7 @@ pub fn story_of(seed: u64) -> Story {
         deployments,
         quotas: quotas.into_iter().collect(),
         slices,
+        priority_classes: classes(),
         ..Inventory::default()
     };
     Story {
@@ -73,6 +75,18 @@ fn quota(resource: &str, most: u64) -> ResourceQuota {
         "spec": {"hard": {key: most.to_string()}},
     }))
     .unwrap()
+}
+
+/// One that comes first, one that comes first and waits, and one that comes last.
+pub fn classes() -> Vec<PriorityClass> {
+    [
+        json!({"metadata": {"name": "high"}, "value": 1000}),
+        json!({"metadata": {"name": "meek"}, "value": 2000, "preemptionPolicy": "Never"}),
+        json!({"metadata": {"name": "low"}, "value": -10}),
+    ]
+    .into_iter()
+    .map(|class| serde_json::from_value(class).unwrap())
+    .collect()
 }
 
 fn random_node(dice: &mut Seed, index: u64, on_gpus: bool) -> Node {
@@ -166,6 +180,10 @@ fn random_wish(dice: &mut Seed, index: u64, on_gpus: bool) -> ModelDeployment {
     }
     if dice.below(3) == 0 {
         spec["placement"]["binding"] = json!("direct");
+    }
+    if dice.below(2) == 0 {
+        let class = *dice.of(&["high", "meek", "low"]).unwrap();
+        spec["placement"]["priorityClassName"] = json!(class);
     }
     let name = format!("m{index}");
     with(

@@ -250,6 +250,7 @@ pub fn story(deployment: ModelDeployment) -> Story {
             ranks_service: None,
             disruption_budget: None,
             quotas: Vec::new(),
+            contest: Default::default(),
             cluster: Arc::new(Cluster::default()),
             samples: Default::default(),
             demand: None,
@@ -425,6 +426,9 @@ impl Story {
                 self.snapshot.disruption_budget = Some(Arc::new((**budget).clone()));
             }
             Action::Apply(Object::Pod(_)) => panic!("pods are created"),
+            Action::Release { name, .. } => {
+                self.pod(name, |pod| pod.annotations.remove(names::PREEMPTS));
+            }
             Action::PatchPod {
                 name,
                 labels,

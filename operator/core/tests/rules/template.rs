@@ -166,9 +166,9 @@ pub fn template_rows() -> Vec<(&'static str, Refused, &'static str, Value)> {
             spec(json!({"placement": {"binding": "direct"}})),
         ),
         (
-            "a priority that kube-scheduler would never see",
-            Everywhere,
-            "spec.placement.binding",
+            "a priority of pods that the operator binds",
+            Never,
+            "",
             spec(json!({"placement": {"binding": "direct", "priorityClassName": "high"}})),
         ),
         (

@@ -1,0 +1,171 @@
+//! Whose place a replica takes when it fits nowhere: whole replicas of lower priority on one node.
+//!
+//! The least harm is chosen, in this order: nobody who would stay anyway, the lowest priority, the
+//! fewest below what their ModelDeployment promises, the fewest, the least room left over.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::placement::{self, Rank, Room, Wish};
+use crate::priority::{Contest, Owner, Rival};
+use crate::resources::Resources;
+use crate::snapshot::NodeView;
+
+/// A place, and who has to leave it first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Taking {
+    /// The node.
+    pub node: String,
+    /// Replicas that give way.
+    pub victims: Vec<Rival>,
+}
+
+/// What a place is looked for with.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask<'a> {
+    /// What one replica needs.
+    pub wish: &'a Wish<'a>,
+    /// What is free while those who would give way are still there.
+    pub room: &'a Room<'a>,
+    /// Who else wants the nodes.
+    pub contest: &'a Contest,
+    /// Uids of pods that give way already, to a replica that may not be disturbed.
+    pub spoken_for: &'a BTreeSet<String>,
+    /// Whether spot nodes are out of the question.
+    pub on_demand_only: bool,
+}
+
+/// How much a choice harms; less is better.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Harm {
+    /// The highest priority among those who would have stayed; none when there are none.
+    priority: Option<i32>,
+    /// How many of them their ModelDeployments promise to keep.
+    promised: usize,
+    count: usize,
+    gpus_left: u64,
+    rank: Rank,
+}
+
+/// A rival on a node, and what its leaving means.
+struct Candidate<'a> {
+    rival: &'a Rival,
+    would_stay: bool,
+    is_promised: bool,
+}
+
+/// The place that costs others least; none when no node would fit even without all that is of lower
+/// priority.
+pub fn choose(ask: Ask<'_>) -> Option<Taking> {
+    let mut by_node: BTreeMap<&str, Vec<&Rival>> = BTreeMap::new();
+    let mut serving: BTreeMap<Owner, u32> = BTreeMap::new();
+    for rival in &ask.contest.rivals {
+        if let Some(node) = rival.node() {
+            by_node.entry(node).or_default().push(rival);
+        }
+        if rival.is_serving() && !ask.spoken_for.contains(&rival.pod.uid) {
+            *serving.entry(rival.owner()).or_default() += 1;
+        }
+    }
+    let takings = by_node.into_iter().filter_map(|(name, rivals)| {
+        let node = ask.room.node(name)?;
+        let is_out = ask.on_demand_only && crate::spot::is_spot(node);
+        if is_out || placement::standing(node, ask.wish).is_some() {
+            return None;
+        }
+        let candidates = candidates(&ask, &serving, rivals);
+        least(&ask, node, candidates)
+    });
+    let best = takings.min_by(|(left, _), (right, _)| left.cmp(right));
+    best.map(|(_, taking)| taking)
+}
+
+/// Rivals on a node, those that should stay most first.
+fn candidates<'a>(
+    ask: &Ask<'_>,
+    serving: &BTreeMap<Owner, u32>,
+    mut rivals: Vec<&'a Rival>,
+) -> Vec<Candidate<'a>> {
+    // The youngest is the first that can be spared.
+    rivals.sort_by_key(|rival| (Reverse(rival.pod.created), &rival.pod.name));
+    let mut spare: BTreeMap<Owner, u32> = BTreeMap::new();
+    let mut candidates: Vec<Candidate<'a>> = rivals
+        .into_iter()
+        .map(|rival| {
+            let owner = rival.owner();
+            let would_stay = !rival.is_leaving() && !ask.spoken_for.contains(&rival.pod.uid);
+            let spare = spare.entry(owner.clone()).or_insert_with(|| {
+                let least = ask.contest.floors.get(&owner).copied().unwrap_or(0);
+                serving
+                    .get(&owner)
+                    .copied()
+                    .unwrap_or(0)
+                    .saturating_sub(least)
+            });
+            let counts = would_stay && rival.is_serving();
+            let is_promised = counts && *spare == 0;
+            if counts {
+                *spare = spare.saturating_sub(1);
+            }
+            Candidate {
+                rival,
+                would_stay,
+                is_promised,
+            }
+        })
+        .collect();
+    // Of those that are alike a small one stays rather than a large one: fewer have to leave.
+    candidates.sort_by_key(|candidate| {
+        let pod = &candidate.rival.pod;
+        (
+            Reverse(candidate.would_stay),
+            Reverse(pod.priority),
+            Reverse(candidate.is_promised),
+            Reverse(pod.ready),
+            (pod.requests.gpus, pod.requests.memory_bytes),
+            (pod.created, pod.name.clone()),
+        )
+    });
+    candidates
+}
+
+/// The fewest that have to leave a node so that a replica fits; none when it does not fit even
+/// without all of them.
+fn least(ask: &Ask<'_>, node: &NodeView, candidates: Vec<Candidate<'_>>) -> Option<(Harm, Taking)> {
+    let sum = |left: Resources, candidate: &Candidate<'_>| left + candidate.rival.pod.requests;
+    let mut given_up = candidates.iter().fold(Resources::default(), sum);
+    let fits = |given_up: Resources| {
+        let free = ask.room.free_with(node, given_up);
+        placement::shortage(ask.wish, node, free).is_none()
+    };
+    if !fits(given_up) {
+        return None;
+    }
+    let mut victims = Vec::new();
+    for candidate in candidates {
+        let kept = given_up.minus(candidate.rival.pod.requests);
+        if fits(kept) {
+            given_up = kept;
+        } else {
+            victims.push(candidate);
+        }
+    }
+    let harmed = || victims.iter().filter(|candidate| candidate.would_stay);
+    let free = ask.room.free_with(node, given_up);
+    let harm = Harm {
+        priority: harmed().map(|candidate| candidate.rival.pod.priority).max(),
+        promised: harmed().filter(|candidate| candidate.is_promised).count(),
+        count: harmed().count(),
+        gpus_left: free.minus(ask.wish.requests).gpus,
+        rank: placement::rank(node, ask.wish, ask.room),
+    };
+    let victims: Vec<Rival> = victims
+        .into_iter()
+        .map(|candidate| candidate.rival.clone())
+        .collect();
+    // Without anybody to wait for it is not for us: an ordinary look finds such a node.
+    (!victims.is_empty()).then(|| {
+        let node = node.name.clone();
+        (harm, Taking { node, victims })
+    })
+}
