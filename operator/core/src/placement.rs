@@ -347,11 +347,6 @@ impl<'a> Room<'a> {
         self.cluster.nodes.get(name).map(AsRef::as_ref)
     }
 
-    /// The node of that name.
-    pub fn node(&self, name: &str) -> Option<&'a NodeView> {
-        self.cluster.nodes.get(name).map(AsRef::as_ref)
-    }
-
     /// All nodes.
     pub fn nodes(&self) -> impl Iterator<Item = &'a NodeView> {
         self.cluster.nodes.values().map(AsRef::as_ref)

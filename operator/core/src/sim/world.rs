@@ -20,7 +20,6 @@ use crate::inventory::Inventory;
 use crate::names;
 use crate::plan::{Action, Kind, Object};
 use crate::priority::{Priority, PriorityClassView};
-use crate::resources::Resources;
 use crate::snapshot::{
     Claim, ClaimTemplateView, Cluster, ConfigMapView, NodeView, PodSamples, PodView, QuotaView,
     Snapshot,
