@@ -367,6 +367,7 @@ fn a_cache_in_eight_bits_takes_656_bytes_a_layer_and_is_refused_where_there_is_n
     );
     let on_cpu = MemoryRequest {
         device: Device::Cpu,
+        parallelism: Parallelism::default(),
         ..fp8
     };
     let text = memory_plan(&r1(), &on_cpu).unwrap_err().to_string();

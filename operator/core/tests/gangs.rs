@@ -139,7 +139,7 @@ fn each_rank_on_the_processors_is_a_pod_that_knows_its_leader() {
     let (_, reason, _) = condition(&plan, "Planned");
     assert_eq!(reason, "FitFound");
     let summary = plan.status.plan.unwrap();
-    assert_eq!(summary.parallelism, "TP 2 over 2 pods");
+    assert_eq!(summary.parallelism, "TP 2, EP 2 over 2 pods");
 }
 
 #[test]

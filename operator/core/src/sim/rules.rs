@@ -197,7 +197,13 @@ pub(super) fn write(
                 .is_none_or(|node| world.is_node_ready(node));
             !pod.deleting && !pod.is_finished() && answers
         };
-        let pods = groups(engines(world, key).filter(|(_, pod)| is_counted(pod))).len();
+        // A group whose first rank is being ended leaves: the others stay until its requests are finished.
+        let is_leaving =
+            |pods: &[(&Key, &PodView)]| pods.iter().any(|(_, pod)| pod.rank() == 0 && pod.deleting);
+        let pods = groups(engines(world, key))
+            .into_values()
+            .filter(|pods| pods.iter().any(|(_, pod)| is_counted(pod)) && !is_leaving(pods))
+            .count();
         let allowed = wanted.saturating_add(valid.rollout.surge_max);
         if u32::try_from(pods).unwrap_or(u32::MAX) > allowed {
             return Err(world.broken(format!("{pods} pods of {}, {allowed} are allowed", key.1)));
