@@ -477,9 +477,10 @@ fn nobody_else_can_leave(
     let Some(Ok((valid, _, layout))) = crate::decide::chosen(snapshot, settings) else {
         return Ok(());
     };
-    // One that failed before takes nobody's place, and neither does what a rollout adds. Where a
-    // number is kept off spot nodes, the place may not be one for the next replica.
-    if failed || live >= wanted || valid.placement.on_demand_min.is_some() {
+    // One that failed before takes nobody's place, and neither does what a rollout adds or a replica of
+    // several pods. Where a number is kept off spot nodes, the place may not be one for the next replica.
+    let is_apart = layout.pods > 1 || valid.placement.on_demand_min.is_some();
+    if failed || live >= wanted || is_apart {
         return Ok(());
     }
     let wish = Wish {
