@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use e2e::eventually;
 use serde_json::Value;
 
 mod control_plane;
@@ -107,9 +108,15 @@ fn what_is_planned_is_what_the_operator_does() {
         assert!(words.contains(expected), "{expected} is not in\n{words}");
     }
 
-    let status = run(&stand, &["status", "r1"]);
-    let words = String::from_utf8_lossy(&status.stdout).into_owned();
-    assert!(words.contains("3/4 ready"), "{words}");
+    // The plan is told before what there is room for answers.
+    eventually("three of four answer", MINUTE, || {
+        let status = run(&stand, &["status", "r1"]);
+        let words = String::from_utf8_lossy(&status.stdout).into_owned();
+        match words.contains("3/4 ready") {
+            true => Ok(()),
+            false => Err(words),
+        }
+    });
     let top = run(&stand, &["top", "-A", "-o", "json"]);
     assert_eq!(top.status.code(), Some(0), "{top:?}");
     assert_eq!(json(&top)[0]["name"], "r1");
