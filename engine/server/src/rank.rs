@@ -14,7 +14,6 @@ use axum::Router;
 use axum::extract::State;
 use axum::middleware::from_fn_with_state;
 use axum::response::Response;
-use axum::routing::get;
 use engine_group::{Follower, Next};
 use engine_spec::StartupPhase;
 use tokio::net::TcpListener;
@@ -22,7 +21,7 @@ use tokio::sync::oneshot;
 
 use crate::error::ApiError;
 use crate::http::accept_loop;
-use crate::routes::{livez, metrics, observe, probe, startupz, version};
+use crate::routes::{observe, probe, probes};
 use crate::serve::{ServeError, follow_tls_files, watch};
 use crate::startup::{LoadFailure, StartupHandle};
 use crate::state::{ServerOptions, Shared};
@@ -145,13 +144,7 @@ fn follow(shared: &Shared, follower: &mut Follower) -> Result<(), String> {
 }
 
 fn router(shared: Arc<Shared>) -> Router {
-    Router::new()
-        .route("/livez", get(livez))
-        .route("/readyz", get(readyz))
-        .route("/health", get(readyz))
-        .route("/startupz", get(startupz))
-        .route("/version", get(version))
-        .route("/metrics", get(metrics))
+    probes(readyz)
         .fallback(elsewhere)
         .layer(from_fn_with_state(shared.clone(), observe))
         .with_state(shared)

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Path, Request, State};
+use axum::handler::Handler;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{Next, from_fn_with_state};
@@ -52,17 +53,27 @@ pub fn router(shared: Arc<Shared>) -> Router {
         .route(WEIGHTS, get(weights).post(replace_weights))
         .route("/tokenize", post(tokenize))
         .route("/detokenize", post(detokenize))
-        .route("/livez", get(livez))
-        .route("/readyz", get(readyz))
-        .route("/health", get(readyz))
-        .route("/startupz", get(startupz))
         .route("/load", get(load))
-        .route("/version", get(version))
-        .route("/metrics", get(metrics))
+        .merge(probes(readyz))
         .fallback(no_route)
         .method_not_allowed_fallback(no_route)
         .layer(from_fn_with_state(shared.clone(), observe))
         .with_state(shared)
+}
+
+/// The routes that every rank answers, by what it means by ready.
+pub fn probes<F, T>(readyz: F) -> Router<Arc<Shared>>
+where
+    F: Handler<T, Arc<Shared>> + Clone,
+    T: 'static,
+{
+    Router::new()
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz.clone()))
+        .route("/health", get(readyz))
+        .route("/startupz", get(startupz))
+        .route("/version", get(version))
+        .route("/metrics", get(metrics))
 }
 
 /// Gives every request a name, counts and logs it. Prompts and answers never appear in a log.
@@ -430,7 +441,7 @@ pub fn probe(problem: Option<String>) -> Response {
 }
 
 /// Alive: the engine's thread makes progress, or the model is still loading.
-pub async fn livez(State(shared): AppState) -> Response {
+async fn livez(State(shared): AppState) -> Response {
     probe(shared.heartbeat.problem())
 }
 
@@ -439,7 +450,7 @@ async fn readyz(State(shared): AppState) -> Response {
     probe(shared.serving().err().map(|error| error.message))
 }
 
-pub async fn startupz(State(shared): AppState) -> Response {
+async fn startupz(State(shared): AppState) -> Response {
     let report = shared.startup.report();
     let started = report.phase == StartupPhase::Ready;
     let mut response = json_response(&json!(report));
@@ -477,11 +488,11 @@ async fn load(State(shared): AppState) -> Response {
     }))
 }
 
-pub async fn version(State(shared): AppState) -> Response {
+async fn version(State(shared): AppState) -> Response {
     json_response(&json!({"version": shared.options.version}))
 }
 
-pub async fn metrics(State(shared): AppState) -> Response {
+async fn metrics(State(shared): AppState) -> Response {
     let format = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(CONTENT_TYPE, format)], shared.metrics.render()).into_response()
 }

@@ -403,17 +403,8 @@ impl Applier {
     }
 
     async fn release(&self, namespace: &str, name: &str, uid: &str) -> Result<bool, Error> {
-        match self.writer.release_pod(namespace, name, uid).await {
-            Ok(Written::Done(pod)) => {
-                self.world.wrote_pod(pod);
-                Ok(true)
-            }
-            Ok(Written::Already) => Ok(false),
-            Err(error) => {
-                self.doubt(namespace, name, None, &error);
-                Err(error)
-            }
-        }
+        let written = self.writer.release_pod(namespace, name, uid).await;
+        self.patched(namespace, name, written)
     }
 
     async fn patch_pod(
@@ -425,7 +416,18 @@ impl Applier {
         annotations: &BTreeMap<String, Option<String>>,
     ) -> Result<bool, Error> {
         let metadata: Value = json!({ "uid": uid, "labels": labels, "annotations": annotations });
-        match self.writer.patch_pod(namespace, name, metadata).await {
+        let written = self.writer.patch_pod(namespace, name, metadata).await;
+        self.patched(namespace, name, written)
+    }
+
+    /// Keeps a pod as a patch left it; whether it was changed.
+    fn patched(
+        &self,
+        namespace: &str,
+        name: &str,
+        written: Result<Written<Pod>, Error>,
+    ) -> Result<bool, Error> {
+        match written {
             Ok(Written::Done(pod)) => {
                 self.world.wrote_pod(pod);
                 Ok(true)
