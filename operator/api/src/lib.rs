@@ -16,9 +16,9 @@ pub use crd::crd;
 pub use quantity::Quantity;
 pub use spec::{
     Accelerator, AcceleratorClaim, AcceleratorType, Autoscaling, AutoscalingTargets, Binding,
-    ConfigMapReference, Context, Mig, Model, ModelDeployment, ModelDeploymentSpec, OnFailure,
-    Parallelism, Placement, Precision, Quantization, Rollout, RolloutAnalysis, RolloutStep,
-    SecretReference, Spot, Stabilization, Topology,
+    ConfigMapReference, Context, KvCacheDtype, Mig, Model, ModelDeployment, ModelDeploymentSpec,
+    OnFailure, Parallelism, Placement, Precision, Quantization, Rollout, RolloutAnalysis,
+    RolloutStep, SecretReference, Spot, Stabilization, Topology,
 };
 pub use status::{
     AutoscalingStatus, LoadProgress, ModelDeploymentStatus, PendingScale, Performance, Phase,

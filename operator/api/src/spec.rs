@@ -57,7 +57,9 @@ use crate::template::PodTemplate;
     validation = Rule::new("!has(self.accelerator.claim) || !has(self.placement.binding) || self.placement.binding != 'direct'")
         .message("kube-scheduler allocates resource claims; set placement.binding to scheduler or remove accelerator.claim"),
     validation = Rule::new("self.quantization == 'none' || (self.precision != 'float32' && self.accelerator.type == 'cpu')")
-        .message("spec.quantization makes integers on the cpu accelerator, with precision auto or bfloat16; set it to none or change those")
+        .message("spec.quantization makes integers on the cpu accelerator, with precision auto or bfloat16; set it to none or change those"),
+    validation = Rule::new("!has(self.context.kvCacheDtype) || self.context.kvCacheDtype != 'fp8' || self.accelerator.type == 'nvidia'")
+        .message("context.kvCacheDtype fp8 is computed on GPUs; set it to auto or choose accelerator type nvidia")
 )]
 pub struct ModelDeploymentSpec {
     /// The model to serve and where it comes from.
@@ -351,6 +353,29 @@ pub struct Context {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 4096))]
     pub max_concurrent_sequences: Option<i32>,
+
+    /// What keys and values are kept as. `fp8` holds almost twice the context of DeepSeek-V2, V3 and R1 in the same
+    /// memory, on GPUs.
+    #[serde(default, skip_serializing_if = "KvCacheDtype::is_auto")]
+    pub kv_cache_dtype: KvCacheDtype,
+}
+
+/// What keys and values are kept as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum KvCacheDtype {
+    /// As the model computes.
+    #[default]
+    Auto,
+    /// 8-bit floating point with a scale for each 128 latents.
+    Fp8,
+}
+
+impl KvCacheDtype {
+    /// Whether nothing is asked for.
+    pub fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
 }
 
 /// Tokens that are drafted and verified together.

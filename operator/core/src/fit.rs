@@ -628,6 +628,7 @@ fn layout(
     engine.parallelism = parallelism;
     engine.max_model_len = valid.max_model_len;
     engine.max_num_seqs = valid.max_num_seqs;
+    engine.kv_cache_dtype = valid.kv_cache;
     engine.num_speculative_tokens = valid.draft_tokens;
     // One token per sequence must fit into a step.
     engine.max_num_batched_tokens = engine.max_num_batched_tokens.max(valid.max_num_seqs);

@@ -12,7 +12,7 @@ mod template;
 use std::collections::BTreeMap;
 use std::fmt;
 
-use engine_spec::{Dtype, NUM_SPECULATIVE_TOKENS_MAX, Parallelism, Quantization};
+use engine_spec::{Dtype, KvCacheDtype, NUM_SPECULATIVE_TOKENS_MAX, Parallelism, Quantization};
 use k8s_openapi::api::core::v1::Toleration;
 use operator_api::{
     Autoscaling, Binding, ModelDeployment, ModelDeploymentSpec, Placement, PodTemplate, Precision,
@@ -102,6 +102,8 @@ pub struct ValidDeployment {
     pub max_model_len: Option<u32>,
     /// Sequences per replica.
     pub max_num_seqs: u32,
+    /// What keys and values are kept as.
+    pub kv_cache: KvCacheDtype,
     /// Tokens drafted for each sequence and step.
     pub draft_tokens: u32,
     /// How many replicas.
@@ -262,6 +264,16 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         (1, 4096),
         MAX_NUM_SEQS_DEFAULT,
     );
+    let kv_cache = match context.kv_cache_dtype {
+        operator_api::KvCacheDtype::Auto => KvCacheDtype::Auto,
+        operator_api::KvCacheDtype::Fp8 => KvCacheDtype::Fp8,
+    };
+    rules.require(
+        kv_cache.is_auto() || !on_cpu,
+        "spec.context.kvCacheDtype",
+        kv_cache,
+        "is computed on GPUs; set it to auto or choose accelerator type nvidia",
+    );
     let draft_tokens = rules.number(
         "spec.speculation.draftTokens",
         speculation.draft_tokens,
@@ -305,6 +317,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         quantization,
         max_model_len,
         max_num_seqs,
+        kv_cache,
         draft_tokens,
         scale,
         rollout,

@@ -151,6 +151,18 @@ fn table() -> Vec<(&'static str, Refused, &'static str, Value)> {
             spec(json!({"quantization": "int8", "accelerator": {"type": "nvidia"}})),
         ),
         (
+            "a cache in eight bits on GPUs",
+            Never,
+            "",
+            spec(json!({"context": {"kvCacheDtype": "fp8"}, "accelerator": {"type": "nvidia"}})),
+        ),
+        (
+            "a cache in eight bits on processors",
+            Everywhere,
+            "kvCacheDtype",
+            spec(json!({"context": {"kvCacheDtype": "fp8"}, "accelerator": {"type": "cpu"}})),
+        ),
+        (
             "more drafts than are served",
             Everywhere,
             "draftTokens = 9: must be between 0 and 8",

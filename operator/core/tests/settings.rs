@@ -1,4 +1,4 @@
-//! What becomes of `spec.speculation` on its way to the engine.
+//! What becomes of `spec.speculation` and `spec.context.kvCacheDtype` on their way to the engine.
 
 #![allow(clippy::unwrap_used)] // helpers of tests
 
@@ -7,6 +7,9 @@ mod common;
 use common::*;
 use operator_core::{Action, Object, Plan, names};
 use serde_json::{Value, json};
+
+const LLAMA: &str = r#"{"model_type":"llama","vocab_size":512,"hidden_size":64,"intermediate_size":128,
+    "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":4,"max_position_embeddings":1024}"#;
 
 /// What the plan tells the engine, and the revision of its pods.
 fn told(plan: &Plan) -> (Value, String) {
@@ -49,12 +52,10 @@ fn drafts_are_asked_for_planned_and_a_revision_of_their_own() {
 
 #[test]
 fn drafts_of_a_family_without_a_prediction_layer_are_refused_by_the_name_of_the_field() {
-    let llama = r#"{"model_type":"llama","vocab_size":512,"hidden_size":64,"intermediate_size":128,
-        "num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":4,"max_position_embeddings":1024}"#;
     let spec = json!({"model": {"configMapRef": {"name": "c"}}, "speculation": {"draftTokens": 1}});
     let plan = story(deployment("m", spec))
         .on([node("a", "8", "16Gi")])
-        .of_config(llama)
+        .of_config(LLAMA)
         .plan();
     let (status, reason, message) = condition(&plan, "Planned");
     assert_eq!(
@@ -65,5 +66,42 @@ fn drafts_of_a_family_without_a_prediction_layer_are_refused_by_the_name_of_the_
         message.contains("spec.speculation.draftTokens = 1"),
         "{message}"
     );
+    assert!(pod_actions(&plan).is_empty());
+}
+
+#[test]
+fn a_cache_in_eight_bits_is_planned_smaller_and_a_revision_of_its_own() {
+    let planned = |context| {
+        let deployment = r1(json!({"context": context}));
+        told(&story(deployment).on([h200x8("a"), h200x8("b")]).plan())
+    };
+    let (plain, revision) = planned(json!({}));
+    let (small, other) = planned(json!({"kvCacheDtype": "fp8"}));
+    assert_eq!(small["kvCacheDtype"], "fp8");
+    assert_ne!(revision, other);
+    // 656 bytes a token and layer in place of 1152, for 16 sequences of 16384 tokens in 61 layers.
+    let bytes = |engine: &Value| engine["plannedBytes"].as_u64().expect("planned");
+    let saved = (1152 - 656) * 61 * 16 * 16_384;
+    assert_eq!(bytes(&plain) - bytes(&small), saved);
+    assert_eq!(planned(json!({"kvCacheDtype": "auto"})), (plain, revision));
+}
+
+#[test]
+fn a_cache_in_eight_bits_of_a_model_without_latents_is_refused_by_the_name_of_the_field() {
+    let spec = json!({
+        "model": {"configMapRef": {"name": "c"}},
+        "accelerator": {"type": "nvidia"},
+        "context": {"kvCacheDtype": "fp8"},
+    });
+    let plan = story(deployment("m", spec))
+        .on([h200x8("a")])
+        .of_config(LLAMA)
+        .plan();
+    let (status, reason, message) = condition(&plan, "Planned");
+    assert_eq!(
+        (status.as_str(), reason.as_str()),
+        ("False", "MemoryDoesNotFit")
+    );
+    assert!(message.contains("kvCacheDtype = fp8"), "{message}");
     assert!(pod_actions(&plan).is_empty());
 }
