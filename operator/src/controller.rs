@@ -208,11 +208,13 @@ impl Shared {
             None => {
                 this.metrics.forget(&key.namespace, &key.name);
                 this.world.waits_for_room(&key, false);
+                this.applier.untell(&key);
                 timer.ended(Outcome::Gone);
                 return Ok(Done::Gone);
             }
             Some(Err(malformed)) => {
                 self.tell_malformed(&key, &malformed);
+                this.applier.untell(&key);
                 timer.ended(Outcome::Malformed);
                 return Ok(Done::Settled(None));
             }
@@ -220,6 +222,7 @@ impl Shared {
         };
         // Kubernetes' garbage collector removes the children; making new ones would race with it.
         if deployment.metadata.deletion_timestamp.is_some() {
+            this.applier.untell(&key);
             timer.ended(Outcome::Unchanged);
             return Ok(Done::Settled(None));
         }
@@ -275,11 +278,12 @@ impl Shared {
                 samples: this.sampler.of(key),
                 demand: this.sampler.demand(key),
             };
+            this.applier.untell(key);
             let now = operator_k8s::now();
             let snapshot = this.world.snapshot(key, Arc::clone(&deployment), seen, now);
             let mut plan = operator_core::plan(&snapshot, &this.settings);
             if self.only_tells(&deployment, &plan) {
-                plan.actions.clear();
+                this.applier.tell(key, &std::mem::take(&mut plan.actions));
                 plan.wake_after = Some(TOLD_PAUSE);
             }
             this.applier.assume(&key.namespace, &plan.actions);
@@ -344,7 +348,7 @@ impl Shared {
     }
 
     /// Whether a pass over a new generation ends with its status, and its writes wait for the next one: while many
-    /// wait, people learn of each what is planned before anything is made of any.
+    /// wait, people learn of each what is planned before anything is made of any. Its places are counted meanwhile.
     fn only_tells(&self, deployment: &ModelDeployment, plan: &Plan) -> bool {
         let observed = |status: &operator_api::ModelDeploymentStatus| status.observed_generation;
         let told = deployment.status.as_ref().and_then(observed);

@@ -64,6 +64,8 @@ pub struct Applier {
     writer: Writer,
     world: Arc<World>,
     unsure: Arc<Unsure>,
+    /// Pods of plans that were told and are not carried out yet, by ModelDeployment.
+    told: Arc<Mutex<BTreeMap<Key, Vec<String>>>>,
 }
 
 /// Pods that may or may not be as a write wanted them; those of a create that got no answer with what it was to make.
@@ -124,6 +126,7 @@ impl Applier {
             writer,
             world,
             unsure: Arc::default(),
+            told: Arc::default(),
         }
     }
 
@@ -260,6 +263,23 @@ impl Applier {
             if let Action::Create(Object::Pod(pod)) = action {
                 self.world.assume(namespace, pod);
             }
+        }
+    }
+
+    /// Counts what the plan of `owner` takes, though a later pass will carry it out, until [`Applier::untell`].
+    pub fn tell(&self, owner: &Key, actions: &[Action]) {
+        self.assume(&owner.namespace, actions);
+        let pods = actions.iter().filter_map(|action| match action {
+            Action::Create(object @ Object::Pod(_)) => Some(object.name().to_owned()),
+            _ => None,
+        });
+        lock(&self.told).insert(owner.clone(), pods.collect());
+    }
+
+    /// Takes back what [`Applier::tell`] counted: the next plan of `owner` is about to be made, or none ever.
+    pub fn untell(&self, owner: &Key) {
+        for pod in lock(&self.told).remove(owner).unwrap_or_default() {
+            self.world.unassume(&owner.namespace, &pod);
         }
     }
 

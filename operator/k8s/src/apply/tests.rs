@@ -152,6 +152,27 @@ async fn nothing_is_begun_after_the_first_failure_and_those_under_way_are_heard_
     );
 }
 
+#[tokio::test]
+async fn what_a_told_plan_takes_is_counted_until_the_next_plan() {
+    let (applier, world, _) = applier(|_| (Duration::ZERO, 201));
+    let owner = Key::new("d", "m");
+    applier.tell(&owner, &creates(3));
+    assert_eq!(world.used_gpus("n1"), 3);
+    applier.untell(&Key::new("d", "other"));
+    assert_eq!(world.used_gpus("n1"), 3);
+    applier.untell(&owner);
+    assert_eq!(world.used_gpus("n1"), 0);
+    // What exists by then stays counted, and is not given back twice.
+    applier.tell(&owner, &creates(3));
+    applier
+        .apply("d", &creates(1), &|_| ())
+        .await
+        .expect("created");
+    applier.untell(&owner);
+    applier.untell(&owner);
+    assert_eq!(world.used_gpus("n1"), 1);
+}
+
 #[test]
 fn pods_in_doubt_are_found_by_their_owner() {
     let unsure = Unsure::default();
