@@ -619,12 +619,22 @@ pub enum Binding {
     Direct,
 }
 
-/// How replicas are spread.
+/// How replicas are spread, and how the pods of one are kept together.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.spreadBy) || has(self.keepWithin)")
+    .message("placement.topology needs spreadBy or keepWithin; set one of them or remove it"))]
 pub struct Topology {
     /// Node label over whose values replicas are spread as evenly as room allows, for example
     /// `topology.kubernetes.io/zone`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 317))]
-    pub spread_by: String,
+    pub spread_by: Option<String>,
+
+    /// Node labels, the narrowest first. The pods of one replica are kept on nodes with one value of the first of them
+    /// under which there is room for all. Absent: the labels of NVLink domains and networks that clouds and NVIDIA
+    /// publish, then zones. Empty: pods of a replica may be anywhere.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 8), inner(length(min = 1, max = 317)))]
+    pub keep_within: Option<Vec<String>>,
 }

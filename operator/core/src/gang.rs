@@ -14,8 +14,6 @@ use crate::snapshot::NodeView;
 const PREVIEW: &str = "cachalot.dev/preview";
 /// The word in [`PREVIEW`] for replicas of several pods on any device.
 const PREVIEW_GROUPS: &str = "groups";
-/// Node labels whose values name domains of fast links, the fastest first: NVLink, then zones.
-const DOMAINS: &[&str] = &["nvidia.com/gpu.clique", "topology.kubernetes.io/zone"];
 
 /// Whether an annotation asks for plans that the engine does not serve yet.
 pub fn is_preview(annotations: Option<&BTreeMap<String, String>>) -> bool {
@@ -82,7 +80,7 @@ pub fn place(
     }
     let counts = spread_counts(wish, room);
     let mut most = 0;
-    for key in DOMAINS {
+    for key in &wish.placement.keep_within {
         let mut domains: BTreeMap<&str, Vec<&NodeView>> = BTreeMap::new();
         for node in &fitting {
             domains.entry(node.label(key)).or_default().push(node);

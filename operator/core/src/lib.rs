@@ -32,6 +32,7 @@ pub mod snapshot;
 pub mod spot;
 pub mod status;
 pub mod time;
+mod topology;
 pub mod validate;
 
 pub use check::{Flaw, check};

@@ -6,6 +6,7 @@
 
 mod accelerator;
 mod model;
+mod placement;
 mod rollout;
 mod template;
 
@@ -13,13 +14,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use engine_spec::{Dtype, KvCacheDtype, NUM_SPECULATIVE_TOKENS_MAX, Parallelism, Quantization};
-use k8s_openapi::api::core::v1::Toleration;
 use operator_api::{
     Autoscaling, Binding, ModelDeployment, ModelDeploymentSpec, Placement, PodTemplate, Precision,
 };
 
 pub use accelerator::{ValidAccelerator, ValidMig};
 pub use model::{CLAIM_MOUNT, Source};
+pub use placement::ValidPlacement;
 pub use rollout::{Step, ValidAnalysis, ValidRollout};
 
 /// Sequences per replica when the user names no number.
@@ -144,23 +145,6 @@ pub struct ScaleRange {
     pub down_seconds: u32,
 }
 
-/// Which nodes.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ValidPlacement {
-    /// Labels a node must carry.
-    pub node_selector: BTreeMap<String, String>,
-    /// Taints accepted.
-    pub tolerations: Vec<Toleration>,
-    /// Label to spread over.
-    pub spread_by: Option<String>,
-    /// Replicas kept off spot nodes, which the others prefer; none when price does not matter.
-    pub on_demand_min: Option<u32>,
-    /// Priority class.
-    pub priority_class: Option<String>,
-    /// Who binds pods to nodes.
-    pub binding: Binding,
-}
-
 /// Collects violations.
 #[derive(Debug, Default)]
 pub(crate) struct Rules {
@@ -282,7 +266,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
     );
     let scale = valid_scale(&mut rules, *replicas, autoscaling.as_ref());
     let rollout = rollout::valid_rollout(&mut rules, rollout);
-    let placement = valid_placement(&mut rules, placement);
+    let placement = placement::valid_placement(&mut rules, placement);
     accelerator::check_binding(&mut rules, &accelerator, placement.binding);
     template::check(&mut rules, pod_template);
     let secret = rules.name(
@@ -445,76 +429,6 @@ fn valid_range(rules: &mut Rules, given: &Autoscaling) -> ScaleRange {
             stabilization.scale_down_seconds,
             (0, 86_400),
             300,
-        ),
-    }
-}
-
-fn valid_placement(rules: &mut Rules, given: &Placement) -> ValidPlacement {
-    let Placement {
-        node_selector,
-        tolerations,
-        topology,
-        spot,
-        priority_class_name,
-        binding,
-    } = given;
-    template::check_labels(rules, "spec.placement.nodeSelector", node_selector);
-    for toleration in tolerations {
-        let operator = toleration.operator.as_deref().unwrap_or("Equal");
-        let field = "spec.placement.tolerations";
-        rules.require(
-            matches!(operator, "Equal" | "Exists"),
-            &format!("{field}[].operator"),
-            operator,
-            "must be Equal or Exists",
-        );
-        let effect = toleration.effect.as_deref().unwrap_or("");
-        rules.require(
-            matches!(effect, "" | "NoSchedule" | "PreferNoSchedule" | "NoExecute"),
-            &format!("{field}[].effect"),
-            effect,
-            "must be NoSchedule, PreferNoSchedule or NoExecute, or absent for all",
-        );
-        rules.require(
-            toleration.key.as_deref().is_some_and(|key| !key.is_empty()) || operator == "Exists",
-            &format!("{field}[].key"),
-            "",
-            "an empty key needs operator Exists",
-        );
-        rules.require(
-            operator != "Exists" || toleration.value.as_deref().unwrap_or("").is_empty(),
-            &format!("{field}[].value"),
-            toleration.value.as_deref().unwrap_or(""),
-            "must be absent with operator Exists",
-        );
-        rules.require(
-            toleration.toleration_seconds.is_none() || effect == "NoExecute",
-            &format!("{field}[].tolerationSeconds"),
-            toleration.toleration_seconds.unwrap_or(0),
-            "needs effect NoExecute",
-        );
-    }
-    let spread_by = topology.as_ref().map(|topology| topology.spread_by.clone());
-    if let Some(key) = &spread_by {
-        rules.require(
-            template::is_label_key(key),
-            "spec.placement.topology.spreadBy",
-            key,
-            "must be the key of a node label, such as topology.kubernetes.io/zone",
-        );
-    }
-    ValidPlacement {
-        binding: binding.unwrap_or_default(),
-        node_selector: node_selector.clone(),
-        tolerations: tolerations.clone(),
-        spread_by,
-        on_demand_min: spot.as_ref().map(|spot| {
-            let field = "spec.placement.spot.onDemandMin";
-            rules.number(field, spot.on_demand_min, (0, 10_000), 0)
-        }),
-        priority_class: rules.name(
-            "spec.placement.priorityClassName",
-            priority_class_name.as_deref(),
         ),
     }
 }

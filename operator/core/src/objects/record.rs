@@ -82,6 +82,10 @@ pub fn recorded(snapshot: &Snapshot, current: &ValidDeployment, revision: &str) 
         .placement
         .spread_by
         .clone_from(&current.placement.spread_by);
+    valid
+        .placement
+        .keep_within
+        .clone_from(&current.placement.keep_within);
     valid.placement.on_demand_min = current.placement.on_demand_min;
     let settings = Settings {
         engine_image: record.engine_image,

@@ -154,6 +154,32 @@ pub fn template_rows() -> Vec<(&'static str, Refused, &'static str, Value)> {
             spec(json!({"placement": {"topology": {"spreadBy": ""}}})),
         ),
         (
+            "pods of a replica kept in a rack",
+            Never,
+            "",
+            spec(
+                json!({"placement": {"topology": {"keepWithin": ["example.com/rack", "topology.kubernetes.io/zone"]}}}),
+            ),
+        ),
+        (
+            "pods of a replica kept nowhere in particular",
+            Never,
+            "",
+            spec(json!({"placement": {"topology": {"keepWithin": []}}})),
+        ),
+        (
+            "pods of a replica kept within something that is no label",
+            InRust,
+            "keepWithin[] = a b: must be the key of a node label",
+            spec(json!({"placement": {"topology": {"keepWithin": ["a b"]}}})),
+        ),
+        (
+            "a topology that says nothing",
+            Everywhere,
+            "needs spreadBy or keepWithin",
+            spec(json!({"placement": {"topology": {}}})),
+        ),
+        (
             "a priority class",
             Never,
             "",
