@@ -10,13 +10,10 @@ mod placement;
 mod rollout;
 mod template;
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use engine_spec::{Dtype, KvCacheDtype, NUM_SPECULATIVE_TOKENS_MAX, Parallelism, Quantization};
-use operator_api::{
-    Autoscaling, Binding, ModelDeployment, ModelDeploymentSpec, Placement, PodTemplate, Precision,
-};
+use operator_api::{Autoscaling, ModelDeployment, ModelDeploymentSpec, PodTemplate, Precision};
 
 pub use accelerator::{ValidAccelerator, ValidMig};
 pub use model::{CLAIM_MOUNT, Source};

@@ -1,7 +1,7 @@
 //! Carries out the actions of a plan, in order, and tells the world what the API server answered.
 //!
-//! Applies that follow each other run concurrently: they are of different objects, and what needs them comes after them.
-//! Creates that follow each other do so with a slow start: one, then one more for each that succeeded, up to
+//! Actions of one sort that follow each other run concurrently: they are of different objects, and what needs them comes
+//! after them. Creates that follow each other do so with a slow start: one, then one more for each that succeeded, up to
 //! [`CONCURRENCY_MAX`]. A quota or an admission rule that refuses the first pod is then met once and not a thousand times.
 //! The first failure ends the pass; whatever was done before it is harmless to repeat.
 //!
@@ -12,6 +12,7 @@
 //! while the name is taken, nothing can take effect late.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -20,8 +21,12 @@ use futures::stream::FuturesUnordered;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
+use kube::Resource;
+use kube::core::NamespaceResourceScope;
 use operator_api::{ModelDeployment, ModelDeploymentStatus};
 use operator_core::{Action, Kind, Object};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -195,7 +200,9 @@ impl Applier {
         let mut rest = actions;
         let mut width = 1;
         while let Some(first) = rest.first() {
-            let (now, later) = rest.split_at(together(rest));
+            let alike = rest[..together(rest)].iter();
+            let free = alike.take_while(|action| self.unsure.held(namespace, action).is_none());
+            let (now, later) = rest.split_at(free.count().max(1));
             let again = match self.unsure.held(namespace, first) {
                 None if self.is_refuted(first).await? => Some(STALE_PAUSE),
                 held => held,
@@ -204,7 +211,7 @@ impl Applier {
                 self.give_up(namespace, rest);
                 return Ok(Outcome { written, again });
             }
-            let mut all = now.len();
+            let mut all = now.len().min(CONCURRENCY_MAX);
             let creates = matches!(first, Action::Create(_));
             let width = if creates { &mut width } else { &mut all };
             match self.run(namespace, now, width, told).await {
@@ -386,40 +393,64 @@ impl Applier {
     }
 
     async fn put(&self, namespace: &str, object: &Object) -> Result<bool, Error> {
+        let world = &self.world;
+        let key = Key::new(namespace, object.name());
         match object {
-            Object::Pod(pod) => self
-                .world
-                .wrote_pod(self.writer.apply::<Pod>("Pod", namespace, pod).await?),
+            Object::Pod(pod) => {
+                world.wrote_pod(self.writer.apply::<Pod>("Pod", namespace, pod).await?)
+            }
             Object::ConfigMap(map) => {
-                let map = self
-                    .writer
-                    .apply::<ConfigMap>("ConfigMap", namespace, map)
-                    .await?;
-                self.world.wrote_config_map(map);
+                let known = world.config_maps.get(&key).is_some();
+                world.wrote_config_map(
+                    self.bring("ConfigMap", namespace, map.as_ref(), known)
+                        .await?,
+                );
             }
             Object::Service(service) => {
-                let service = self
-                    .writer
-                    .apply::<Service>("Service", namespace, service)
-                    .await?;
-                self.world.wrote_service(service);
+                let known = world.services.get(&key).is_some();
+                world.wrote_service(
+                    self.bring("Service", namespace, service.as_ref(), known)
+                        .await?,
+                );
             }
             Object::PodDisruptionBudget(budget) => {
-                let budget = self
-                    .writer
-                    .apply::<PodDisruptionBudget>("PodDisruptionBudget", namespace, budget)
-                    .await?;
-                self.world.wrote_budget(budget);
+                let known = world.budgets.get(&key).is_some();
+                let kind = "PodDisruptionBudget";
+                world.wrote_budget(self.bring(kind, namespace, budget.as_ref(), known).await?);
             }
             Object::ResourceClaimTemplate(template) => {
+                let kind = "ResourceClaimTemplate";
                 let template = self
-                    .writer
-                    .apply::<ResourceClaimTemplate>("ResourceClaimTemplate", namespace, template)
+                    .bring(kind, namespace, template.as_ref(), false)
                     .await?;
-                self.world.wrote_claim_template(template);
+                world.wrote_claim_template(template);
             }
         }
         Ok(true)
+    }
+
+    /// Makes an object as wanted. One that was never seen is created, which costs the API server a tenth of a server-side
+    /// apply; where it is there nevertheless, it is applied.
+    async fn bring<K>(
+        &self,
+        kind: &'static str,
+        namespace: &str,
+        object: &K,
+        is_known: bool,
+    ) -> Result<K, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + Serialize
+            + DeserializeOwned,
+    {
+        if !is_known
+            && let Written::Done(object) = self.writer.create(kind, namespace, object).await?
+        {
+            return Ok(object);
+        }
+        self.writer.apply(kind, namespace, object).await
     }
 
     async fn release(&self, namespace: &str, name: &str, uid: &str) -> Result<bool, Error> {
@@ -495,18 +526,24 @@ impl Applier {
     }
 }
 
-/// How many of the next actions may be under way together: creates, or applies of anything but pods.
+/// How many of the next actions may be under way together: those of one sort that do not build on each other. A delete that
+/// supposes something about a node is looked at alone.
 fn together(actions: &[Action]) -> usize {
-    let is_apply = |action: &&Action| match action {
-        Action::Apply(object) => !matches!(object, Object::Pod(_)),
-        _ => false,
+    let sort = |action: &Action| match action {
+        Action::Create(_) => 1,
+        Action::Apply(Object::Pod(_)) => 0,
+        Action::Apply(_) => 2,
+        Action::PatchPod { .. } => 3,
+        Action::Delete {
+            kind: Kind::Pod,
+            if_silent: None,
+            ..
+        } => 4,
+        Action::Delete { .. } | Action::Release { .. } => 0,
     };
-    let creates = actions
-        .iter()
-        .take_while(|action| matches!(action, Action::Create(_)))
-        .count();
-    let applies = actions.iter().take_while(is_apply).count();
-    creates.max(applies).max(1)
+    let first = actions.first().map_or(0, sort);
+    let alike = actions.iter().take_while(|action| sort(action) == first);
+    if first == 0 { 1 } else { alike.count() }
 }
 
 /// Whether an error leaves open if the write took effect.

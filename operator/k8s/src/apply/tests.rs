@@ -22,6 +22,7 @@ struct Seen {
     under_way_max: AtomicUsize,
     last_asked: Mutex<Option<Instant>>,
     first_refused: Mutex<Option<Instant>>,
+    methods: Mutex<Vec<String>>,
 }
 
 /// An applier before that server.
@@ -35,6 +36,7 @@ fn applier(answers: Answers) -> (Applier, Arc<World>, Arc<Seen>) {
             let now = seen.under_way.fetch_add(1, Ordering::Relaxed) + 1;
             seen.under_way_max.fetch_max(now, Ordering::Relaxed);
             *lock(&seen.last_asked) = Some(Instant::now());
+            lock(&seen.methods).push(request.method().to_string());
             let (after, status) = answers(number);
             tokio::time::sleep(after).await;
             seen.under_way.fetch_sub(1, Ordering::Relaxed);
@@ -42,8 +44,12 @@ fn applier(answers: Answers) -> (Applier, Arc<World>, Arc<Seen>) {
                 request.into_body().collect_bytes().await.expect("a pod")
             } else {
                 lock(&seen.first_refused).get_or_insert_with(Instant::now);
+                let (reason, message) = match status {
+                    409 => ("AlreadyExists", "it is there"),
+                    _ => ("Forbidden", "exceeded quota: requests.nvidia.com/gpu"),
+                };
                 let refusal = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": status,
-                    "reason": "Forbidden", "message": "exceeded quota: requests.nvidia.com/gpu"});
+                    "reason": reason, "message": message});
                 Bytes::from(refusal.to_string())
             };
             let answer = Response::builder().status(status).body(Full::new(body));
@@ -72,17 +78,28 @@ fn creates(number: usize) -> Vec<Action> {
         .collect()
 }
 
+fn delete(name: &str, if_silent: Option<&str>) -> Action {
+    Action::Delete {
+        kind: Kind::Pod,
+        name: name.into(),
+        uid: "u".into(),
+        if_silent: if_silent.map(str::to_owned),
+    }
+}
+
 #[test]
-fn applies_run_together_and_so_do_creates_but_not_one_with_the_other() {
+fn actions_of_one_sort_run_together_and_not_with_those_of_another() {
     let apply = || Action::Apply(Object::ConfigMap(Box::default()));
     let create = || Action::Create(Object::Pod(Box::default()));
-    let delete = || Action::Delete {
-        kind: Kind::Pod,
+    let delete = || delete("p", None);
+    let suspect = || self::delete("p", Some("n1"));
+    let pod = || Action::Apply(Object::Pod(Box::default()));
+    let patch = || Action::PatchPod {
         name: "p".into(),
         uid: "u".into(),
-        if_silent: None,
+        labels: BTreeMap::new(),
+        annotations: BTreeMap::new(),
     };
-    let pod = || Action::Apply(Object::Pod(Box::default()));
     let stages = |mut actions: &[Action]| {
         let mut sizes = Vec::new();
         while !actions.is_empty() {
@@ -94,7 +111,58 @@ fn applies_run_together_and_so_do_creates_but_not_one_with_the_other() {
     };
     let actions = [apply(), apply(), create(), create(), create(), apply()];
     assert_eq!(stages(&actions), [2, 3, 1]);
-    assert_eq!(stages(&[delete(), delete(), pod(), pod()]), [1, 1, 1, 1]);
+    assert_eq!(stages(&[patch(), patch(), delete(), delete()]), [2, 2]);
+    assert_eq!(stages(&[suspect(), suspect(), pod(), pod()]), [1, 1, 1, 1]);
+    assert_eq!(stages(&[delete(), suspect(), delete()]), [1, 1, 1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn deletes_run_together_up_to_the_one_that_must_wait() {
+    let (applier, _, seen) = applier(|_| (Duration::from_millis(10), 201));
+    let mut deletes: Vec<Action> = (0..200).map(|n| delete(&format!("m-{n}"), None)).collect();
+    let outcome = applier.apply("d", &deletes, &|_| ()).await;
+    assert_eq!(outcome.expect("deleted").written, 200);
+    assert_eq!(seen.under_way_max.load(Ordering::Relaxed), CONCURRENCY_MAX);
+    // A create of the third may still take effect: what comes before it is deleted, it and the rest are not.
+    applier.unsure.add("d", "m-2", Some(&Pod::default()));
+    deletes.truncate(5);
+    let outcome = applier
+        .apply("d", &deletes, &|_| ())
+        .await
+        .expect("deleted");
+    assert_eq!(outcome.written, 2);
+    assert_eq!(seen.asked.load(Ordering::Relaxed), 202);
+    assert!(
+        outcome
+            .again
+            .is_some_and(|pause| pause > Duration::from_secs(60))
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_never_seen_is_created_and_applied_only_where_it_is_there() {
+    let service = || {
+        let metadata = json!({"name": "m", "namespace": "d", "labels": {"cachalot.dev/model-deployment": "m"}});
+        let service = serde_json::from_value(json!({ "metadata": metadata })).expect("a Service");
+        [Action::Apply(Object::Service(Box::new(service)))]
+    };
+    let (applier, world, seen) = applier(|number| match number {
+        0 => (Duration::ZERO, 409),
+        _ => (Duration::ZERO, 201),
+    });
+    // Someone made it meanwhile.
+    applier
+        .apply("d", &service(), &|_| ())
+        .await
+        .expect("there");
+    assert_eq!(*lock(&seen.methods), ["POST", "PATCH"]);
+    // Now it is known.
+    assert!(world.services.get(&Key::new("d", "m")).is_some());
+    applier
+        .apply("d", &service(), &|_| ())
+        .await
+        .expect("there");
+    assert_eq!(*lock(&seen.methods), ["POST", "PATCH", "PATCH"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -192,12 +260,7 @@ fn pods_in_doubt_are_found_by_their_owner() {
 #[tokio::test(start_paused = true)]
 async fn a_pod_whose_create_got_no_answer_is_not_deleted_before_the_api_server_gave_up() {
     let unsure = Unsure::default();
-    let delete = |name: &str| Action::Delete {
-        kind: Kind::Pod,
-        name: name.into(),
-        uid: "u".into(),
-        if_silent: None,
-    };
+    let delete = |name| delete(name, None);
     unsure.add("d", "m-0-abc-0", Some(&Pod::default()));
     unsure.add("d", "m-1-abc-0", None);
     // Known by now, but a late create could still bring it back under its name.
