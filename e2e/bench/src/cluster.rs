@@ -18,6 +18,7 @@ use operator_k8s::Client;
 use crate::objects::{WAIT_MAX, api, clear, clear_pods, create_all, templates, wait_pods};
 use crate::operator::{Operator, newest_operator};
 use crate::planning::{self, Shape};
+use crate::rivals::{self, Rival};
 use crate::{large, stories};
 use bench_report::{Row, median};
 
@@ -41,6 +42,8 @@ const NAME: &str = "fleet";
 pub enum Part {
     /// One model with many replicas, restart, idle share, many models (S1, S6 to S8).
     Create,
+    /// Other projects' controllers, those that are given (S1).
+    Rivals,
     /// Fleets over time (S2 to S5).
     Stories,
     /// Ten thousand pods (S6, S7).
@@ -61,6 +64,8 @@ pub struct Bench {
     pub parts: Vec<Part>,
     /// The operator's binary.
     pub operator: Option<PathBuf>,
+    /// Who it is held against.
+    pub rivals: Vec<Rival>,
 }
 
 /// One run of the operator.
@@ -115,6 +120,7 @@ impl Bench {
             };
             let found = match part {
                 Part::Create => self.create(&place).await,
+                Part::Rivals => rivals::rows(&place, &self.rivals, self.replicas, self.runs).await,
                 Part::Stories => stories::rows(&place, self.runs).await,
                 Part::Large => large::rows(&place, self.large, self.runs).await,
             };

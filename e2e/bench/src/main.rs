@@ -8,6 +8,7 @@ mod large;
 mod objects;
 mod operator;
 mod planning;
+mod rivals;
 mod stories;
 
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use anyhow::{Result, bail};
 use bench_report::Report;
 use clap::Parser;
 use cluster::Part;
+use rivals::Given;
 
 /// Measures the operator.
 #[derive(Parser)]
@@ -34,8 +36,17 @@ struct Arguments {
     #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=99))]
     runs: u32,
     /// What is measured on a control plane; all of it takes half an hour.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Part::Create, Part::Stories, Part::Large])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Part::Create, Part::Rivals, Part::Stories, Part::Large])]
     parts: Vec<Part>,
+    /// Another project's controller to hold ours against: kubeai, kthena or aibrix. May be repeated.
+    #[arg(long, value_name = "NAME=BINARY")]
+    rival: Vec<Given>,
+    /// Its custom resource definitions: a file, or a folder of nothing else.
+    #[arg(long, value_name = "NAME=PATH")]
+    rival_crds: Vec<Given>,
+    /// Its version, for the table.
+    #[arg(long, value_name = "NAME=TEXT")]
+    rival_version: Vec<Given>,
     /// ModelDeployments of the large fleet, over which the operator is restarted.
     #[arg(long, value_name = "NUMBER", default_value_t = 1000)]
     large_models: u32,
@@ -74,6 +85,11 @@ fn main() -> Result<()> {
                 replicas: arguments.large_replicas,
             },
             operator: arguments.operator,
+            rivals: rivals::rivals(
+                &arguments.rival,
+                &arguments.rival_crds,
+                &arguments.rival_version,
+            )?,
         };
         let (found, why) = runtime.block_on(bench.rows())?;
         rows.extend(found);

@@ -54,7 +54,7 @@ where
 }
 
 /// How many objects there are: the first of them, and how many the API server says remain.
-async fn count<K>(api: &Api<K>, select: &ListParams) -> Result<usize>
+pub async fn count<K>(api: &Api<K>, select: &ListParams) -> Result<usize>
 where
     K: Clone + Debug + DeserializeOwned,
 {

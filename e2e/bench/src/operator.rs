@@ -84,24 +84,9 @@ impl Operator {
             .sum()
     }
 
-    /// Processor seconds that it has used so far, from `/proc`.
+    /// Processor seconds that it has used so far.
     pub fn processor_seconds(&self) -> Result<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
-        // Fields 14 and 15, counted after the name, which may hold spaces; in hundredths of a second on Linux.
-        let fields = stat.rsplit(") ").next().unwrap_or_default();
-        let ticks: Vec<f64> = fields
-            .split_whitespace()
-            .skip(11)
-            .take(2)
-            .filter_map(|field| field.parse().ok())
-            .collect();
-        if ticks.len() < 2 {
-            bail!(
-                "/proc/{}/stat holds no processor times: {stat}",
-                self.child.id()
-            );
-        }
-        Ok(ticks.iter().sum::<f64>() / 100.0)
+        processor_seconds(self.child.id())
     }
 
     /// Resident megabytes, as it says itself.
@@ -128,6 +113,23 @@ impl Operator {
         let mut answer = ureq::get(format!("http://127.0.0.1:{address}/metrics")).call()?;
         Ok(answer.body_mut().read_to_string()?)
     }
+}
+
+/// Processor seconds that a process has used so far, from `/proc`.
+pub fn processor_seconds(process: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+    // Fields 14 and 15, counted after the name, which may hold spaces; in hundredths of a second on Linux.
+    let fields = stat.rsplit(") ").next().unwrap_or_default();
+    let ticks: Vec<f64> = fields
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .filter_map(|field| field.parse().ok())
+        .collect();
+    if ticks.len() < 2 {
+        bail!("/proc/{process}/stat holds no processor times: {stat}");
+    }
+    Ok(ticks.iter().sum::<f64>() / 100.0)
 }
 
 impl Drop for Operator {
