@@ -472,8 +472,8 @@ impl<'a> Decided<'a> {
         let engine = objects::engine_json(layout);
         let is_there = self.snapshot.config_maps.iter().any(|map| {
             map.name == name
-                && map.data.get(names::ENGINE_JSON) == Some(&engine)
-                && map.data.contains_key(names::REVISION_JSON)
+                && map.data.get(names::ENGINE_JSON) == Some(engine.as_str())
+                && map.data.get(names::REVISION_JSON).is_some()
         });
         (!is_there).then(|| {
             let wanted = objects::engine_config_map(self.valid, engine, revision, record());

@@ -183,7 +183,7 @@ fn from_inspection(
 }
 
 fn running_words(pod: &PodView) -> String {
-    if let Some((reason, message)) = &pod.container.waiting
+    if let Some((reason, message)) = pod.container.waiting.as_deref()
         && !matches!(
             reason.as_str(),
             "" | "ContainerCreating" | "PodInitializing"

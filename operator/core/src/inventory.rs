@@ -281,7 +281,7 @@ impl Snapshot {
         self.config_maps.push(Arc::new(ConfigMapView {
             name,
             uid: String::new(),
-            data: [(names::FACTS_JSON.to_owned(), text)].into(),
+            data: [(names::FACTS_JSON, text.as_str())].into(),
         }));
     }
 }

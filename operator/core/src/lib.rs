@@ -17,6 +17,7 @@ pub mod marks;
 pub mod mig;
 pub mod names;
 pub mod objects;
+pub mod pairs;
 pub mod placement;
 pub mod plan;
 pub mod preemption;

@@ -243,9 +243,9 @@ impl MigDevices {
 
 /// MIG devices that a node's labels tell of under the strategy `mixed`.
 pub fn mixed_kinds(node: &NodeView) -> Vec<DeviceKind> {
-    let range = node.labels.range(PREFIX.to_owned()..);
-    let labels = range.take_while(|(key, _)| key.starts_with(PREFIX));
+    let labels = node.labels.iter();
     labels
+        .filter(|(key, _)| key.starts_with(PREFIX))
         .filter_map(|(key, value)| {
             let name = key.strip_suffix(".memory")?;
             let profile = MigProfile::of_resource(name)?;

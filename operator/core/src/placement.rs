@@ -382,7 +382,7 @@ pub(crate) fn standing(node: &NodeView, wish: &Wish<'_>) -> Option<WhyNot> {
         return Some(WhyNot::Cordoned);
     }
     for (key, value) in &wish.placement.node_selector {
-        if node.labels.get(key) != Some(value) {
+        if node.labels.get(key) != Some(value.as_str()) {
             return Some(WhyNot::Selector(format!("{key}={value}")));
         }
     }

@@ -20,6 +20,7 @@ use crate::devices::{ClaimNews, NodeDevices};
 use crate::fit::DeviceKind;
 use crate::marks::Marks;
 use crate::names;
+use crate::pairs::Pairs;
 use crate::plan::{Action, Object, Plan};
 use crate::priority::Contest;
 pub use crate::quota::QuotaView;
@@ -113,9 +114,9 @@ pub struct ContainerView {
     /// Times it was started again in place.
     pub restarts: u32,
     /// Why it waits: `CrashLoopBackOff`, `ImagePullBackOff`, … with the message.
-    pub waiting: Option<(String, String)>,
+    pub waiting: Option<Box<(String, String)>>,
     /// How it ended: now, or the last time when it runs again.
-    pub terminated: Option<Terminated>,
+    pub terminated: Option<Box<Terminated>>,
 }
 
 /// A pod of a ModelDeployment.
@@ -194,7 +195,7 @@ pub struct NodeView {
     /// Name.
     pub name: String,
     /// Labels.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Pairs,
     /// Taints.
     pub taints: Vec<Taint>,
     /// Whether it is cordoned.
@@ -239,7 +240,7 @@ pub struct ConfigMapView {
     /// Uid.
     pub uid: String,
     /// Data.
-    pub data: BTreeMap<String, String>,
+    pub data: Pairs,
 }
 
 /// One scrape of `/load`.
@@ -336,6 +337,15 @@ impl PodView {
             .unwrap_or_default()
     }
 
+    /// What it takes; none when it has ended or no node is known for it.
+    pub fn claim(&self) -> Option<Claim> {
+        let node = self.place().filter(|_| !self.is_finished())?;
+        Some(Claim {
+            node: node.to_owned(),
+            requests: self.requests,
+        })
+    }
+
     /// Whether its node's kubelet would not take it: it had no room, or does not match.
     pub fn is_refused_by_kubelet(&self) -> bool {
         self.phase == PodPhase::Failed
@@ -393,22 +403,20 @@ impl ContainerView {
     fn of(status: &ContainerStatus) -> Self {
         let state = status.state.as_ref();
         let ended = |state: Option<&k8s_openapi::api::core::v1::ContainerState>| {
-            state
-                .and_then(|s| s.terminated.as_ref())
-                .map(|t| Terminated {
+            state.and_then(|s| s.terminated.as_ref()).map(|t| {
+                Box::new(Terminated {
                     exit_code: t.exit_code,
                     reason: t.reason.clone().unwrap_or_default(),
                     message: t.message.clone().unwrap_or_default(),
                     finished: t.finished_at.as_ref().map(|time| time.0),
                 })
+            })
         };
         Self {
             restarts: u32::try_from(status.restart_count).unwrap_or(0),
             waiting: state.and_then(|s| s.waiting.as_ref()).map(|waiting| {
-                (
-                    waiting.reason.clone().unwrap_or_default(),
-                    waiting.message.clone().unwrap_or_default(),
-                )
+                let text = |text: &Option<String>| text.clone().unwrap_or_default();
+                Box::new((text(&waiting.reason), text(&waiting.message)))
             }),
             terminated: ended(state).or_else(|| ended(status.last_state.as_ref())),
         }
@@ -450,7 +458,12 @@ impl NodeView {
         let ready = conditions().find(|c| c.type_ == "Ready");
         Self {
             name: node.metadata.name.clone().unwrap_or_default(),
-            labels: node.metadata.labels.clone().unwrap_or_default(),
+            labels: node
+                .metadata
+                .labels
+                .as_ref()
+                .map(Pairs::from)
+                .unwrap_or_default(),
             taints: spec
                 .iter()
                 .flat_map(|s| s.taints.iter().flatten())
@@ -478,7 +491,7 @@ impl NodeView {
 
     /// A label's value, empty when absent.
     pub fn label(&self, key: &str) -> &str {
-        self.labels.get(key).map_or("", String::as_str)
+        self.labels.get(key).unwrap_or_default()
     }
 }
 
@@ -557,7 +570,11 @@ impl ConfigMapView {
         Self {
             name: config_map.metadata.name.clone().unwrap_or_default(),
             uid: config_map.metadata.uid.clone().unwrap_or_default(),
-            data: config_map.data.clone().unwrap_or_default(),
+            data: config_map
+                .data
+                .as_ref()
+                .map(Pairs::from)
+                .unwrap_or_default(),
         }
     }
 }

@@ -41,7 +41,7 @@ fn known(deployment: ModelDeployment, config: &str) -> Story {
     let mut story = story(deployment).inspected();
     let facts = serde_json::to_string(&facts_of(config)).unwrap();
     let map = Arc::make_mut(&mut story.snapshot.config_maps[0]);
-    map.data.insert(names::FACTS_JSON.into(), facts);
+    map.data = [(names::FACTS_JSON, facts)].into();
     story
 }
 

@@ -266,12 +266,12 @@ fn a_failing_revision_halts_and_the_old_one_keeps_serving() {
     let story = story.after(&plan, |pod| {
         starts(pod);
         pod.container.restarts = 4;
-        pod.container.terminated = Some(Terminated {
+        pod.container.terminated = Some(Box::new(Terminated {
             exit_code: 1,
             reason: "Error".into(),
             message: "planned 10 bytes, found 20".into(),
             finished: Some(now()),
-        });
+        }));
     });
     let plan = story.plan();
     assert_eq!(pod_actions(&plan), Vec::<String>::new());

@@ -85,12 +85,12 @@ fn target(story: &Story) -> String {
 fn crashes(pod: &mut PodView) {
     starts(pod);
     pod.container.restarts += 1;
-    pod.container.terminated = Some(Terminated {
+    pod.container.terminated = Some(Box::new(Terminated {
         exit_code: 1,
         reason: "Error".into(),
         message: "no such tensor".into(),
         finished: None,
-    });
+    }));
 }
 
 #[test]

@@ -4,16 +4,36 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use operator_core::devices::{ClaimNews, NodeDevices};
-use operator_core::{Claim, Cluster, NodeView};
+use operator_core::{Claim, Cluster, NodeView, PodView, Resources};
 
 use crate::watch::Key;
+
+/// Who takes something from a node. What is watched is shared with its mirror.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Taker {
+    /// A pod of ours.
+    Pod(Arc<PodView>),
+    /// Anyone else, or a pod that does not exist yet.
+    Other(Arc<Claim>),
+}
+
+impl Taker {
+    /// The node, and what is taken; none where nothing is.
+    fn takes(&self) -> Option<(&str, Resources)> {
+        match self {
+            Self::Pod(pod) if pod.is_finished() => None,
+            Self::Pod(pod) => Some((pod.place()?, pod.requests)),
+            Self::Other(claim) => Some((&claim.node, claim.requests)),
+        }
+    }
+}
 
 /// Nodes and what is taken on them, kept up to date change by change.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     /// Shared with the snapshots of decisions under way.
     pub(crate) cluster: Arc<Cluster>,
-    claims: HashMap<Key, Claim>,
+    takers: HashMap<Key, Taker>,
     /// Nodes as they are themselves.
     plain: HashMap<String, Arc<NodeView>>,
     /// GPUs that claims may ask for.
@@ -21,27 +41,34 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// What a pod takes from now on; none when it takes nothing.
-    pub(crate) fn set(&mut self, pod: &Key, claim: Option<Claim>) {
-        if self.claims.get(pod) == claim.as_ref() {
+    /// Who takes something under a pod's name from now on; none when nobody does.
+    pub(crate) fn set(&mut self, pod: &Key, taker: Option<Taker>) {
+        let taker = taker.filter(|taker| taker.takes().is_some());
+        let before = match &taker {
+            Some(taker) => self.takers.insert(pod.clone(), taker.clone()),
+            None => self.takers.remove(pod),
+        };
+        let (before, after) = (before.as_ref(), taker.as_ref());
+        let (before, after) = (before.and_then(Taker::takes), after.and_then(Taker::takes));
+        if before == after {
             return;
         }
         // Copies only while a snapshot is held by a decision under way.
         let used = &mut Arc::make_mut(&mut self.cluster).used;
-        let before = match &claim {
-            Some(claim) => self.claims.insert(pod.clone(), claim.clone()),
-            None => self.claims.remove(pod),
-        };
-        if let Some(before) = before
-            && let Some(sum) = used.get_mut(&before.node)
+        if let Some((node, amount)) = before
+            && let Some(sum) = used.get_mut(node)
         {
-            *sum = sum.minus(before.requests);
-            if *sum == operator_core::Resources::default() {
-                used.remove(&before.node);
+            *sum = sum.minus(amount);
+            if *sum == Resources::default() {
+                used.remove(node);
             }
         }
-        if let Some(claim) = claim {
-            *used.entry(claim.node).or_default() += claim.requests;
+        if let Some((node, amount)) = after {
+            if let Some(sum) = used.get_mut(node) {
+                *sum += amount;
+            } else {
+                used.insert(node.to_owned(), amount);
+            }
         }
     }
 
@@ -72,7 +99,7 @@ impl Ledger {
             if before.get(&name) == after {
                 continue;
             }
-            let held = after.map(|devices| devices.claim(&name));
+            let held = after.map(|devices| Taker::Other(Arc::new(devices.claim(&name))));
             // No pod has such a name.
             self.set(&Key::new("", format!("devices of {name}")), held);
             if let Some(node) = self.plain.get(&name).cloned() {

@@ -10,9 +10,8 @@ use operator_api::ModelDeployment;
 use operator_core::priority::{self, Priority};
 use operator_core::{Contest, PodView, PriorityClassView, Rival};
 
-use crate::trim::ChildPod;
 use crate::wakes::lock;
-use crate::watch::{Entry, Key, Mirror};
+use crate::watch::{Key, Mirror};
 
 /// Pods that hold a place which others have not left yet.
 #[derive(Debug, Default)]
@@ -48,17 +47,12 @@ impl Reservations {
     }
 }
 
-/// The pod of an entry.
-pub(crate) fn view_of(entry: Option<&Entry<ChildPod>>) -> Option<&Arc<PodView>> {
-    Some(&entry?.as_ref().ok()?.view)
-}
-
 /// Who else wants the nodes that `deployment` wants.
 pub(crate) fn contest(
     deployment: &ModelDeployment,
     key: &Key,
     classes: Vec<Arc<PriorityClassView>>,
-    pods: &Mirror<ChildPod>,
+    pods: &Mirror<PodView>,
     deployments: &Mirror<ModelDeployment>,
     reservations: &Reservations,
 ) -> Contest {
@@ -67,7 +61,7 @@ pub(crate) fn contest(
     let rivals = if own.preempts && own.value > Contest::lowest(&classes) {
         let pods = pods.read();
         let seen = pods.iter().filter_map(|(key, entry)| {
-            let pod = &entry.as_ref().ok()?.view;
+            let pod = entry.as_ref().ok()?;
             (pod.priority < own.value || pod.is_reserving()).then(|| Rival {
                 namespace: Arc::clone(&key.namespace),
                 pod: Arc::clone(pod),

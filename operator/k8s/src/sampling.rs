@@ -182,7 +182,7 @@ impl Sampler {
             let target = |serves: bool| {
                 Some(Target {
                     pod: key.name.to_string(),
-                    address: asks(&child.view)?.to_string(),
+                    address: asks(child)?.to_string(),
                     port: u16::try_from(names::ENGINE_PORT).unwrap_or(8000),
                     serves,
                 })
@@ -192,20 +192,20 @@ impl Sampler {
                     let Some(target) = target(false) else {
                         continue;
                     };
-                    new.push((key.clone(), Sampled::new(&child.view.uid, now)));
+                    new.push((key.clone(), Sampled::new(&child.uid, now)));
                     target
                 }
                 Some((_, sampled)) => {
-                    if *sampled.uid != *child.view.uid {
-                        *sampled = Sampled::new(&child.view.uid, now);
+                    if *sampled.uid != *child.uid {
+                        *sampled = Sampled::new(&child.uid, now);
                     }
                     // A pod that begins to leave is asked at once.
                     let is_soon =
-                        || sampled.due > now + self.periods.draining && is_draining(&child.view);
+                        || sampled.due > now + self.periods.draining && is_draining(child);
                     if sampled.asking || (sampled.due > now && !is_soon()) {
                         continue;
                     }
-                    let Some(target) = target(child.view.ready && sampled.has_started()) else {
+                    let Some(target) = target(child.ready && sampled.has_started()) else {
                         continue;
                     };
                     sampled.asking = true;
@@ -214,7 +214,10 @@ impl Sampler {
             };
             due.push((
                 key.clone(),
-                Key::new(Arc::clone(&key.namespace), &*child.deployment),
+                Key::new(
+                    Arc::clone(&key.namespace),
+                    child.label(names::MODEL_DEPLOYMENT),
+                ),
                 target,
             ));
         }
@@ -241,7 +244,7 @@ impl Sampler {
             .pods
             .get(&key)
             .and_then(Result::ok)
-            .is_some_and(|child| is_draining(&child.view));
+            .is_some_and(|child| is_draining(&child));
         let steers = self
             .world
             .deployments

@@ -8,18 +8,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use operator_api::ModelDeployment;
 use operator_core::{Claim, ConfigMapView, PodView, names};
 
+use crate::packed::Packed;
 use crate::watch::Key;
-
-/// A pod of ours: its view, whose it is, and what it takes.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ChildPod {
-    /// Name of its ModelDeployment.
-    pub deployment: String,
-    /// What matters about it.
-    pub view: Arc<PodView>,
-    /// What it takes from a node.
-    pub claim: Option<Claim>,
-}
 
 /// A config map of ours.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,12 +35,8 @@ pub(crate) fn deployment_label(metadata: &ObjectMeta) -> Option<String> {
         .cloned()
 }
 
-pub(crate) fn child_pod(pod: Pod) -> Result<Option<ChildPod>, String> {
-    Ok(deployment_label(&pod.metadata).map(|deployment| ChildPod {
-        deployment,
-        view: Arc::new(PodView::of(&pod)),
-        claim: Claim::of(&pod),
-    }))
+pub(crate) fn child_pod(pod: Pod) -> Result<Option<PodView>, String> {
+    Ok(deployment_label(&pod.metadata).map(|_| PodView::of(&pod)))
 }
 
 pub(crate) fn child_config_map(map: ConfigMap) -> Result<Option<ChildConfigMap>, String> {
@@ -89,24 +75,24 @@ pub(crate) fn trim_deployment(
     Ok(Some(deployment))
 }
 
-pub(crate) fn trim_service(mut service: Service) -> Result<Option<Service>, String> {
+pub(crate) fn trim_service(mut service: Service) -> Result<Option<Packed<Service>>, String> {
     trim_metadata(&mut service.metadata);
     service.status = None;
     if deployment_label(&service.metadata).is_none() {
         service.spec = None;
         service.metadata.annotations = None;
     }
-    Ok(Some(service))
+    Packed::of(&service).map(Some)
 }
 
 pub(crate) fn trim_budget(
     mut budget: PodDisruptionBudget,
-) -> Result<Option<PodDisruptionBudget>, String> {
+) -> Result<Option<Packed<PodDisruptionBudget>>, String> {
     trim_metadata(&mut budget.metadata);
     budget.status = None;
     if deployment_label(&budget.metadata).is_none() {
         budget.spec = None;
         budget.metadata.annotations = None;
     }
-    Ok(Some(budget))
+    Packed::of(&budget).map(Some)
 }

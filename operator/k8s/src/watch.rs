@@ -67,7 +67,7 @@ pub struct Malformed {
 }
 
 /// One entry of a mirror.
-pub type Entry<V> = Result<Arc<V>, Malformed>;
+pub type Entry<V> = Result<Arc<V>, Arc<Malformed>>;
 
 /// The mirrored objects of one kind.
 #[derive(Debug)]
@@ -311,10 +311,10 @@ where
         }
         Err(invalid) => (invalid.metadata.uid, invalid.error),
     };
-    Some(Err(Malformed {
+    Some(Err(Arc::new(Malformed {
         uid: uid.unwrap_or_default(),
         message,
-    }))
+    })))
 }
 
 fn key_of<K: Resource>(object: &K) -> Key {

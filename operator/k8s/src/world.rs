@@ -16,15 +16,18 @@ use kube::runtime::watcher;
 use kube::{Client, Resource};
 use operator_api::ModelDeployment;
 use operator_core::{
-    Claim, Cluster, ConfigMapView, Demand, NodeView, PodSamples, PriorityClassView, QuotaView,
-    Snapshot, names,
+    Claim, Cluster, ConfigMapView, Demand, NodeView, PodSamples, PodView, PriorityClassView,
+    QuotaView, Snapshot, names,
 };
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 
 use crate::claims::Claims;
-use crate::ledger::Ledger;
-use crate::rivals::{self, Reservations, view_of};
-pub use crate::trim::{ChildConfigMap, ChildPod};
+use crate::ledger::{Ledger, Taker};
+use crate::packed::Packed;
+use crate::rivals::{self, Reservations};
+pub use crate::trim::ChildConfigMap;
 use crate::trim::{
     child_config_map, child_pod, key_of, other_claim, trim_budget, trim_deployment, trim_service,
 };
@@ -37,7 +40,7 @@ pub struct World {
     /// The wishes.
     pub deployments: Arc<Mirror<ModelDeployment>>,
     /// Our pods.
-    pub pods: Arc<Mirror<ChildPod>>,
+    pub pods: Arc<Mirror<PodView>>,
     /// What all other pods take.
     pub others: Arc<Mirror<Claim>>,
     /// Nodes.
@@ -45,9 +48,9 @@ pub struct World {
     /// Our config maps.
     pub config_maps: Arc<Mirror<ChildConfigMap>>,
     /// Services, of everyone: a name may be taken.
-    pub services: Arc<Mirror<Service>>,
+    pub services: Arc<Mirror<Packed<Service>>>,
     /// Disruption budgets, of everyone.
-    pub budgets: Arc<Mirror<PodDisruptionBudget>>,
+    pub budgets: Arc<Mirror<Packed<PodDisruptionBudget>>>,
     /// Quotas that limit GPUs.
     pub quotas: Arc<Mirror<QuotaView>>,
     /// Resource claims, where they are followed.
@@ -174,7 +177,7 @@ impl World {
             demand,
         } = seen;
         let pods = children(&self.pods, key, |pod| {
-            (*pod.deployment == *key.name).then(|| Arc::clone(&pod.view))
+            (pod.label(names::MODEL_DEPLOYMENT) == &*key.name).then(|| Arc::clone(pod))
         });
         let config_maps = children(&self.config_maps, key, |map| {
             (*map.deployment == *key.name).then(|| Arc::clone(&map.view))
@@ -195,9 +198,9 @@ impl World {
             pods,
             config_maps,
             model_config,
-            service: self.services.get(key).and_then(Result::ok),
+            service: unpacked(&self.services, key),
             ranks_service: self.ranks_service(key),
-            disruption_budget: self.budgets.get(key).and_then(Result::ok),
+            disruption_budget: unpacked(&self.budgets, key),
             quotas: self.quotas_of(&key.namespace),
             claim_templates: children(&self.claims.templates, key, |template| {
                 (*template.deployment == *key.name).then(|| Arc::clone(&template.view))
@@ -211,7 +214,7 @@ impl World {
     fn ranks_service(&self, key: &Key) -> Option<Arc<Service>> {
         let name = names::ranks_service(&key.name);
         let key = Key::new(Arc::clone(&key.namespace), name);
-        self.services.get(&key).and_then(Result::ok)
+        unpacked(&self.services, &key)
     }
 
     /// Nodes and what is taken on them.
@@ -245,31 +248,24 @@ impl World {
     /// Counts what a pod will take before it exists, so that two decisions do not give away the same GPU.
     pub fn assume(&self, namespace: &str, pod: &Pod) {
         let name = pod.metadata.name.clone().unwrap_or_default();
-        lock(&self.ledger).set(&Key::new(namespace, name), Claim::of(pod));
+        let taker = Claim::of(pod).map(|claim| Taker::Other(Arc::new(claim)));
+        lock(&self.ledger).set(&Key::new(namespace, name), taker);
     }
 
     /// Takes back what [`World::assume`] counted, unless the pod is there.
     pub fn unassume(&self, namespace: &str, name: &str) {
         let key = Key::new(namespace, name);
-        let actual = self
-            .pods
-            .get(&key)
-            .and_then(Result::ok)
-            .and_then(|pod| pod.claim.clone());
-        lock(&self.ledger).set(&key, actual);
+        let actual = self.pods.get(&key).and_then(Result::ok);
+        lock(&self.ledger).set(&key, actual.map(Taker::Pod));
     }
 
     /// Takes in the API server's answer to a write of ours.
     pub fn wrote_pod(&self, pod: Pod) {
         let key = key_of(&pod.metadata);
         watch::write_through(&self.pods, pod, child_pod);
-        let entry = self.pods.get(&key);
-        let claim = entry
-            .as_ref()
-            .and_then(|entry| entry.as_ref().ok()?.claim.clone());
-        lock(&self.ledger).set(&key, claim);
-        self.wakes
-            .add(self.reservations.set(&key, view_of(entry.as_ref())));
+        let pod = self.pods.get(&key).and_then(Result::ok);
+        self.wakes.add(self.reservations.set(&key, pod.as_ref()));
+        lock(&self.ledger).set(&key, pod.map(Taker::Pod));
     }
 
     /// Pods of `owner` that are gone from the mirror although they were written while the list that does not name them was
@@ -336,7 +332,7 @@ impl World {
         ));
 
         let world = Arc::clone(self);
-        let changed = move |change: Change<'_, ChildPod>| world.pod_changed(change);
+        let changed = move |change: Change<'_, PodView>| world.pod_changed(change);
         tasks.spawn(watch::follow(
             Arc::clone(&self.pods),
             api(client, namespace),
@@ -378,8 +374,8 @@ impl World {
         let changed = move |change: Change<'_, ChildConfigMap>| {
             world.wake_owner(
                 change.key,
-                owner(change.before, |map| &map.deployment),
-                owner(change.after, |map| &map.deployment),
+                owner(change.before, |map| map.deployment.clone()),
+                owner(change.after, |map| map.deployment.clone()),
             );
         };
         tasks.spawn(watch::follow(
@@ -391,7 +387,7 @@ impl World {
         ));
 
         let world = Arc::clone(self);
-        let changed = move |change: Change<'_, Service>| {
+        let changed = move |change: Change<'_, Packed<Service>>| {
             world.wake_if_deployment(change.key);
             if let Some(owner) = names::owner_of_ranks_service(&change.key.name) {
                 let namespace = Arc::clone(&change.key.namespace);
@@ -407,8 +403,9 @@ impl World {
         ));
 
         let world = Arc::clone(self);
-        let changed =
-            move |change: Change<'_, PodDisruptionBudget>| world.wake_if_deployment(change.key);
+        let changed = move |change: Change<'_, Packed<PodDisruptionBudget>>| {
+            world.wake_if_deployment(change.key)
+        };
         tasks.spawn(watch::follow(
             Arc::clone(&self.budgets),
             api(client, namespace),
@@ -446,19 +443,17 @@ impl World {
         self.wakes.room_appeared();
     }
 
-    fn pod_changed(&self, change: Change<'_, ChildPod>) {
+    fn pod_changed(&self, change: Change<'_, PodView>) {
         let Change { key, before, after } = change;
-        let claim = |entry: Option<&Entry<ChildPod>>| {
-            entry.and_then(|entry| entry.as_ref().ok()?.claim.clone())
-        };
-        let freed = claim(before).is_some() && claim(after).is_none();
-        lock(&self.ledger).set(key, claim(after));
-        self.wakes.add(self.reservations.set(key, view_of(after)));
-        self.wake_owner(
-            key,
-            owner(before, |pod| &pod.deployment),
-            owner(after, |pod| &pod.deployment),
-        );
+        let pod = |entry: Option<&Entry<PodView>>| entry?.as_ref().ok().cloned();
+        let (was, is) = (pod(before), pod(after));
+        let takes =
+            |pod: &Option<Arc<PodView>>| pod.as_ref().is_some_and(|pod| pod.claim().is_some());
+        let freed = takes(&was) && !takes(&is);
+        self.wakes.add(self.reservations.set(key, is.as_ref()));
+        lock(&self.ledger).set(key, is.map(Taker::Pod));
+        let deployment = |pod: &PodView| pod.label(names::MODEL_DEPLOYMENT).to_owned();
+        self.wake_owner(key, owner(before, deployment), owner(after, deployment));
         if freed {
             self.wakes.room_appeared();
         }
@@ -466,12 +461,8 @@ impl World {
 
     fn claim_changed(&self, change: Change<'_, Claim>) {
         let Change { key, before, after } = change;
-        lock(&self.ledger).set(
-            key,
-            after
-                .and_then(|entry| entry.as_ref().ok())
-                .map(|claim| Claim::clone(claim)),
-        );
+        let claim = after.and_then(|entry| entry.as_ref().ok()).cloned();
+        lock(&self.ledger).set(key, claim.map(Taker::Other));
         if before.is_some() {
             self.wakes.room_appeared();
         }
@@ -491,8 +482,9 @@ impl World {
                 .iter()
                 .filter_map(|(pod, entry)| {
                     let child = entry.as_ref().ok()?;
-                    (child.view.node.as_deref() == Some(&*key.name))
-                        .then(|| Key::new(Arc::clone(&pod.namespace), &*child.deployment))
+                    let name = child.label(names::MODEL_DEPLOYMENT);
+                    (child.node.as_deref() == Some(&*key.name))
+                        .then(|| Key::new(Arc::clone(&pod.namespace), name))
                 })
                 .collect::<BTreeSet<_>>();
             self.wakes.add(on_it);
@@ -516,7 +508,7 @@ impl World {
 }
 
 /// Children of a ModelDeployment: all are named `<its name>-…`, so they lie together in the mirror.
-fn children<V, T>(mirror: &Mirror<V>, owner: &Key, pick: impl Fn(&V) -> Option<T>) -> Vec<T> {
+fn children<V, T>(mirror: &Mirror<V>, owner: &Key, pick: impl Fn(&Arc<V>) -> Option<T>) -> Vec<T> {
     let prefix = Key::new(Arc::clone(&owner.namespace), format!("{}-", owner.name));
     mirror
         .read()
@@ -538,10 +530,18 @@ where
     }
 }
 
-fn owner<V>(entry: Option<&Entry<V>>, name: impl Fn(&V) -> &String) -> Option<String> {
+fn owner<V>(entry: Option<&Entry<V>>, name: impl Fn(&V) -> String) -> Option<String> {
     entry
         .and_then(|entry| entry.as_ref().ok())
-        .map(|value| name(value).clone())
+        .map(|value| name(value))
+}
+
+fn unpacked<K>(mirror: &Mirror<Packed<K>>, key: &Key) -> Option<Arc<K>>
+where
+    K: Serialize + DeserializeOwned,
+{
+    let packed = mirror.get(key)?.ok()?;
+    packed.unpack().map(Arc::new)
 }
 
 #[cfg(test)]
@@ -609,7 +609,7 @@ mod tests {
             world.wrote_pod(pod(name, deployment, "n1", "1"));
         }
         let found = children(&world.pods, &Key::new("d", "m"), |pod| {
-            (pod.deployment == "m").then(|| pod.view.name.clone())
+            (pod.label(names::MODEL_DEPLOYMENT) == "m").then(|| pod.name.clone())
         });
         assert_eq!(found, ["m-0-abc-0"]);
     }

@@ -181,7 +181,6 @@ fn objects_are_kept_small() {
             ),
             _ => continue,
         };
-        println!("after {}: {models} bytes a model", object.name());
     }
     let status = serde_json::to_value(&plan.status).expect("JSON");
     models += kept(
@@ -194,4 +193,6 @@ fn objects_are_kept_small() {
         "1,250 nodes, 10,000 pods and 1,000 models: {:.1} MB",
         fleet as f64 / 1e6
     );
+    // Measured: 1723, 945, 8336. As plain structures they were 3848, 1419, 12184.
+    assert!(nodes < 1900 && pods < 1050 && models < 9200);
 }

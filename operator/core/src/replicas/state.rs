@@ -178,7 +178,7 @@ fn is_lost(node: &str, pod: &PodView, snapshot: &Snapshot) -> bool {
 /// Words on a container that keeps failing, or cannot begin.
 fn failing_in_place(pod: &PodView) -> Option<String> {
     let container = &pod.container;
-    if let Some((reason, message)) = &container.waiting {
+    if let Some((reason, message)) = container.waiting.as_deref() {
         match reason.as_str() {
             "ImagePullBackOff"
             | "ErrImagePull"
@@ -225,7 +225,7 @@ fn ended_words(pod: &PodView) -> String {
     if !pod.message.is_empty() {
         parts.push(pod.message.clone());
     }
-    parts.extend(pod.container.terminated.as_ref().map(terminated_words));
+    parts.extend(pod.container.terminated.as_deref().map(terminated_words));
     if parts.is_empty() {
         parts.push(if pod.phase == PodPhase::Succeeded {
             "ended".into()

@@ -164,7 +164,7 @@ impl World {
             let selected = spec.node_selector.iter().flatten();
             let is_selected = selected
                 .into_iter()
-                .all(|(key, value)| node.labels.get(key) == Some(value));
+                .all(|(key, value)| node.labels.get(key) == Some(value.as_str()));
             let is_open = node.taints.iter().all(|taint| {
                 taint.effect == TaintEffect::PreferNoSchedule
                     || spec

@@ -536,10 +536,10 @@ impl Story {
 pub fn answers(pod: &mut PodView) {
     if pod.label(names::COMPONENT) == names::INSPECT {
         pod.phase = PodPhase::Succeeded;
-        pod.container.terminated = Some(Terminated {
+        pod.container.terminated = Some(Box::new(Terminated {
             message: small_report(),
             ..Terminated::default()
-        });
+        }));
         return;
     }
     pod.phase = PodPhase::Running;
@@ -558,12 +558,12 @@ pub fn fails(pod: &mut PodView, at: Timestamp) {
     pod.phase = PodPhase::Failed;
     pod.reason = "Evicted".into();
     pod.ready = false;
-    pod.container.terminated = Some(Terminated {
+    pod.container.terminated = Some(Box::new(Terminated {
         exit_code: 137,
         reason: "Error".into(),
         message: "low on memory".into(),
         finished: Some(at),
-    });
+    }));
 }
 
 /// Actions as text, one a line.
