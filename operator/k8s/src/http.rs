@@ -194,11 +194,12 @@ impl HttpClient {
     }
 }
 
-/// Whether the other side leaves the connection open.
+/// Whether the other side leaves the connection open: by RFC 9112 it does unless a list of options has `close` in it.
 fn keeps_alive<B>(response: &Response<B>) -> bool {
-    let mut words = response.headers().get_all("connection").iter();
+    let lists = response.headers().get_all("connection").iter();
+    let mut options = lists.flat_map(|list| list.as_bytes().split(|byte| *byte == b','));
     response.version() == Version::HTTP_11
-        && !words.any(|word| word.as_bytes().eq_ignore_ascii_case(b"close"))
+        && !options.any(|option| option.trim_ascii().eq_ignore_ascii_case(b"close"))
 }
 
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
@@ -300,6 +301,26 @@ pub(crate) mod tests {
         ask_often(&client, &url, 6).await;
         let opened = connections.load(std::sync::atomic::Ordering::SeqCst);
         assert!((3..=6).contains(&opened), "{opened}");
+    }
+
+    #[test]
+    fn close_is_found_in_any_list_and_case() {
+        let keeps = |version, lists: &[&str]| {
+            let mut response = Response::builder().version(version);
+            for list in lists {
+                response = response.header("connection", *list);
+            }
+            keeps_alive(&response.body(()).expect("a response"))
+        };
+        assert!(keeps(Version::HTTP_11, &[]) && keeps(Version::HTTP_11, &["keep-alive, x-closed"]));
+        for lists in [
+            &["close"][..],
+            &["Upgrade , CLOSE"],
+            &["keep-alive", "close"],
+        ] {
+            assert!(!keeps(Version::HTTP_11, lists), "{lists:?}");
+        }
+        assert!(!keeps(Version::HTTP_10, &[]));
     }
 
     #[tokio::test]
