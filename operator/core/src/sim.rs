@@ -11,6 +11,7 @@ mod happening;
 mod nature;
 mod quotas;
 mod rules;
+mod store;
 mod view;
 mod world;
 
