@@ -131,6 +131,9 @@ void land(const Copy& copy) {
         memcpy(copy.to, copy.from, copy.bytes);
     else
         memset(copy.to, 0, copy.bytes);
+    const size_t first = size_t(static_cast<char*>(copy.to) - block->shared);
+    for (size_t at = first / 16; at <= (first + copy.bytes - 1) / 16; at++)
+        block->unfenced[at] = uint16_t(block->self->warp + 1);
 }
 
 void trampoline() {
@@ -203,6 +206,7 @@ void run_block(Worker& worker, const Launch& launch, Dim3 index, const Schedule&
     b.code = OK;
     b.mbarriers.clear();
     b.transfers.clear();
+    b.inits_unfenced = false;
     const unsigned n = b.threads;
     b.stride = schedule.order == Schedule::FORWARD ? 1 : schedule.order == Schedule::BACKWARD ? n - 1 : 37 % n;
     if (b.stride == 0 || std::gcd(b.stride, n) != 1) b.stride = 1;
@@ -221,6 +225,7 @@ void run_block(Worker& worker, const Launch& launch, Dim3 index, const Schedule&
         lane.waiting = Waiting::NO;
         lane.done = false;
         lane.group = 0;
+        lane.ordered = false;
         lane.copies.clear();
         void** sp = reinterpret_cast<void**>(lane.stack + STACK_BYTES);
         *--sp = nullptr;
@@ -234,6 +239,7 @@ void run_block(Worker& worker, const Launch& launch, Dim3 index, const Schedule&
     b.shared_bytes = launch.shared_bytes;
     memset(b.shared, 0xFF, launch.shared_bytes);
     b.async_view.assign(launch.shared_bytes, char(0xFF));
+    b.unfenced.assign((launch.shared_bytes + 15) / 16, 0);
     memset(b.shared + launch.shared_bytes, CANARY, rounded - launch.shared_bytes);
     if (sigsetjmp(b.escape, 1) == 0) {
         b.self = schedule.order == Schedule::BACKWARD ? &b.lanes[n - 1] : &b.lanes[0];
@@ -386,6 +392,7 @@ void advance(Mbarrier& m) {
 
 void mbarrier_init(uint64_t* object, int expected) {
     check_shared(object, 8, "mbarrier.init");
+    block->inits_unfenced = true;
     for (Mbarrier& m : block->mbarriers)
         if (m.object == object) {
             m = Mbarrier{object, expected, expected, 0, 0};
@@ -393,6 +400,8 @@ void mbarrier_init(uint64_t* object, int expected) {
         }
     block->mbarriers.push_back({object, expected, expected, 0, 0});
 }
+
+void mbarrier_init_fence() { block->inits_unfenced = false; }
 
 void mbarrier_arrive(uint64_t* object) {
     Mbarrier& m = find(object);
@@ -421,6 +430,7 @@ void mbarrier_wait(uint64_t* object, unsigned phase) {
 }
 
 void transfer_issue(const Transfer& transfer) {
+    if (block->inits_unfenced) fault(FAILED, "TMA with an mbarrier that was initialised without a fence after it");
     Transfer copy = transfer;
     if (block->schedule.copies_late)
         block->transfers.push_back(copy);
@@ -430,6 +440,7 @@ void transfer_issue(const Transfer& transfer) {
 
 void product_issue(const Product& product) {
     Warp& warp = block->warps[product.warp];
+    if (!warp.registers_ordered) fault(FAILED, "wgmma without a wgmma fence since products were last waited for");
     Product copy = product;
     copy.group = warp.product_group;
     if (block->schedule.products_late)
@@ -438,10 +449,13 @@ void product_issue(const Product& product) {
         copy.run(copy);
 }
 
+void product_fence() { block->warps[block->self->warp].registers_ordered = true; }
+
 void product_commit() { block->warps[block->self->warp].product_group++; }
 
 void product_wait(unsigned left) {
     Warp& warp = block->warps[block->self->warp];
+    warp.registers_ordered = false; // the program may use the sums from here on
     size_t done = 0;
     while (done < warp.products.size() && warp.products[done].group + left < warp.product_group)
         warp.products[done].run(warp.products[done]), done++;
@@ -450,8 +464,31 @@ void product_wait(unsigned left) {
 
 // Takes effect when the last lane of the warp has made it: one that goes ahead without the others has fenced nothing.
 void async_proxy_fence() {
-    if (++block->warps[block->self->warp].fenced % 32 == 0)
-        memcpy(block->async_view.data(), block->shared, block->shared_bytes);
+    const unsigned warp = block->self->warp;
+    if (++block->warps[warp].fenced % 32 != 0) return;
+    memcpy(block->async_view.data(), block->shared, block->shared_bytes);
+    for (uint16_t& writer : block->unfenced)
+        if (writer == warp + 1) writer = 0;
+}
+
+void check_fenced(size_t offset) {
+    const uint16_t writer = block->unfenced[offset / 16];
+    if (writer)
+        fault(FAILED, "wgmma reads byte %zu of shared memory, which cp.async of warp %u wrote without a proxy fence after it,",
+              offset, writer - 1u);
+}
+
+void memory_fence() { block->self->ordered = true; }
+
+void check_announces() {
+    for (Lane& lane : block->lanes) {
+        if (!lane.ordered) fault(FAILED, "an atomic announces writes that thread %u did not fence", lane.linear);
+        lane.ordered = false;
+    }
+}
+
+void check_ordered() {
+    if (!block->self->ordered) fault(FAILED, "a read of what other blocks wrote without a fence after the announcement");
 }
 
 Outcome run(const Launch& launch, const Schedule& schedule, unsigned workers) {

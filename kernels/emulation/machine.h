@@ -69,6 +69,7 @@ struct Lane {
     Waiting waiting;
     bool done;
     unsigned group; // cp.async group being filled
+    bool ordered;   // a memory fence since the block last announced its writes
     std::vector<Copy> copies;
 };
 
@@ -93,6 +94,7 @@ struct Warp {
     void* arguments[32];
     unsigned product_group;
     unsigned fenced; // lanes that made a proxy fence, in all
+    bool registers_ordered; // a wgmma fence since products were last waited for
     std::vector<Product> products;
 };
 
@@ -124,6 +126,9 @@ struct Block {
     size_t shared_bytes;
     // Shared memory as the asynchronous proxy saw it at the last fence: what threads wrote later is not in it.
     std::vector<char> async_view;
+    // By 16 bytes of shared memory: 1 + the warp whose cp.async wrote there and has not fenced since, or 0.
+    std::vector<uint16_t> unfenced;
+    bool inits_unfenced; // an mbarrier was initialised, and TMA does not know
     std::vector<Lane> lanes;
     std::vector<Warp> warps;
     std::vector<Mbarrier> mbarriers;
@@ -148,15 +153,25 @@ void copy_issue(void* to, const void* from, unsigned bytes);
 void copy_commit();
 void copy_wait(unsigned left);
 void mbarrier_init(uint64_t* object, int expected);
+void mbarrier_init_fence();
 void mbarrier_arrive(uint64_t* object);
 void mbarrier_expect(uint64_t* object, long bytes);
 void mbarrier_complete(uint64_t* object, long bytes);
 void mbarrier_wait(uint64_t* object, unsigned phase);
 void transfer_issue(const Transfer& transfer);
 void product_issue(const Product& product);
+void product_fence();
 void product_commit();
 void product_wait(unsigned left);
 void async_proxy_fence();
+// Faults where a warp's cp.async wrote what wgmma reads, and no fence of that warp came after.
+void check_fenced(size_t offset);
+// Orders this thread's accesses to memory that blocks share.
+void memory_fence();
+// Faults unless all threads of the block have fenced since the last announcement.
+void check_announces();
+// Faults unless this thread has fenced since the last announcement.
+void check_ordered();
 // Faults unless [at, at + bytes) is inside the block's shared memory.
 void check_shared(const void* at, size_t bytes, const char* who);
 

@@ -15,7 +15,7 @@ struct alignas(64) TensorMap {
 static_assert(sizeof(TensorMap) == 128, "a CUtensorMap");
 
 inline void mbarrier_init(uint64_t* barrier, int arrivals) { emu::mbarrier_init(barrier, arrivals); }
-inline void mbarrier_init_fence() {}
+inline void mbarrier_init_fence() { emu::mbarrier_init_fence(); }
 inline void mbarrier_arrive(uint64_t* barrier) { emu::mbarrier_arrive(barrier); }
 inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) { emu::mbarrier_expect(barrier, bytes); }
 inline void mbarrier_wait(uint64_t* barrier, int parity) { emu::mbarrier_wait(barrier, unsigned(parity)); }
@@ -91,7 +91,9 @@ inline uint64_t matrix_descriptor(const void* at) {
     const uint64_t offset = uint64_t(static_cast<const char*>(at) - emu::block->shared);
     return (offset & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
-inline void wgmma_fence() { emu::collective("wgmma.fence", emu::nothing, nullptr); }
+inline void wgmma_fence() {
+    emu::collective("wgmma.fence", [](void* const[32]) { emu::product_fence(); }, nullptr);
+}
 inline void wgmma_commit() {
     emu::collective("wgmma.commit", [](void* const[32]) { emu::product_commit(); }, nullptr);
 }

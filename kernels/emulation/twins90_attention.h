@@ -1,7 +1,8 @@
 // The emulated twin of cuda/common/ptx90_attention.h.
 //
 // Surprise: these products read shared memory as it was at the block's last fence, by whichever warp. A missing fence
-// shows as NaN or as what was there before, unless another warp's happens to come between.
+// shows as NaN or as what was there before, unless another warp's happens to come between; after cp.async it is a fault
+// even then.
 #pragma once
 #include "twins90.h"
 
@@ -23,6 +24,7 @@ inline void fetch(float& to, uint64_t descriptor, unsigned k, unsigned n, bool t
     const uintptr_t at = swizzle(transposed ? start + n / 64 * next + k / 8 * eight_rows + k % 8 * 128 + n % 64 * 2
                                             : start + n / 8 * eight_rows + n % 8 * 128 + k * 2);
     check_shared(block->shared + at, 2, "wgmma");
+    check_fenced(at);
     widen(to, block->async_view.data() + at, bf16{});
 }
 

@@ -5,9 +5,18 @@
 inline void tma_load_3d(void* to, const TensorMap* map, int x, int y, int z, uint64_t* barrier) {
     emu::tma_issue(to, map, 3, x, y, z, barrier);
 }
-inline void memory_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline uint32_t fetch_add(uint32_t* to, uint32_t value) { return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST); }
-inline float load_shared_by_blocks(const float* p) { return *p; }
+inline void memory_fence() {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    emu::memory_fence();
+}
+inline uint32_t fetch_add(uint32_t* to, uint32_t value) {
+    emu::check_announces();
+    return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST);
+}
+inline float load_shared_by_blocks(const float* p) {
+    emu::check_ordered();
+    return *p;
+}
 template <int COUNT> void wgmma_fence(float (&)[COUNT]) { wgmma_fence(); }
 template <int LEFT, int COUNT> void wgmma_wait(float (&)[COUNT]) { wgmma_wait<LEFT>(); }
 
