@@ -3,6 +3,7 @@
 //! What a pod contains, apart from its place and its name, decides the revision: two pods of the
 //! same revision are interchangeable.
 
+mod inspection;
 mod pod;
 mod rank;
 mod record;
@@ -22,7 +23,8 @@ use crate::names::{self, Revision};
 use crate::plan::Settings;
 use crate::validate::ValidDeployment;
 
-pub use pod::{Slot, engine_pod, engine_requests, inspect_inputs, inspect_pod, preferred_nodes};
+pub use inspection::{inspect_inputs, inspect_pod};
+pub use pod::{Slot, engine_pod, engine_requests, preferred_nodes};
 pub use record::{record, recorded};
 
 /// Hash of all that forces new pods: the engine's configuration and the pod without its place.

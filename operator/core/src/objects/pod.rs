@@ -293,79 +293,8 @@ pub(super) fn port(name: &str, number: i32) -> ContainerPort {
     }
 }
 
-/// A pod that reads a model's config and headers and says what it found.
-pub fn inspect_pod(valid: &ValidDeployment, settings: &Settings, hash: &str, attempt: u32) -> Pod {
-    let name = names::inspect_pod(&valid.name, hash, attempt);
-    let mut metadata = super::metadata(valid, name, names::INSPECT);
-    metadata.annotations = Some(BTreeMap::from([
-        (names::ATTEMPT.to_owned(), attempt.to_string()),
-        (
-            names::INSPECT_INPUTS.to_owned(),
-            inspect_inputs(valid, settings),
-        ),
-    ]));
-    Pod {
-        metadata,
-        spec: Some(inspect_spec(valid, settings)),
-        status: None,
-    }
-}
-
-/// Hash of all that an inspection depends on; a failed one is tried again at once when it changes.
-pub fn inspect_inputs(valid: &ValidDeployment, settings: &Settings) -> String {
-    let text = names::canonical(serde_json::json!(inspect_spec(valid, settings)));
-    names::short_hash(&text)
-}
-
-fn inspect_spec(valid: &ValidDeployment, settings: &Settings) -> PodSpec {
-    let uri = valid.source.engine_uri();
-    let mut command = vec!["/engine", "inspect", "--model", &uri];
-    if let Some(revision) = &valid.model_revision {
-        command.extend(["--revision", revision]);
-    }
-    command.extend(["--output", "/dev/termination-log"]);
-    let amount = |cpu: &str, memory: &str| {
-        Some(BTreeMap::from([
-            ("cpu".to_owned(), Quantity(cpu.into())),
-            ("memory".to_owned(), Quantity(memory.into())),
-        ]))
-    };
-    let container = Container {
-        name: names::INSPECT.into(),
-        command: words(&command),
-        resources: Some(ResourceRequirements {
-            requests: amount("50m", "64Mi"),
-            limits: amount("1", "1Gi"),
-            ..ResourceRequirements::default()
-        }),
-        volume_mounts: Some(common_mounts(valid)),
-        ..container(valid, settings)
-    };
-    let on_gpus = valid.accelerator != crate::validate::ValidAccelerator::Cpu;
-    PodSpec {
-        containers: vec![container],
-        volumes: Some(common_volumes(valid)),
-        restart_policy: Some("Never".into()),
-        active_deadline_seconds: Some(3600),
-        termination_grace_period_seconds: Some(1),
-        // Reading headers needs no GPU node: any node that can mount the model will do.
-        node_selector: if on_gpus { None } else { node_selector(valid) },
-        tolerations: if on_gpus {
-            tolerations(valid, true).map(gpu_only)
-        } else {
-            tolerations(valid, false)
-        },
-        ..pod_spec(valid)
-    }
-}
-
-fn gpu_only(mut tolerations: Vec<Toleration>) -> Vec<Toleration> {
-    tolerations.retain(|toleration| toleration.key.as_deref() == Some(NVIDIA_GPU));
-    tolerations
-}
-
 /// Parts that both kinds of pod share.
-fn pod_spec(valid: &ValidDeployment) -> PodSpec {
+pub(super) fn pod_spec(valid: &ValidDeployment) -> PodSpec {
     let secrets = &valid.template.image_pull_secrets;
     PodSpec {
         automount_service_account_token: Some(false),
@@ -397,7 +326,7 @@ fn pod_spec(valid: &ValidDeployment) -> PodSpec {
     }
 }
 
-fn container(valid: &ValidDeployment, settings: &Settings) -> Container {
+pub(super) fn container(valid: &ValidDeployment, settings: &Settings) -> Container {
     let image = valid
         .template
         .image
@@ -470,7 +399,7 @@ fn environment(valid: &ValidDeployment) -> Vec<EnvVar> {
     from_secret.chain(from_template).collect()
 }
 
-fn common_volumes(valid: &ValidDeployment) -> Vec<Volume> {
+pub(super) fn common_volumes(valid: &ValidDeployment) -> Vec<Volume> {
     let scratch = |name: &str| Volume {
         name: name.to_owned(),
         empty_dir: Some(EmptyDirVolumeSource::default()),
@@ -531,7 +460,7 @@ fn claim_volume(name: &str, claim: &str, read_only: bool) -> Volume {
     }
 }
 
-fn common_mounts(valid: &ValidDeployment) -> Vec<VolumeMount> {
+pub(super) fn common_mounts(valid: &ValidDeployment) -> Vec<VolumeMount> {
     let mut mounts = vec![mount("tmp", "/tmp", false), mount("cache", "/cache", false)];
     if matches!(valid.source, Source::Claim { .. }) {
         mounts.push(mount("models", crate::validate::CLAIM_MOUNT, true));
@@ -570,16 +499,16 @@ pub(super) fn probe(path: &str, period_seconds: i32, failure_threshold: i32) -> 
     }
 }
 
-fn words(words: &[&str]) -> Option<Vec<String>> {
+pub(super) fn words(words: &[&str]) -> Option<Vec<String>> {
     Some(words.iter().map(|word| (*word).to_owned()).collect())
 }
 
-fn node_selector(valid: &ValidDeployment) -> Option<BTreeMap<String, String>> {
+pub(super) fn node_selector(valid: &ValidDeployment) -> Option<BTreeMap<String, String>> {
     let selector = &valid.placement.node_selector;
     (!selector.is_empty()).then(|| selector.clone())
 }
 
-fn tolerations(valid: &ValidDeployment, on_gpus: bool) -> Option<Vec<Toleration>> {
+pub(super) fn tolerations(valid: &ValidDeployment, on_gpus: bool) -> Option<Vec<Toleration>> {
     let mut tolerations = valid.placement.tolerations.clone();
     if on_gpus {
         tolerations.push(Toleration {

@@ -3,6 +3,7 @@
 
 mod gang;
 mod preempting;
+mod retiring;
 
 pub(super) use preempting::give_way;
 
@@ -13,8 +14,8 @@ use operator_api::Binding;
 
 use super::state::NODE_GRACE_SECONDS;
 use super::{
-    Given, Moves, REFUSED_SECONDS, Replica, SETTLE_SECONDS, Side, State, created_indices, drain,
-    drained, failures_of, pause_seconds, refused_before, serve_again, wish,
+    Given, Moves, REFUSED_SECONDS, Replica, Side, State, created_indices, drained, failures_of,
+    pause_seconds, refused_before, serve_again, wish,
 };
 use crate::names;
 use crate::objects::{self, Slot};
@@ -487,32 +488,6 @@ impl<'a> Planner<'a> {
         there.sum::<u32>() + self.on_demand
     }
 
-    /// Of the replicas in the order in which they leave: the ones that cost most first, where price
-    /// matters, but none that keeps the least number off spot nodes before one that does not.
-    fn by_price(&self, leaving: &mut [&'a Replica<'a>]) {
-        let Some(least) = self.given.valid.placement.on_demand_min else {
-            return;
-        };
-        let mut surplus = self.on_demand_there().saturating_sub(least);
-        let mut order = BTreeMap::new();
-        for replica in leaving.iter() {
-            let rank = match (self.stands_on_demand(replica), surplus) {
-                (true, 0) => 2,
-                (true, _) => {
-                    surplus -= 1;
-                    0
-                }
-                (false, _) => 1,
-            };
-            order.insert(replica.pod.name.as_str(), rank);
-        }
-        // Stable: what does not answer still goes before what does.
-        leaving.sort_by_key(|replica| {
-            let rank = order.get(replica.pod.name.as_str()).copied();
-            (replica.is_ready(), rank)
-        });
-    }
-
     /// A replica of a side that is created takes a node.
     fn take(&mut self, index: usize, name: &str) {
         let Some(node) = self.given.snapshot.cluster.nodes.get(name) else {
@@ -555,73 +530,6 @@ impl<'a> Planner<'a> {
             needs.get(exceeded.resource).copied().unwrap_or(0),
             exceeded.resource,
         ))
-    }
-
-    /// Removes replicas of other revisions and those beyond the wanted number of their side.
-    pub(super) fn retire(&mut self, moves: &mut Moves) {
-        let wanted = self.given.wanted;
-        let promised = wanted.saturating_sub(self.given.valid.rollout.unavailable_max);
-        let serving = self.count(|replica| replica.is_ready());
-        let mut spare = serving.saturating_sub(promised);
-        let sides = self.given.sides.iter().enumerate();
-        let mut excess: Vec<u32> = sides
-            .map(|(index, side)| {
-                let present = self.count(|replica| self.is_current_on(index, replica));
-                present.saturating_sub(side.wanted)
-            })
-            .collect();
-        let mut leaving: Vec<&'a Replica<'a>> = self.live().collect();
-        leaving.sort_by_cached_key(|replica| self.retirement_order(replica));
-        self.by_price(&mut leaving);
-        for replica in leaving {
-            let side = self.side(replica).filter(|_| self.is_current(replica));
-            if side.is_some_and(|side| excess[side] == 0) {
-                continue;
-            }
-            let why = match side {
-                Some(_) if self.given.is_rolling => "its revision is replaced",
-                Some(_) => "fewer replicas are wanted",
-                None if self.side(replica).is_some() => "the GPUs of its node are at fault",
-                None => "its revision is replaced",
-            };
-            if replica.is_ready() {
-                if spare == 0 {
-                    continue;
-                }
-                spare -= 1;
-                self.gone.insert(&replica.pod.name);
-                moves.actions.push(drain(replica.pod, self.now()));
-                moves.drained.push(replica.pod.name.clone());
-                moves.wake(SETTLE_SECONDS);
-            } else {
-                self.remove(moves, replica, why);
-            }
-            if let Some(side) = side {
-                excess[side] -= 1;
-            }
-        }
-    }
-
-    /// Who goes first: those that do not answer, then the emptiest, then the highest index.
-    fn retirement_order(&self, replica: &Replica<'_>) -> (u8, u64, std::cmp::Reverse<u32>) {
-        let rank = match replica.state {
-            State::Refused { .. } => 0,
-            State::Waiting => 1,
-            State::Failing { .. } => 2,
-            State::Starting => 3,
-            _ => 4,
-        };
-        let samples = self.given.snapshot.samples.get(&replica.pod.name);
-        let busy = samples
-            .and_then(|samples| samples.latest.as_ref())
-            .map_or(0, |sample| {
-                u64::from(sample.report.running) + u64::from(sample.report.waiting)
-            });
-        (
-            rank,
-            busy,
-            std::cmp::Reverse(replica.index().unwrap_or(u32::MAX)),
-        )
     }
 }
 
