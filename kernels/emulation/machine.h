@@ -4,7 +4,7 @@
 // schedule allows, asynchronous work lands as late (or as early) as it may, and all memory starts as NaN.
 //
 // Surprise: nothing here is a simulator of a GPU. There is no timing, no memory ordering and no bank conflict; what the
-// machine cannot see is listed in docs/kernels/README.md.
+// machine cannot see is listed in docs/kernels/README.md. Fences order nothing here: it only marks that they were made.
 #pragma once
 #include <csetjmp>
 #include <cstddef>

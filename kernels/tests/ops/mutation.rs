@@ -187,7 +187,7 @@ const RULES: &[(&str, &str)] = &[
     ("mbarrier_wait(", "(void)0"),
     ("mbarrier_arrive(", "(void)0"),
     ("wgmma_wait<", "(void)0"),
-    // Orders memory that the emulator does not order: these survive, and count.
+    // Orders memory that the emulator does not order; it only marks who has fenced.
     ("wgmma_fence(", "(void)0"),
     ("mbarrier_init_fence()", "(void)0"),
     ("memory_fence()", "(void)0"),
