@@ -8,7 +8,7 @@
 #   make tools                          kubelab, kubectl, coredns, kwok, helm and helm3 in .lab/bin
 #   make test                           all tests; the end-to-end ones on a real node need root
 #   make check                          format, lints as errors, generated files fresh
-#   make bench-fleet                    measure the operator beside a bare client; docs/performance/fleet.json
+#   make bench-fleet                    measure the operator beside a bare client and rivals; docs/performance/fleet.json
 #   make gen                            regenerate the CRD and its reference page
 #   make bench-engine [LLAMA_CPP=no]    the CPU engine against this machine's limits and llama.cpp (built once, five minutes)
 #   make gpu-bundle                     what a machine with a GPU needs for the check, in one archive under 40 MB

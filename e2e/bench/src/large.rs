@@ -9,7 +9,7 @@ use kube::api::Api;
 use operator_api::ModelDeployment;
 
 use crate::cluster::{Place, idle, restart, wait_planned};
-use crate::objects::{api, clear, create_all, wait_pods};
+use crate::objects::{api, clear, create_all, say, wait_pods};
 use crate::operator::Operator;
 use crate::planning::{self, Shape};
 use bench_report::{Row, median};
@@ -36,17 +36,23 @@ pub async fn rows(place: &Place<'_>, size: Size, runs: usize) -> Result<Vec<Row>
     let fleet = (0..models)
         .map(|index| planning::wish(&format!("m{index}"), size.replicas, Shape::Small))
         .collect::<Result<_>>()?;
+    say(format!("S6: {models} models and {total} pods are made"));
     let start = Instant::now();
     create_all(&wishes, fleet).await?;
     wait_pods(&pods, usize::try_from(total)?).await?;
     let rate = f64::from(total) / start.elapsed().as_secs_f64();
+    say(format!(
+        "S6: {rate:.0} pods/s; statuses and simulated nodes settle"
+    ));
     wait_planned(&wishes, usize::try_from(models)?).await?;
     tokio::time::sleep(SETTLE).await;
     let made_megabytes = Operator::resident_megabytes(&operator.metrics()?)?;
+    say(format!("S6: {made_megabytes:.0} MB; S7: nothing changes"));
     let idle_percent = idle(&operator).await?;
     drop(operator);
     let (mut first, mut all, mut megabytes) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..runs {
+        say("S6: the operator is restarted");
         let (one, every, operator) = restart(place, models).await?;
         first.push(one);
         all.push(every);

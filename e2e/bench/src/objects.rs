@@ -1,6 +1,7 @@
 //! Objects on the control plane: made as fast as it takes them, counted, and removed with everything that hangs on them.
 
-use std::fmt::Debug;
+use std::fmt::{Debug, Display};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -20,12 +21,66 @@ use serde::de::DeserializeOwned;
 pub const NAMESPACE: &str = "default";
 /// How long one wait may take.
 pub const WAIT_MAX: Duration = Duration::from_secs(600);
+/// How long a wait goes on in which nothing moves.
+const STILL_MAX: Duration = Duration::from_secs(120);
+/// How often a wait says what is missing.
+const SAY_PERIOD: Duration = Duration::from_secs(15);
+/// When the process said something first.
+static BEGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
 /// Creates under way at once by the bare client; other numbers were not measured.
 const CONCURRENCY: usize = 64;
 /// How often pods are counted. Each count costs the API server a little, which is taken from whoever creates.
 const COUNT_PERIOD: Duration = Duration::from_millis(50);
+/// How often it is looked whether everything is removed.
+const CLEAR_PERIOD: Duration = Duration::from_millis(500);
 /// What the operator's objects are found by.
 const OURS: &str = "app.kubernetes.io/managed-by=cachalot";
+
+/// Says what is done now, and when, so that who waits for half an hour sees what for.
+pub fn say(what: impl Display) {
+    println!("{:6.1} s  {what}", BEGIN.elapsed().as_secs_f64());
+}
+
+/// Asks until nothing is missing any more, and says now and then what still is. It ends by itself: after [`WAIT_MAX`], or
+/// when the same was missing for [`STILL_MAX`].
+///
+/// # Errors
+/// With what was missing at the end.
+pub async fn wait_for<F>(period: Duration, missing: impl FnMut() -> F) -> Result<()>
+where
+    F: Future<Output = Result<Option<String>>>,
+{
+    wait_within(period, STILL_MAX, missing).await
+}
+
+async fn wait_within<F>(
+    period: Duration,
+    still_max: Duration,
+    mut missing: impl FnMut() -> F,
+) -> Result<()>
+where
+    F: Future<Output = Result<Option<String>>>,
+{
+    let start = Instant::now();
+    let (mut last, mut moved, mut said) = (String::new(), start, start);
+    while let Some(why) = missing().await? {
+        if why != last {
+            (last, moved) = (why, Instant::now());
+        }
+        if start.elapsed() > WAIT_MAX {
+            bail!("after {WAIT_MAX:?}: {last}");
+        }
+        if moved.elapsed() > still_max {
+            bail!("nothing moved for {still_max:?}: {last}");
+        }
+        if said.elapsed() > SAY_PERIOD {
+            say(&last);
+            said = Instant::now();
+        }
+        tokio::time::sleep(period).await;
+    }
+    Ok(())
+}
 
 /// The objects of one kind where everything is made.
 pub fn api<K>(client: &Client) -> Api<K>
@@ -76,17 +131,11 @@ where
 
 /// Waits until there are so many pods.
 pub async fn wait_pods(pods: &Api<Pod>, wanted: usize) -> Result<()> {
-    let start = Instant::now();
-    loop {
+    wait_for(COUNT_PERIOD, || async {
         let there = count(pods, &ListParams::default()).await?;
-        if there >= wanted {
-            return Ok(());
-        }
-        if start.elapsed() > WAIT_MAX {
-            bail!("{there} of {wanted} pods after {WAIT_MAX:?}");
-        }
-        tokio::time::sleep(COUNT_PERIOD).await;
-    }
+        Ok((there < wanted).then(|| format!("{there} of {wanted} pods are there")))
+    })
+    .await
 }
 
 /// The pods that are there, as they were created: without what the cluster added. They keep their owner, so that who
@@ -113,44 +162,38 @@ pub async fn templates(pods: &Api<Pod>) -> Result<Vec<Pod>> {
 /// Removes all pods and waits until they are gone.
 pub async fn clear_pods(pods: &Api<Pod>) -> Result<()> {
     let at_once = DeleteParams::default().grace_period(0);
-    let start = Instant::now();
-    loop {
+    let at_once = &at_once;
+    wait_for(CLEAR_PERIOD, || async move {
         let left = count(pods, &ListParams::default()).await?;
         if left == 0 {
-            return Ok(());
+            return Ok(None);
         }
-        if start.elapsed() > WAIT_MAX {
-            bail!("{left} pods are still there after {WAIT_MAX:?}");
-        }
-        pods.delete_collection(&at_once, &ListParams::default())
+        pods.delete_collection(at_once, &ListParams::default())
             .await?;
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
+        Ok(Some(format!("{left} pods are still there")))
+    })
+    .await
 }
 
 /// Removes the fleet, whoever made it, and waits until the garbage collector has removed what hung on it: its work would
 /// be counted against whoever is measured next.
 pub async fn clear(cluster: &Cluster, client: &Client) -> Result<()> {
+    say("removing everything");
     cluster.kubectl(&["delete", "mdep", "--all", "--wait=false"])?;
     clear_pods(&api(client)).await?;
-    let all = ListParams::default();
-    let ours = ListParams::default().labels(OURS);
-    let start = Instant::now();
-    loop {
+    let (all, ours) = (&ListParams::default(), &ListParams::default().labels(OURS));
+    wait_for(CLEAR_PERIOD, || async move {
         let left = [
             (
                 "ModelDeployments",
-                count(&api::<ModelDeployment>(client), &all).await?,
+                count(&api::<ModelDeployment>(client), all).await?,
             ),
-            ("pods", count(&api::<Pod>(client), &all).await?),
-            ("services", count(&api::<Service>(client), &ours).await?),
-            (
-                "config maps",
-                count(&api::<ConfigMap>(client), &ours).await?,
-            ),
+            ("pods", count(&api::<Pod>(client), all).await?),
+            ("services", count(&api::<Service>(client), ours).await?),
+            ("config maps", count(&api::<ConfigMap>(client), ours).await?),
             (
                 "budgets",
-                count(&api::<PodDisruptionBudget>(client), &ours).await?,
+                count(&api::<PodDisruptionBudget>(client), ours).await?,
             ),
         ];
         let left: Vec<String> = left
@@ -158,12 +201,35 @@ pub async fn clear(cluster: &Cluster, client: &Client) -> Result<()> {
             .filter(|(_, number)| *number > 0)
             .map(|(kind, number)| format!("{number} or more {kind}"))
             .collect();
-        if left.is_empty() {
-            return Ok(());
-        }
-        if start.elapsed() > WAIT_MAX {
-            bail!("{} are still there after {WAIT_MAX:?}", left.join(", "));
-        }
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        Ok((!left.is_empty()).then(|| format!("{} are still there", left.join(", "))))
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wait(still_max: Duration, left: &mut u32) -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()?;
+        runtime.block_on(wait_within(Duration::from_millis(1), still_max, || {
+            *left = left.saturating_sub(1);
+            let missing = (*left > 0).then(|| format!("{} pods are missing", left.min(&mut 7)));
+            async move { Ok(missing) }
+        }))
+    }
+
+    #[test]
+    fn a_wait_ends_when_nothing_is_missing_or_nothing_moves_and_says_what_for() {
+        wait(Duration::from_secs(60), &mut 5).expect("it ends");
+        let mut never = u32::MAX;
+        let why = wait(Duration::from_millis(20), &mut never).expect_err("nothing moves");
+        let why = why.to_string();
+        assert!(
+            why.contains("nothing moved for 20ms: 7 pods are missing"),
+            "{why}"
+        );
     }
 }

@@ -16,8 +16,8 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, ListParams};
 use serde_json::{Value, json};
 
-use crate::cluster::Place;
-use crate::objects::{NAMESPACE, api, clear_pods, count};
+use crate::cluster::{Place, create_bare};
+use crate::objects::{NAMESPACE, api, clear_pods, count, say};
 use crate::operator::{Operator, processor_seconds};
 use crate::planning::{self, Shape};
 use bench_report::{Row, median};
@@ -307,8 +307,8 @@ async fn rate(pods: &Api<Pod>, wanted: u32, start: Instant) -> Result<(f64, f64)
     }
 }
 
-/// Ours, over the same replicas.
-async fn ours(place: &Place<'_>, replicas: u32) -> Result<Seen> {
+/// Ours, over the same replicas, and the pods per second of a bare client that makes the same pods.
+async fn ours(place: &Place<'_>, replicas: u32) -> Result<(Seen, f64)> {
     let pods: Api<Pod> = api(place.client);
     let operator = Operator::start(place.binary, place.cluster, place.log)?;
     operator.wait_leading().await?;
@@ -319,12 +319,14 @@ async fn ours(place: &Place<'_>, replicas: u32) -> Result<Seen> {
     let millis_per_pod = 1000.0 * operator.processor_seconds()? / there;
     let megabytes = Operator::resident_megabytes(&operator.metrics()?)?;
     drop(operator);
+    let bare_per_second = create_bare(&pods).await?;
     crate::objects::clear(place.cluster, place.client).await?;
-    Ok(Seen {
+    let seen = Seen {
         pods_per_second,
         megabytes,
         millis_per_pod,
-    })
+    };
+    Ok((seen, bare_per_second))
 }
 
 async fn theirs(place: &Place<'_>, rival: &Rival, flags: &[String], replicas: u32) -> Result<Seen> {
@@ -382,12 +384,15 @@ pub async fn rows(
             place.cluster.apply(NAMESPACE, &object.to_string())?;
         }
     }
-    let mut own = Vec::new();
+    let (mut own, mut bare) = (Vec::new(), Vec::new());
     let mut others: Vec<(String, f64, Vec<Seen>)> = Vec::new();
     for run in 0..runs {
-        let seen = ours(place, replicas).await.context("ours")?;
-        println!("run {run}: ours: {seen:.1?}");
+        let (seen, bare_per_second) = ours(place, replicas).await.context("ours")?;
+        say(format!(
+            "run {run}: ours: {seen:.1?}; bare client {bare_per_second:.1} pods/s"
+        ));
         own.push(seen);
+        bare.push(bare_per_second);
         let mut index = 0;
         for rival in rivals {
             for (words, flags) in rival.project.tunings(&kubeconfig) {
@@ -395,7 +400,7 @@ pub async fn rows(
                 let seen = theirs(place, rival, &flags, replicas)
                     .await
                     .context(name.clone())?;
-                println!("run {run}: {name}: {seen:.1?}");
+                say(format!("run {run}: {name}: {seen:.1?}"));
                 if run == 0 {
                     // The goals: ten times the fastest at its defaults, five times it when tuned.
                     let least = if words == "at its defaults" {
@@ -411,7 +416,15 @@ pub async fn rows(
         }
     }
     let of = |all: &[Seen], get: fn(&Seen) -> f64| median(all.iter().map(get).collect());
-    let mut rows = Vec::new();
+    let mut rows = vec![Row::against(
+        &format!(
+            "S1: 1 object x {replicas} one-GPU replicas, pods created per second, ours beside a bare client"
+        ),
+        of(&own, |seen| seen.pods_per_second),
+        "pods/s",
+        median(bare),
+        Some(0.9),
+    )];
     for (name, least, seen) in &others {
         let row = |what: &str, unit: &str, get: fn(&Seen) -> f64, least| {
             let title =

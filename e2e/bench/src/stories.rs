@@ -4,14 +4,14 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, ListParams, Patch, PatchParams, PostParams};
 use operator_api::ModelDeployment;
 use serde_json::{Value, json};
 
 use crate::cluster::Place;
-use crate::objects::{WAIT_MAX, api, clear, create_all, wait_pods};
+use crate::objects::{api, clear, create_all, say, wait_for, wait_pods};
 use crate::operator::Operator;
 use crate::planning::{self, Shape};
 use bench_report::{Row, median};
@@ -64,11 +64,12 @@ async fn pairs(place: &Place<'_>) -> Result<Vec<Span>> {
     let models = (0..PAIRS)
         .map(|index| planning::wish(&format!("pair-{index}"), 2, Shape::Small))
         .collect::<Result<_>>()?;
+    say(format!("S2: {PAIRS} models x 2 replicas are applied"));
     let start = Instant::now();
     create_all(&wishes, models).await?;
     wait_pods(&api(place.client), usize::try_from(2 * PAIRS)?).await?;
     let created = start.elapsed().as_secs_f64();
-    wait_for(|| async {
+    wait_for(LOOK, || async {
         let all = wishes.list(&ListParams::default()).await?;
         let ready = all.iter().filter(|wish| is_at(wish, 2)).count();
         Ok((ready < usize::try_from(PAIRS)?).then(|| format!("{ready} of {PAIRS} are ready")))
@@ -87,11 +88,13 @@ async fn pairs(place: &Place<'_>) -> Result<Vec<Span>> {
 /// One model up, down and to zero.
 async fn scale(place: &Place<'_>) -> Result<Vec<Span>> {
     let name = "scaled";
+    say(format!("S3: {HALF} replicas are made"));
     create(place, name, HALF).await?;
     wait_at(place, name, HALF).await?;
     let mut spans = Vec::new();
     let mut before = HALF;
     for wanted in [2 * HALF, HALF, 0] {
+        say(format!("S3: {before} replicas to {wanted}"));
         let start = Instant::now();
         change(place, name, json!({"replicas": wanted})).await?;
         wait_at(place, name, wanted).await?;
@@ -107,8 +110,10 @@ async fn scale(place: &Place<'_>) -> Result<Vec<Span>> {
 /// All replicas of one model are exchanged for those of another revision.
 async fn exchange(place: &Place<'_>) -> Result<Span> {
     let name = "exchanged";
+    say(format!("S4: {EXCHANGED} replicas are made"));
     create(place, name, EXCHANGED).await?;
     wait_at(place, name, EXCHANGED).await?;
+    say("S4: they are exchanged");
     let start = Instant::now();
     let template = json!({"env": [{"name": "NOTE", "value": "second"}]});
     change(place, name, json!({"podTemplate": template})).await?;
@@ -130,9 +135,10 @@ async fn silence(place: &Place<'_>) -> Result<Span> {
     };
     let all = nodes_of(&pods.list(&ListParams::default()).await?.items);
     let silent: BTreeSet<String> = all.iter().take(all.len().div_ceil(10)).cloned().collect();
+    say(format!("S5: {} nodes fall silent", silent.len()));
     let start = Instant::now();
     hear(place, &silent, false).await?;
-    wait_for(|| async {
+    wait_for(LOOK, || async {
         let left = nodes_of(&pods.list(&ListParams::default()).await?.items);
         let left = left.intersection(&silent).count();
         Ok((left > 0).then(|| format!("{left} silent nodes still have pods")))
@@ -192,7 +198,7 @@ async fn change(place: &Place<'_>, name: &str, spec: Value) -> Result<()> {
 async fn wait_at(place: &Place<'_>, name: &str, replicas: u32) -> Result<()> {
     let wishes: Api<ModelDeployment> = api(place.client);
     let wanted = i32::try_from(replicas)?;
-    wait_for(|| async {
+    wait_for(LOOK, || async {
         let wish = wishes.get(name).await?;
         Ok((!is_at(&wish, wanted)).then(|| {
             let status = wish.status.unwrap_or_default();
@@ -215,19 +221,4 @@ fn is_at(wish: &ModelDeployment, replicas: i32) -> bool {
         status.observed_generation == wish.metadata.generation
             && numbers.iter().all(|number| number.unwrap_or(0) == replicas)
     })
-}
-
-/// Asks until nothing is missing any more.
-async fn wait_for<F>(mut missing: impl FnMut() -> F) -> Result<()>
-where
-    F: Future<Output = Result<Option<String>>>,
-{
-    let start = Instant::now();
-    while let Some(why) = missing().await? {
-        if start.elapsed() > WAIT_MAX {
-            bail!("after {WAIT_MAX:?}: {why}");
-        }
-        tokio::time::sleep(LOOK).await;
-    }
-    Ok(())
 }
