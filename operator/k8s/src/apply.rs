@@ -28,6 +28,7 @@ use operator_core::{Action, Kind, Object};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::error::{Category, Error};
@@ -38,6 +39,10 @@ use crate::write::{Writer, Written};
 
 /// Creates under way at once for one ModelDeployment.
 const CONCURRENCY_MAX: usize = 64;
+
+/// Services written at once, of all ModelDeployments. The API server (1.36) gives out cluster addresses one at a time and
+/// holds a lock over each; what stands in that queue for longer than a call may take is lost work.
+const SERVICES_MAX: usize = 8;
 
 /// How long a create that got no answer may still take effect: API servers give up after a minute.
 const HOLD: Duration = Duration::from_secs(70);
@@ -71,6 +76,7 @@ pub struct Applier {
     unsure: Arc<Unsure>,
     /// Pods of plans that were told and are not carried out yet, by ModelDeployment.
     told: Arc<Mutex<BTreeMap<Key, Vec<String>>>>,
+    services: Arc<Semaphore>,
 }
 
 /// Pods that may or may not be as a write wanted them; those of a create that got no answer with what it was to make.
@@ -132,6 +138,7 @@ impl Applier {
             world,
             unsure: Arc::default(),
             told: Arc::default(),
+            services: Arc::new(Semaphore::new(SERVICES_MAX)),
         }
     }
 
@@ -407,6 +414,8 @@ impl Applier {
                 );
             }
             Object::Service(service) => {
+                // It is never closed.
+                let _turn = self.services.acquire().await;
                 let known = world.services.get(&key).is_some();
                 world.wrote_service(
                     self.bring("Service", namespace, service.as_ref(), known)

@@ -139,13 +139,31 @@ async fn deletes_run_together_up_to_the_one_that_must_wait() {
     );
 }
 
+fn service(name: &str) -> Action {
+    let metadata =
+        json!({"name": name, "namespace": "d", "labels": {"cachalot.dev/model-deployment": name}});
+    let service = serde_json::from_value(json!({ "metadata": metadata })).expect("a Service");
+    Action::Apply(Object::Service(Box::new(service)))
+}
+
+#[tokio::test(start_paused = true)]
+async fn few_services_are_under_way_at_once_whoever_asks() {
+    let (applier, _, seen) = applier(|_| (Duration::from_millis(100), 201));
+    let of =
+        |name: &str| -> Vec<Action> { (0..20).map(|n| service(&format!("{name}-{n}"))).collect() };
+    let (one, other) = (of("one"), of("other"));
+    let both = tokio::join!(
+        applier.apply("d", &one, &|_| ()),
+        applier.apply("d", &other, &|_| ())
+    );
+    assert!(both.0.is_ok() && both.1.is_ok());
+    assert_eq!(seen.asked.load(Ordering::Relaxed), 40);
+    assert_eq!(seen.under_way_max.load(Ordering::Relaxed), SERVICES_MAX);
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_was_never_seen_is_created_and_applied_only_where_it_is_there() {
-    let service = || {
-        let metadata = json!({"name": "m", "namespace": "d", "labels": {"cachalot.dev/model-deployment": "m"}});
-        let service = serde_json::from_value(json!({ "metadata": metadata })).expect("a Service");
-        [Action::Apply(Object::Service(Box::new(service)))]
-    };
+    let service = || [service("m")];
     let (applier, world, seen) = applier(|number| match number {
         0 => (Duration::ZERO, 409),
         _ => (Duration::ZERO, 201),
