@@ -360,8 +360,11 @@ pub async fn restart(place: &Place<'_>, models: u32) -> Result<(f64, f64, Operat
         let reports = Operator::sum_where(&metrics, ACTIONS, "action=\"report\"");
         let actions = Operator::sum(&metrics, ACTIONS) - reports;
         if actions > 0.0 {
+            let made = metrics.lines().filter(|line| line.starts_with(ACTIONS));
+            let made: Vec<&str> = made.filter(|line| !line.ends_with(" 0")).collect();
             bail!(
-                "the restarted operator made {actions} writes to a fleet that was as it should be"
+                "the restarted operator made {actions} writes to a fleet that was as it should be: {}",
+                made.join(", ")
             );
         }
         if unchanged >= f64::from(models)
