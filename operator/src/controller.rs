@@ -204,7 +204,7 @@ impl Shared {
     async fn pass(&self, key: Key) -> Result<Done, Error> {
         let this = &self.controller;
         let timer = this.metrics.pass();
-        let deployment = match this.world.deployments.get(&key) {
+        let deployment = match this.world.deployment(&key) {
             None => {
                 this.metrics.forget(&key.namespace, &key.name);
                 this.world.waits_for_room(&key, false);

@@ -7,9 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use operator_api::ModelDeployment;
-use operator_core::priority::{self, Priority};
+use operator_core::priority::Priority;
 use operator_core::{Contest, PodView, PriorityClassView, Rival};
 
+use crate::trim::Wish;
 use crate::wakes::lock;
 use crate::watch::{Key, Mirror};
 
@@ -53,7 +54,7 @@ pub(crate) fn contest(
     key: &Key,
     classes: Vec<Arc<PriorityClassView>>,
     pods: &Mirror<PodView>,
-    deployments: &Mirror<ModelDeployment>,
+    deployments: &Mirror<Wish>,
     reservations: &Reservations,
 ) -> Contest {
     let class = deployment.spec.placement.priority_class_name.as_deref();
@@ -78,9 +79,7 @@ pub(crate) fn contest(
         rivals,
         |(namespace, name)| {
             let other = deployments.get(&Key::new(Arc::clone(namespace), name.as_str()));
-            other
-                .and_then(Result::ok)
-                .map_or(0, |other| priority::floor(&other.spec))
+            other.and_then(Result::ok).map_or(0, |other| other.floor)
         },
     )
 }

@@ -250,7 +250,7 @@ impl Sampler {
             .deployments
             .get(&deployment)
             .and_then(Result::ok)
-            .is_some_and(|wish| wish.spec.autoscaling.is_some());
+            .is_some_and(|wish| wish.scales);
         let mut store = self.lock();
         let Some(sampled) = store.pods.get_mut(&key) else {
             return;
@@ -272,11 +272,8 @@ impl Sampler {
         }
         let deployments = self.world.deployments.read();
         let scales = |key: &Key| {
-            deployments.get(key).is_some_and(|entry| {
-                entry
-                    .as_ref()
-                    .is_ok_and(|mdep| mdep.spec.autoscaling.is_some())
-            })
+            let entry = deployments.get(key);
+            entry.is_some_and(|entry| entry.as_ref().is_ok_and(|wish| wish.scales))
         };
         let mut store = self.lock();
         store.demands.retain(|key, _| scales(key));

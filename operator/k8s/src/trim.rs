@@ -6,10 +6,20 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use operator_api::ModelDeployment;
-use operator_core::{Claim, ConfigMapView, PodView, names};
+use operator_core::{Claim, ConfigMapView, PodView, names, priority};
 
 use crate::packed::Packed;
 use crate::watch::Key;
+
+/// A ModelDeployment: packed for its own passes, and open what is asked of it again and again or while another is planned.
+#[derive(Debug, PartialEq)]
+pub struct Wish {
+    /// Whether its replicas follow its load.
+    pub scales: bool,
+    /// Replicas that it promises to keep.
+    pub floor: u32,
+    pub(crate) whole: Packed<ModelDeployment>,
+}
 
 /// A config map of ours.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,11 +78,13 @@ pub(crate) fn trim_metadata(metadata: &mut ObjectMeta) {
     }
 }
 
-pub(crate) fn trim_deployment(
-    mut deployment: ModelDeployment,
-) -> Result<Option<ModelDeployment>, String> {
+pub(crate) fn trim_deployment(mut deployment: ModelDeployment) -> Result<Option<Wish>, String> {
     trim_metadata(&mut deployment.metadata);
-    Ok(Some(deployment))
+    Ok(Some(Wish {
+        scales: deployment.spec.autoscaling.is_some(),
+        floor: priority::floor(&deployment.spec),
+        whole: Packed::of(&deployment)?,
+    }))
 }
 
 pub(crate) fn trim_service(mut service: Service) -> Result<Option<Packed<Service>>, String> {

@@ -27,18 +27,18 @@ use crate::claims::Claims;
 use crate::ledger::{Ledger, Taker};
 use crate::packed::Packed;
 use crate::rivals::{self, Reservations};
-pub use crate::trim::ChildConfigMap;
+pub use crate::trim::{ChildConfigMap, Wish};
 use crate::trim::{
     child_config_map, child_pod, key_of, other_claim, trim_budget, trim_deployment, trim_service,
 };
 use crate::wakes::{Wakes, lock};
-use crate::watch::{self, Change, Entry, Key, Mirror};
+use crate::watch::{self, Change, Entry, Key, Malformed, Mirror};
 
 /// Everything that is watched.
 #[derive(Debug)]
 pub struct World {
     /// The wishes.
-    pub deployments: Arc<Mirror<ModelDeployment>>,
+    pub deployments: Arc<Mirror<Wish>>,
     /// Our pods.
     pub pods: Arc<Mirror<PodView>>,
     /// What all other pods take.
@@ -161,6 +161,19 @@ impl World {
         } else {
             hungry.remove(key);
         }
+    }
+
+    /// A ModelDeployment, for its own pass.
+    pub fn deployment(&self, key: &Key) -> Option<Entry<ModelDeployment>> {
+        let entry = self.deployments.get(key)?;
+        Some(entry.and_then(|wish| match wish.whole.unpack() {
+            Some(whole) => Ok(Arc::new(whole)),
+            // Never to be taken for one that is gone.
+            None => Err(Arc::new(Malformed {
+                uid: String::new(),
+                message: "it could not be kept: its JSON form is not read back".into(),
+            })),
+        }))
     }
 
     /// The plain values for a decision about `deployment`, taken at `now`.
@@ -321,8 +334,7 @@ impl World {
         let all = watcher::Config::default;
 
         let world = Arc::clone(self);
-        let changed =
-            move |change: Change<'_, ModelDeployment>| world.wakes.add([change.key.clone()]);
+        let changed = move |change: Change<'_, Wish>| world.wakes.add([change.key.clone()]);
         tasks.spawn(watch::follow(
             Arc::clone(&self.deployments),
             api(client, namespace),
@@ -563,6 +575,32 @@ mod tests {
             let used = &lock(&self.ledger).cluster.used;
             used.get(node).map_or(0, |used| used.gpus)
         }
+    }
+
+    #[test]
+    fn a_deployment_is_kept_whole_and_what_others_ask_of_it_lies_open() {
+        let world = World::new();
+        let mut wish: ModelDeployment = serde_json::from_value(serde_json::json!({
+            "apiVersion": "cachalot.dev/v1alpha1", "kind": "ModelDeployment",
+            "metadata": {"name": "m", "namespace": "d", "uid": "u", "generation": 3, "resourceVersion": "7",
+                "creationTimestamp": "2026-11-24T00:00:00Z", "annotations": {"team": "a"},
+                "managedFields": [{"manager": "kubectl"}]},
+            "spec": {"model": {"source": "hf://a/b"}, "replicas": 4, "rollout": {"maxUnavailable": 1}},
+            "status": {"observedGeneration": 3, "conditions": [{"type": "Planned", "status": "True", "reason": "Fits",
+                "message": "", "observedGeneration": 3, "lastTransitionTime": "2026-11-24T00:00:00Z"}]},
+        }))
+        .expect("a ModelDeployment");
+        world.wrote_deployment(wish.clone());
+        let key = Key::new("d", "m");
+        wish.metadata.managed_fields = None;
+        wish.metadata.resource_version = None;
+        let json = |wish: &ModelDeployment| serde_json::to_value(wish).expect("JSON");
+        let kept = world.deployment(&key).expect("it is known");
+        assert_eq!(json(&kept.expect("it parses")), json(&wish));
+        let open = world.deployments.get(&key).expect("it is known");
+        let open = open.expect("it parses");
+        assert_eq!((open.scales, open.floor), (false, 3));
+        assert!(world.deployment(&Key::new("d", "n")).is_none());
     }
 
     #[test]
