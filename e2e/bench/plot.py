@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws docs/performance/fleet.svg from docs/performance/fleet.json, once it has rows of other projects' controllers.
+"""Draws docs/performance/rivals.svg from docs/performance/rivals.json.
 
     python3 -m venv .lab/plot && .lab/plot/bin/pip install matplotlib==3.10.7 && .lab/plot/bin/python e2e/bench/plot.py
 """
@@ -12,7 +12,7 @@ import sys
 import matplotlib
 
 matplotlib.use("svg")
-matplotlib.rcParams.update({"svg.hashsalt": "fleet", "svg.fonttype": "none", "font.size": 9})
+matplotlib.rcParams.update({"svg.hashsalt": "rivals", "svg.fonttype": "none", "font.size": 9})
 from matplotlib import pyplot  # noqa: E402
 
 FOLDER = pathlib.Path(__file__).parents[2] / "docs" / "performance"
@@ -53,17 +53,17 @@ def color_of(who):
 
 
 def main():
-    report = json.loads((FOLDER / "fleet.json").read_text())
+    report = json.loads((FOLDER / "rivals.json").read_text())
     found, replicas = figures(report)
     if not found:
-        sys.exit("fleet.json has no rows of other projects: measure with make bench-fleet FLAGS=\"--rival …\"")
+        sys.exit("rivals.json has no rows of other projects: measure with make bench-fleet FLAGS=\"--parts rivals --out docs/performance/rivals.json --rival …\"")
     counts = [len(found[what]) for what in PANELS if what in found]
     shape = {"height_ratios": counts}
     figure, axes = pyplot.subplots(len(counts), figsize=(9, 0.6 + sum(0.35 * count + 0.45 for count in counts)), layout="constrained", gridspec_kw=shape, squeeze=False)
     for axis, what in zip(axes[:, 0], (what for what in PANELS if what in found)):
         draw(axis, found[what], PANELS[what])
     figure.suptitle(f"{replicas} one-GPU replicas of one object; {report['machine']}", x=0.01, ha="left")
-    figure.savefig(FOLDER / "fleet.svg", metadata={"Date": None})
+    figure.savefig(FOLDER / "rivals.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ mod tests {
     #[test]
     fn the_published_figures_have_this_form() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/performance");
-        for name in ["engine.json", "fleet.json"] {
+        for name in ["engine.json", "fleet.json", "rivals.json"] {
             let text = std::fs::read_to_string(folder.join(name)).expect("a report");
             let report: Report =
                 serde_json::from_str(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
