@@ -7,7 +7,7 @@ use std::path::Path;
 
 use engine_cuda::{AttentionChoice, CudaExecutor, CudaLimits, Gpu, refusal};
 use engine_memory::{MemoryRequest, memory_plan};
-use engine_spec::{Device, EngineConfig, ModelConfig};
+use engine_spec::{Device, EngineConfig, ModelConfig, Rank};
 
 use crate::cli::DeviceChoice;
 
@@ -54,9 +54,10 @@ pub fn settle(
     choice: DeviceChoice,
     config: &EngineConfig,
     model: &ModelConfig,
+    rank: Rank,
 ) -> Result<Found, String> {
     let settled = match found {
-        Found::Gpu(gpu) => match unserved(config, model) {
+        Found::Gpu(gpu) => match unserved(config, model, rank) {
             Some(why) => fall_back(choice, why)?,
             None => Found::Gpu(gpu),
         },
@@ -97,14 +98,8 @@ fn fall_back(choice: DeviceChoice, why: String) -> Result<Found, String> {
     }
 }
 
-/// Why the GPU backend does not serve a model, its memory aside.
-fn unserved(config: &EngineConfig, model: &ModelConfig) -> Option<String> {
-    let ranks = config.parallelism.ranks();
-    if ranks > 1 {
-        return Some(format!(
-            "parallelism asks for {ranks} devices, but this engine serves a replica on one GPU"
-        ));
-    }
+/// Why the GPU backend does not serve a rank's share of a model, its memory aside.
+fn unserved(config: &EngineConfig, model: &ModelConfig, rank: Rank) -> Option<String> {
     let request = MemoryRequest {
         device: Device::Nvidia,
         ..MemoryRequest::from_engine_config(config, None)
@@ -119,7 +114,7 @@ fn unserved(config: &EngineConfig, model: &ModelConfig) -> Option<String> {
         config.max_num_seqs,
         config.max_num_batched_tokens,
     );
-    CudaExecutor::check(model, &limits)
+    CudaExecutor::check(model, &limits, rank)
         .err()
         .map(|reason| refusal(&reason))
 }

@@ -94,7 +94,8 @@ fn prepare(
     };
     let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
     config.parallelism = machine.world.parallelism(&config, &model)?;
-    let found = device::settle(found, machine.choice, &config, &model).map_err(unavailable)?;
+    let found = device::settle(found, machine.choice, &config, &model, machine.world.rank)
+        .map_err(unavailable)?;
     config.device = match &found {
         Found::Cpu(_) => Device::Cpu,
         Found::Gpu(_) => Device::Nvidia,
@@ -281,8 +282,17 @@ fn executor(
             let limits = CudaLimits::from_plan(model, plan, sequences, tokens);
             tracing::info!(device = gpu.name(), resident = ?limits.resident, "loading");
             let executor = match weights {
-                Weights::Files => CudaExecutor::load(gpu, directory, model, limits, progress)?,
-                Weights::Random(seed) => CudaExecutor::dummy(gpu, model, seed, limits, progress)?,
+                Weights::Files => CudaExecutor::load_share(
+                    gpu,
+                    directory,
+                    model,
+                    limits,
+                    group.clone(),
+                    progress,
+                )?,
+                Weights::Random(seed) => {
+                    CudaExecutor::dummy_share(gpu, model, seed, limits, group.clone(), progress)?
+                }
             };
             tracing::info!(kernels = %executor.attention(), "attention chosen");
             Box::new(executor)

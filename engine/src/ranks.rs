@@ -92,10 +92,10 @@ impl World {
                 pipeline: 1,
             });
         }
-        // A GPU's own refusal says more than this one could.
-        if given.ranks() != ranks && ranks > 1 {
+        if given.ranks() != ranks {
             let message = format!(
-                "parallelism asks for {} ranks and --world-size is {ranks}; make them equal, or leave parallelism out",
+                "parallelism asks for {0} ranks and --world-size is {ranks}; start each with --world-size {0}, --rank and \
+                 --leader, and a device of its own, or leave parallelism out",
                 given.ranks()
             );
             return Err(failure("ConfigurationInvalid", message));
@@ -112,14 +112,6 @@ impl World {
         directory: &Path,
     ) -> Result<Joined, LoadFailure> {
         let ranks = self.rank.count() as u32;
-        if plan.ranks != ranks {
-            let message = format!(
-                "parallelism divides the model among {} ranks, and this is one of {ranks}; start each with --world-size \
-                 {}, --rank and --leader",
-                plan.ranks, plan.ranks
-            );
-            return Err(failure("ConfigurationInvalid", message));
-        }
         if self.rank.is_alone() {
             return Ok(Joined {
                 group: Arc::new(Alone),
@@ -179,6 +171,7 @@ fn terms(
         ("model", model),
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("weights", format!("{:?}", plan.resident)),
+        ("device", format!("{:?}", config.device)),
         ("parallelism", format!("{tensor}, {expert}, {pipeline}")),
         ("maxModelLen", plan.max_model_len.to_string()),
         ("maxNumSeqs", config.max_num_seqs.to_string()),
@@ -187,6 +180,7 @@ fn terms(
             config.max_num_batched_tokens.to_string(),
         ),
         ("blockSize", plan.block_size.to_string()),
+        ("kvCacheDtype", format!("{:?}", plan.kv_cache)),
         ("numSpeculativeTokens", plan.draft_tokens.to_string()),
     ];
     Ok(Terms {

@@ -147,7 +147,7 @@ params!(
         x: Address,
         /// bf16 or e4m3 `[rows, out_stride]`.
         out: Address,
-        /// f32 `[rows, ceil(width / 128)]` for fp8.
+        /// f32 `[rows, scales_stride]` for fp8, one for each 128 columns.
         scales: Address,
         /// Tokens.
         rows: i32,
@@ -159,8 +159,8 @@ params!(
         out_stride: i32,
         /// 1 rounds scales up to powers of two (`ue8m0`).
         power_of_two_scales: i32,
-        /// Zero.
-        reserved: i32,
+        /// Between rows of `scales`.
+        scales_stride: i32,
     }
 );
 
@@ -249,8 +249,8 @@ params!(
 );
 
 params!(
-    /// Stable sort of (token, choice) pairs by expert.
-    PermuteParams, 56, {
+    /// Stable sort of (token, choice) pairs by expert; tiles are of the experts held, which they count from the first one.
+    PermuteParams, 64, {
         /// i32 `[tokens, top_k]`.
         chosen: Address,
         /// i32 `[experts + 1]`.
@@ -269,6 +269,10 @@ params!(
         experts: i32,
         /// Rows of a tile of the grouped GEMM.
         tile_rows: i32,
+        /// The first expert that is held.
+        first_expert: i32,
+        /// Experts that are held.
+        experts_held: i32,
     }
 );
 

@@ -17,7 +17,7 @@ pub use attention::{
 };
 pub use hopper::{
     HOPPER_COLUMNS, HOPPER_PARTIAL_BYTES, HOPPER_TICKET_BYTES, HopperPlan, hopper_gemm,
-    hopper_grouped_gemm, hopper_grouped_tile_rows, hopper_kernels,
+    hopper_gemm_share, hopper_grouped_gemm, hopper_grouped_tile_rows, hopper_kernels,
 };
 pub use sampling::{logprobs, mask_words, sample, sample_adjust};
 

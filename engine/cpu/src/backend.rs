@@ -20,7 +20,7 @@ mod prediction;
 use std::sync::Arc;
 
 use engine_core::{BlockId, Logits};
-use engine_group::ProcessGroup;
+use engine_group::{Columns, Owners, ProcessGroup};
 use engine_model::{
     Attention, Backend, Gate, GatedMlp, GroupedAttention, KvLayout, LatentAttention, Mlp, Model,
     Moe, Norm, Rope, RowShare, Slot, WeightId,
@@ -29,7 +29,7 @@ use engine_spec::Rank;
 
 use self::attend::Attending;
 pub(crate) use self::exchange::StepError;
-use self::exchange::{Columns, Owners, bytes_of};
+use self::exchange::bytes_of;
 use self::moe::Chosen;
 use crate::cache::Cache;
 use crate::compute::{Area, Compute, Gated, Job, Shared};
@@ -340,7 +340,11 @@ impl Backend for CpuBackend {
         attention: &LatentAttention,
     ) -> Result<(), StepError> {
         self.attend_latent(layer, attention)?;
-        self.complete(Slot::Value, Some(attention.all_heads * attention.value))
+        self.complete_units(
+            Slot::Value,
+            attention.all_heads * attention.value,
+            attention.value,
+        )
     }
 
     fn grouped_attention(
@@ -349,7 +353,11 @@ impl Backend for CpuBackend {
         attention: &GroupedAttention,
     ) -> Result<(), StepError> {
         self.attend_grouped(layer, attention)?;
-        self.complete(Slot::Value, Some(attention.all_heads * attention.width))
+        self.complete_units(
+            Slot::Value,
+            attention.all_heads * attention.width,
+            attention.width,
+        )
     }
 
     fn gate(&mut self, gate: &Gate, from: Slot) -> Result<(), StepError> {
@@ -395,6 +403,7 @@ impl CpuBackend {
             rank: self.rank,
             rows,
             columns: mlp.inner,
+            unit: self.rank.row_unit(mlp.inner),
             element,
             skip: skip * size_of::<f32>(),
             stride: mlp.inner * size_of::<f32>(),

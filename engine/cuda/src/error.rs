@@ -1,5 +1,6 @@
 //! Why the GPU did not compute something.
 
+use engine_group::GroupError;
 use kernels::driver::DriverError;
 use kernels::plan::Unsupported;
 use thiserror::Error;
@@ -10,6 +11,9 @@ pub enum CudaError {
     /// The driver or the device failed; names the CUDA error.
     #[error(transparent)]
     Driver(#[from] DriverError),
+    /// Another rank failed, or the way to it did.
+    #[error(transparent)]
+    Group(#[from] GroupError),
     /// No kernel takes a shape of the model.
     #[error(transparent)]
     Shape(#[from] Unsupported),

@@ -7,13 +7,15 @@ use engine_core::{
     Batch, BatchBounds, DraftBatch, ExecuteError, Executor, Logits, PickRow, Picked, Picker,
     StagedWeights,
 };
+use engine_group::{Alone, ProcessGroup};
 use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
 use engine_memory::ResidentDtype;
 use engine_model::{Model, forward, forward_to_draft, predict};
-use engine_spec::ModelConfig;
+use engine_spec::{ModelConfig, Rank};
 use kernels::driver::{Arena, Device, DriverError, Part, Stream};
 use kernels::plan::{self, Unsupported};
 
+use crate::exchange::Exchange;
 use crate::graphs::{GraphKey, Graphs, PassKind};
 use crate::layout::{CudaLimits, Layout, Span};
 use crate::pass::Pass;
@@ -37,7 +39,7 @@ pub struct AllocatedBytes {
     pub workspace: u64,
 }
 
-/// Runs batches on one GPU.
+/// Runs batches on one GPU, as the only rank or as one of several.
 #[derive(Debug)]
 pub struct CudaExecutor {
     config: ModelConfig,
@@ -54,6 +56,8 @@ pub struct CudaExecutor {
     /// Logits rows that the last pass left.
     logits_left: usize,
     picking: Picking,
+    /// Where there are other ranks.
+    exchange: Option<Exchange>,
     stream: Stream,
     arena: Arena,
     device: Arc<Device>,
@@ -79,12 +83,12 @@ impl Broken {
 }
 
 impl CudaExecutor {
-    /// Whether the kernels take every shape of a model.
+    /// Whether the kernels take every shape of a rank's share of a model.
     ///
     /// # Errors
     /// The first shape that they do not take.
-    pub fn check(config: &ModelConfig, limits: &CudaLimits) -> Result<(), Unsupported> {
-        check_shapes(&limits.build(config), limits).map(|_| ())
+    pub fn check(config: &ModelConfig, limits: &CudaLimits, rank: Rank) -> Result<(), Unsupported> {
+        check_shapes(&limits.build(config, rank), limits).map(|_| ())
     }
 
     /// Opens the weights in `dir`, checks them and the model's shapes, allocates everything at once and copies the weights.
@@ -98,11 +102,26 @@ impl CudaExecutor {
         limits: CudaLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let model = limits.build(config);
+        Self::load_share(gpu, dir, config, limits, Arc::new(Alone), progress)
+    }
+
+    /// The same for the share of the model that is this rank's of `group`.
+    ///
+    /// # Errors
+    /// See [`CudaExecutor::load`].
+    pub fn load_share(
+        gpu: &Gpu,
+        dir: &Path,
+        config: &ModelConfig,
+        limits: CudaLimits,
+        group: Arc<dyn ProcessGroup>,
+        progress: &Progress,
+    ) -> Result<Self, LoadError> {
+        let model = limits.build(config, group.rank());
         // Shapes first: what no kernel takes needs no files.
         check_shapes(&model, &limits).map_err(|reason| LoadError::Backend(refusal(&reason)))?;
         let checkpoint = Checkpoint::open(dir, config, &model)?;
-        Self::with_weights(gpu, config, model, &checkpoint, limits, progress)
+        Self::with_weights(gpu, (config, model), &checkpoint, limits, group, progress)
     }
 
     /// The same with random weights, for benchmarks; see [`Dummy`].
@@ -116,9 +135,24 @@ impl CudaExecutor {
         limits: CudaLimits,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
-        let model = limits.build(config);
+        Self::dummy_share(gpu, config, seed, limits, Arc::new(Alone), progress)
+    }
+
+    /// The same for the share that is this rank's of `group`.
+    ///
+    /// # Errors
+    /// See [`CudaExecutor::load`].
+    pub fn dummy_share(
+        gpu: &Gpu,
+        config: &ModelConfig,
+        seed: u64,
+        limits: CudaLimits,
+        group: Arc<dyn ProcessGroup>,
+        progress: &Progress,
+    ) -> Result<Self, LoadError> {
+        let model = limits.build(config, group.rank());
         let weights = Dummy::new(config, seed);
-        Self::with_weights(gpu, config, model, &weights, limits, progress)
+        Self::with_weights(gpu, (config, model), &weights, limits, group, progress)
     }
 
     /// Reads other weights of the same model into host memory, for an executor of these limits that has its own in use;
@@ -132,7 +166,7 @@ impl CudaExecutor {
         limits: &CudaLimits,
         progress: &Progress,
     ) -> Result<StagedWeights, LoadError> {
-        let model = limits.build(config);
+        let model = limits.build(config, Rank::ALONE);
         let layout = Layout::new(&model, limits);
         let staged = Staged::read(dir, config, &model, &layout, limits.resident, progress)?;
         Ok(StagedWeights(Box::new(staged)))
@@ -140,10 +174,10 @@ impl CudaExecutor {
 
     fn with_weights(
         gpu: &Gpu,
-        config: &ModelConfig,
-        model: Model,
+        (config, model): (&ModelConfig, Model),
         source: &dyn TensorSource,
         limits: CudaLimits,
+        group: Arc<dyn ProcessGroup>,
         progress: &Progress,
     ) -> Result<Self, LoadError> {
         let refused = |reason| LoadError::Backend(refusal(&reason));
@@ -162,8 +196,10 @@ impl CudaExecutor {
         gpu.device.load(&launches).map_err(backend)?;
         let products = gpu.products.kernels();
         gpu.device.load(&products).map_err(backend)?;
-        let executor =
-            Self::allocate(gpu, config, model, limits, layout, chosen).map_err(backend)?;
+        let longest = layout.exchanged_row_bytes(&limits, model.vocabulary);
+        let exchange = Exchange::new(&gpu.device, group, longest).map_err(backend)?;
+        let executor = Self::allocate(gpu, (config, model), limits, layout, chosen, exchange)
+            .map_err(backend)?;
         let Self {
             model,
             layout,
@@ -176,11 +212,11 @@ impl CudaExecutor {
 
     fn allocate(
         gpu: &Gpu,
-        config: &ModelConfig,
-        model: Model,
+        (config, model): (&ModelConfig, Model),
         limits: CudaLimits,
         layout: Layout,
         attention: ChosenAttention,
+        exchange: Option<Exchange>,
     ) -> Result<Self, DriverError> {
         let arena = Arena::new(&gpu.device, layout.bytes())?;
         let stream = gpu.device.stream()?;
@@ -215,6 +251,7 @@ impl CudaExecutor {
             left: Vec::new(),
             logits_left: 0,
             picking: Picking::default(),
+            exchange,
             graphs: Graphs::new(),
             config: config.clone(),
             model,
@@ -289,7 +326,8 @@ impl CudaExecutor {
             PassKind::Draft => self.step.is_one_run(),
         };
         let mut key = None;
-        if self.limits.graphs && is_recorded {
+        // What ranks tell each other in a pass goes through host memory, which no graph waits for.
+        if self.limits.graphs && is_recorded && self.exchange.is_none() {
             let splits = self.step.runs.first().map_or(1, |run| run.splits);
             let (rows, wanted) = (self.step.rows(), self.step.wanted.len());
             let shape = GraphKey::of(kind, rows, wanted, splits, &self.limits);
@@ -300,7 +338,10 @@ impl CudaExecutor {
             }
             key = Some(shape);
         }
-        self.step.upload(&self.arena, &self.stream, &self.inputs)?;
+        let first_token = self.model.tensors[self.model.embedding.index()].share;
+        let first_token = first_token.map_or(0, |share| share.first as u32);
+        self.step
+            .upload(&self.arena, &self.stream, &self.inputs, first_token)?;
         match key {
             None => self.pass(kind)?,
             Some(key) => {
@@ -326,6 +367,8 @@ impl CudaExecutor {
             layout: &self.layout,
             base: self.whole.address(),
             rows: step.rows(),
+            tokens: &step.tokens,
+            exchange: self.exchange.as_ref(),
             runs: &step.runs,
             wanted: step.wanted.len(),
             all_wanted: kind == PassKind::Step && step.is_decode(),
@@ -354,6 +397,8 @@ impl CudaExecutor {
     fn run(&mut self, kind: PassKind, logits: Option<&mut Logits>) -> Result<(), ExecuteError> {
         let wanted = self.step.wanted.len();
         let queued = self.queue(kind);
+        // The other ranks have some columns of the logits only, for rank 0.
+        let logits = logits.filter(|_| self.model.rank.is_leader());
         let done = match logits {
             Some(logits) => queued.and_then(|()| {
                 let values = logits.as_mut_slice();
@@ -361,7 +406,7 @@ impl CudaExecutor {
                 Ok(values.iter().all(|value| value.is_finite()))
             }),
             // Whoever picks waits; without rows nobody does.
-            None if wanted > 0 => queued.map(|()| true),
+            None if wanted > 0 && self.model.rank.is_leader() => queued.map(|()| true),
             None => queued.and_then(|()| {
                 self.stream.synchronize()?;
                 Ok(true)
@@ -514,7 +559,9 @@ impl Executor for CudaExecutor {
     /// lost to both versions: every step after it is refused, and so are further weights.
     fn exchange_weights(&mut self, staged: StagedWeights) -> Result<StagedWeights, StagedWeights> {
         let mut staged = staged.0.downcast::<Staged>().map_err(StagedWeights)?;
-        let fits = staged.config == self.config && staged.resident == self.limits.resident;
+        let fits = staged.config == self.config
+            && staged.resident == self.limits.resident
+            && self.exchange.is_none();
         if !fits || matches!(self.broken, Some(Broken::Device(_))) {
             return Err(StagedWeights(staged));
         }

@@ -5,9 +5,10 @@
 
 use engine_memory::{MemoryPlan, ResidentDtype, StepBounds, device_workspace};
 use engine_model::{
-    Attention, GatedMlp, KvLayout, LatentAttention, Mlp, Model, Moe, Slot, TensorRole, WeightId,
+    Attention, Drafting, GatedMlp, KvLayout, LatentAttention, Mlp, Model, Moe, RowShare, Slot,
+    TensorRole, WeightId, build_share,
 };
-use engine_spec::{KvCacheDtype, ModelConfig, Parallelism};
+use engine_spec::{KvCacheDtype, ModelConfig, Parallelism, Rank};
 use kernels::plan::{self, Format, QUANT_GROUP};
 
 use crate::picking::PickSpans;
@@ -42,7 +43,7 @@ pub struct CudaLimits {
 }
 
 impl CudaLimits {
-    /// The limits of a plan for one device.
+    /// The limits of a plan.
     pub fn from_plan(
         config: &ModelConfig,
         plan: &MemoryPlan,
@@ -56,7 +57,11 @@ impl CudaLimits {
             block_size: plan.block_size,
             draft_tokens: plan.draft_tokens,
         };
-        let workspace = device_workspace(config, plan.resident, Parallelism::default(), bounds);
+        let parallelism = Parallelism {
+            tensor: plan.ranks,
+            ..Parallelism::default()
+        };
+        let workspace = device_workspace(config, plan.resident, parallelism, bounds);
         Self {
             resident: plan.resident,
             kv_cache: plan.kv_cache,
@@ -71,12 +76,13 @@ impl CudaLimits {
         }
     }
 
-    /// The model, with its prediction layer when drafts are asked for.
-    pub(crate) fn build(&self, config: &ModelConfig) -> Model {
-        match self.draft_tokens {
-            0 => engine_model::build(config),
-            _ => engine_model::build_to_draft(config),
-        }
+    /// The rank's share of the model, with its prediction layer when drafts are asked for.
+    pub(crate) fn build(&self, config: &ModelConfig, rank: Rank) -> Model {
+        let drafting = match self.draft_tokens {
+            0 => Drafting::Off,
+            _ => Drafting::On,
+        };
+        build_share(config, drafting, rank)
     }
 
     /// Rows that a step samples: the token after each sequence, and after each of its drafts.
@@ -128,6 +134,8 @@ pub(crate) struct Placed {
     pub rows: usize,
     pub columns: usize,
     pub form: Form,
+    /// Which rows of the file's tensor it has, where a rank has some of them.
+    pub share: Option<RowShare>,
 }
 
 /// Activation buffers.
@@ -238,6 +246,13 @@ impl Layout {
         }
     }
 
+    /// Bytes of the longest row that ranks exchange.
+    pub fn exchanged_row_bytes(&self, limits: &CudaLimits, vocabulary: usize) -> usize {
+        let slots = self.buffers.slots.iter().map(|(_, width)| 2 * width);
+        let product = self.buffers.product.bytes / limits.batched_tokens_max.max(1);
+        slots.chain([4 * vocabulary, product]).max().unwrap_or(0)
+    }
+
     /// All of it.
     pub fn bytes(&self) -> usize {
         self.weights_bytes + self.cache_bytes + self.workspace_bytes
@@ -319,6 +334,7 @@ impl<'a> Placement<'a> {
                 rows,
                 columns,
                 form,
+                share: self.model.tensors[id.index()].share,
             });
             at += bytes;
         }
@@ -344,6 +360,7 @@ impl<'a> Placement<'a> {
                 rows: 1,
                 columns: moe.gate.experts,
                 form: Form::Float32,
+                share: None,
             });
         }
     }
@@ -369,6 +386,7 @@ impl<'a> Placement<'a> {
                 value,
                 latent,
             },
+            share: None,
         });
     }
 }
@@ -376,7 +394,10 @@ impl<'a> Placement<'a> {
 /// The widest of each kind of layer.
 #[derive(Default)]
 struct Widest {
-    inner: usize,
+    /// Gate rows, of what a rank computes; as many are up.
+    gate: usize,
+    /// Their products, of all ranks.
+    product: usize,
     experts: usize,
     top_k: usize,
     shared: bool,
@@ -396,22 +417,25 @@ impl Widest {
                 .max(model.slot_width(Slot::Value))
                 .max(model.slot_width(Slot::QueryLatent));
             match &layer.mlp {
-                Mlp::Dense(mlp) => widest.inner(1, mlp.inner),
+                Mlp::Dense(mlp) => widest.inner(1, mlp.held, mlp.inner),
                 Mlp::Moe(moe) => {
                     widest.experts = widest.experts.max(moe.gate.experts);
                     widest.top_k = widest.top_k.max(moe.gate.top_k);
                     widest.shared |= moe.shared.is_some();
                     let routed = moe.experts.first().map_or(0, |mlp| mlp.inner);
-                    widest.inner(moe.gate.top_k, routed);
-                    widest.inner(1, moe.shared.map_or(0, |mlp| mlp.inner));
+                    // All experts that a token chose may be this rank's.
+                    widest.inner(moe.gate.top_k, routed, routed);
+                    let shared = moe.shared.map_or((0, 0), |mlp| (mlp.held, mlp.inner));
+                    widest.inner(1, shared.0, shared.1);
                 }
             }
         }
         widest
     }
 
-    fn inner(&mut self, rows: usize, inner: usize) {
-        self.inner = self.inner.max(rows * inner);
+    fn inner(&mut self, rows: usize, held: usize, inner: usize) {
+        self.gate = self.gate.max(rows * held);
+        self.product = self.product.max(rows * inner);
         self.product_scales = self.product_scales.max(rows * inner.div_ceil(QUANT_GROUP));
     }
 }
@@ -439,8 +463,8 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
         picks,
         parts: take(units * part * 4),
         lse: take(units * 4),
-        gate_up: take(tokens * widest.inner * 2 * 2),
-        product: take(tokens * widest.inner * 2),
+        gate_up: take(tokens * widest.gate * 2 * 2),
+        product: take(tokens * widest.product * 2),
         expert_out: take(rows * model.hidden * 2),
         shared_out: take(usize::from(widest.shared) * tokens * model.hidden * 2),
         scores: take(tokens * widest.experts * 4),
@@ -495,8 +519,14 @@ mod tests {
         "torch_dtype":"bfloat16","quantization_config":{"quant_method":"fp8","weight_block_size":[128,128]}}"#,
     ];
 
+    /// Ranks that share each of them.
+    const RANKS: [&[u32]; 5] = [&[1, 8, 16], &[1, 2, 4], &[1, 8], &[1, 2, 4], &[1, 4, 8]];
+
+    /// Of the first rank, whose share is the largest.
     fn layouts() -> impl Iterator<Item = (MemoryPlan, Model, Layout)> {
-        MODELS.iter().flat_map(|text| {
+        let shared = MODELS.iter().zip(RANKS);
+        let shared = shared.flat_map(|(text, ranks)| ranks.iter().map(move |count| (text, *count)));
+        shared.flat_map(|(text, count)| {
             let config = ModelConfig::from_hf_json(text).expect("a config");
             [(8192, 16, 512, 0), (131_072, 64, 8192, 2), (100, 1, 1, 0)].map(
                 |(length, sequences, tokens, drafts)| {
@@ -508,7 +538,11 @@ mod tests {
                     let request = MemoryRequest {
                         dtype: Dtype::Auto,
                         quantization: Quantization::None,
-                        parallelism: Parallelism::default(),
+                        parallelism: Parallelism {
+                            tensor: count,
+                            expert: config.moe.as_ref().map_or(1, |_| count),
+                            pipeline: 1,
+                        },
                         device: Device::Nvidia,
                         max_model_len: Some(length),
                         max_num_seqs: sequences,
@@ -520,7 +554,7 @@ mod tests {
                     };
                     let plan = memory_plan(&config, &request).expect("a plan");
                     let limits = CudaLimits::from_plan(&config, &plan, sequences, tokens);
-                    let model = limits.build(&config);
+                    let model = limits.build(&config, Rank::new(0, count).expect("a rank"));
                     let layout = Layout::new(&model, &limits);
                     (plan, model, layout)
                 },

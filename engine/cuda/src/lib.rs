@@ -1,4 +1,4 @@
-//! The CUDA backend: one GPU, one arena, one stream.
+//! The CUDA backend: one GPU, one arena, one stream; a rank of several has a share of the model.
 //!
 //! [`Gpu::open`] finds a device or says why there is none; [`CudaExecutor`] runs batches on it over the `kernels` crate.
 //! Activations and cache are bfloat16, weights bfloat16 or FP8 with block scales, sums float32.
@@ -7,6 +7,7 @@
 
 mod attention;
 mod error;
+mod exchange;
 mod executor;
 mod gpu;
 mod graphs;

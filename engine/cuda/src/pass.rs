@@ -12,14 +12,19 @@ mod experts;
 mod grouped;
 mod prediction;
 mod products;
+mod ranks;
+
+use std::ops::Range;
 
 use engine_model::{
-    Backend, Gate, GatedMlp, GroupedAttention, LatentAttention, Moe, Norm, Slot, WeightId,
+    Backend, Gate, GatedMlp, GroupedAttention, LatentAttention, Moe, Norm, RowShare, Slot, WeightId,
 };
 use kernels::driver::{Arena, Stream};
 use kernels::params::{ActivationParams, Address, EmbedParams, Params, RmsNormParams};
-use kernels::plan::{self, Activation, Format, Launch};
+use kernels::plan::{self, Activation, Format, Launch, QUANT_GROUP};
 
+use self::attention::at;
+use crate::exchange::Exchange;
 use crate::layout::{Form, Layout, Placed, Span};
 use crate::step::Run;
 use crate::{AttentionKernels, CudaError, Products};
@@ -34,6 +39,7 @@ pub(crate) struct Pass<'a> {
     pub base: Address,
     /// The step's shape.
     pub rows: usize,
+    pub tokens: &'a [u32],
     pub runs: &'a [Run],
     pub wanted: usize,
     /// The wanted rows are all rows in order.
@@ -41,6 +47,8 @@ pub(crate) struct Pass<'a> {
     pub block_size: usize,
     pub table_length: usize,
     pub positions_max: usize,
+    /// The way to the other ranks, where there are some.
+    pub exchange: Option<&'a Exchange>,
     /// Of latent attention.
     pub attention: AttentionKernels,
     /// FP8 scales are powers of two.
@@ -58,6 +66,8 @@ struct Matrix {
     scales: Option<Address>,
     rows: usize,
     columns: usize,
+    /// Which rows these are, where other ranks have others.
+    share: Option<RowShare>,
 }
 
 impl Matrix {
@@ -65,6 +75,36 @@ impl Matrix {
         match self.scales {
             Some(_) => Format::Fp8,
             None => Format::Bf16,
+        }
+    }
+
+    /// Its rows on all ranks.
+    fn whole_rows(&self) -> usize {
+        self.share.map_or(self.rows, |share| share.of)
+    }
+}
+
+/// Where a product's rows go.
+#[derive(Clone, Copy)]
+struct Out {
+    at: Address,
+    /// Values from one row to the next.
+    stride: usize,
+}
+
+impl Out {
+    /// Rows of the matrix' own width.
+    fn own(at: Address, matrix: &Matrix) -> Self {
+        let stride = matrix.rows;
+        Self { at, stride }
+    }
+
+    /// The matrix' columns of rows that are whole; `element` bytes each.
+    fn among(at: Address, matrix: &Matrix, element: usize) -> Self {
+        let first = matrix.share.map_or(0, |share| share.first);
+        Self {
+            at: at.offset((first * element) as u64),
+            stride: matrix.whole_rows(),
         }
     }
 }
@@ -86,6 +126,10 @@ impl Pass<'_> {
         self.base.offset(span.at as u64)
     }
 
+    fn span(&self, slot: Slot) -> Span {
+        self.layout.buffers.slots[slot as usize].0
+    }
+
     fn slot(&self, slot: Slot) -> (Address, usize) {
         let (span, width) = self.layout.buffers.slots[slot as usize];
         (self.place(span), width)
@@ -105,14 +149,20 @@ impl Pass<'_> {
             },
             rows: placed.rows,
             columns: placed.columns,
+            share: placed.share,
         }
     }
 
     /// Gate and up of an MLP, which lie one after the other.
     fn gate_up(&self, mlp: &GatedMlp) -> Matrix {
         let gate = self.matrix(mlp.gate);
+        let of_both = |share: RowShare| RowShare {
+            of: 2 * share.of,
+            ..share
+        };
         Matrix {
             rows: 2 * gate.rows,
+            share: gate.share.map(of_both),
             ..gate
         }
     }
@@ -145,8 +195,11 @@ impl Pass<'_> {
             ..rows
         };
         if self.quantised != Some(slot) {
-            let params =
-                self.activation_params(rows.at, codes.at, codes.scales, &rows, rows.stride);
+            let params = ActivationParams {
+                out: codes.at,
+                scales: codes.scales,
+                ..self.activation_params(&rows, rows.stride, rows.stride)
+            };
             let launch = plan::activation(Activation::Quantise, rows.count, rows.stride)?;
             self.launch(&launch, &params)?;
             self.quantised = Some(slot);
@@ -154,36 +207,35 @@ impl Pass<'_> {
         Ok(codes)
     }
 
-    fn activation_params(
-        &self,
-        x: Address,
-        out: Address,
-        scales: Address,
-        rows: &Rows,
-        width: usize,
-    ) -> ActivationParams {
+    /// `width` values of each row, of rows of `stride` values in the end; results are the caller's to place.
+    fn activation_params(&self, rows: &Rows, width: usize, stride: usize) -> ActivationParams {
         ActivationParams {
-            x,
-            out,
-            scales,
+            x: rows.at,
+            out: Address::NULL,
+            scales: Address::NULL,
             rows: rows.count as i32,
             width: width as i32,
             x_stride: rows.stride as i32,
-            out_stride: width as i32,
+            out_stride: stride as i32,
             power_of_two_scales: i32::from(self.power_of_two),
-            reserved: 0,
+            scales_stride: stride.div_ceil(QUANT_GROUP) as i32,
         }
     }
 
-    /// `silu(gate) * up` of `count` rows of `2 * inner` values, in the form that `down` multiplies.
-    fn activate(&self, count: usize, inner: usize, down: &Matrix) -> Result<Rows, CudaError> {
+    /// `silu(gate) * up` of `count` rows in the form that `down` multiplies: these `columns` of all that it multiplies.
+    fn activate(
+        &self,
+        count: usize,
+        columns: Range<usize>,
+        down: &Matrix,
+    ) -> Result<Rows, CudaError> {
         let buffers = &self.layout.buffers;
-        let format = down.format();
+        let (format, inner, held) = (down.format(), down.columns, columns.len());
         let source = Rows {
             at: self.place(buffers.gate_up),
             scales: Address::NULL,
             count,
-            stride: 2 * inner,
+            stride: 2 * held,
             room: count,
         };
         let product = Rows {
@@ -196,19 +248,30 @@ impl Pass<'_> {
             stride: inner,
             room: buffers.product.bytes / (inner * format.bytes()),
         };
-        let params = self.activation_params(source.at, product.at, product.scales, &source, inner);
-        let launch = plan::activation(Activation::Swiglu(format), count, inner)?;
+        let group = columns.start / QUANT_GROUP;
+        let params = ActivationParams {
+            out: at(product.at, columns.start, format.bytes()),
+            scales: match format {
+                Format::Bf16 => Address::NULL,
+                Format::Fp8 => at(product.scales, group, 4),
+            },
+            ..self.activation_params(&source, held, inner)
+        };
+        let launch = plan::activation(Activation::Swiglu(format), count, held)?;
         self.launch(&launch, &params)?;
         Ok(product)
     }
 
     /// `out = down(silu(gate(from)) * up(from))`.
-    fn mlp_to(&mut self, mlp: &GatedMlp, from: Slot, out: Address) -> Result<(), CudaError> {
+    fn mlp_to(&mut self, mlp: &GatedMlp, from: Slot, out: Span) -> Result<(), CudaError> {
         let (gate_up, down) = (self.gate_up(mlp), self.matrix(mlp.down));
         let rows = self.input(from, &gate_up)?;
-        self.product(&gate_up, &rows, self.place(self.layout.buffers.gate_up))?;
-        let product = self.activate(rows.count, mlp.inner, &down)?;
-        self.product(&down, &product, out)
+        let gated = Out::own(self.place(self.layout.buffers.gate_up), &gate_up);
+        self.product(&gate_up, &rows, gated)?;
+        let columns = mlp.first..mlp.first + mlp.held;
+        let product = self.activate(rows.count, columns, &down)?;
+        self.complete_products(&gate_up, &down, rows.count)?;
+        self.whole_product(&down, &product, out)
     }
 
     /// `out = norm(x + residual)`, rows with strides; the sum is left in the residual.
@@ -279,7 +342,8 @@ impl Backend for Pass<'_> {
             vocabulary: matrix.rows as i32,
             reserved: 0,
         };
-        self.launch(&plan::embed(self.rows, matrix.columns)?, &params)
+        self.launch(&plan::embed(self.rows, matrix.columns)?, &params)?;
+        self.complete_embedded(&matrix)
     }
 
     fn norm(&mut self, norm: &Norm, from: Slot, to: Slot) -> Result<(), CudaError> {
@@ -304,7 +368,10 @@ impl Backend for Pass<'_> {
         let matrix = self.matrix(weight);
         let rows = self.input(from, &matrix)?;
         self.written(to);
-        self.product(&matrix, &rows, self.slot(to).0)
+        match to.is_whole() {
+            true => self.whole_product(&matrix, &rows, self.span(to)),
+            false => self.product(&matrix, &rows, Out::own(self.slot(to).0, &matrix)),
+        }
     }
 
     fn latent_attention(
@@ -325,7 +392,7 @@ impl Backend for Pass<'_> {
 
     fn mlp(&mut self, mlp: &GatedMlp, from: Slot, to: Slot) -> Result<(), CudaError> {
         self.written(to);
-        self.mlp_to(mlp, from, self.slot(to).0)
+        self.mlp_to(mlp, from, self.span(to))
     }
 
     fn gate(&mut self, gate: &Gate, from: Slot) -> Result<(), CudaError> {
@@ -356,14 +423,14 @@ impl Backend for Pass<'_> {
             count: self.wanted,
             ..self.rows_of(Slot::Normed)
         };
-        let buffers = &self.layout.buffers;
         if !self.all_wanted {
+            let buffers = &self.layout.buffers;
             let gathered = self.place(buffers.gathered);
             let all = self.rows_of(Slot::Normed);
             self.gather(all, buffers.wanted, self.wanted, gathered)?;
             rows.at = gathered;
             rows.room = buffers.gathered.bytes / (rows.stride * 2);
         }
-        self.wide_product(&matrix, &rows, self.place(buffers.logits))
+        self.project(&matrix, &rows)
     }
 }

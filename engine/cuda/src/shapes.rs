@@ -1,7 +1,11 @@
 //! Which shapes of a model the kernels take, asked before anything is allocated.
 
 use engine_memory::{PICK_TOP_MAX, ResidentDtype};
-use engine_model::{Attention, Gate, GroupedAttention, LatentAttention, Layer, Mlp, Model, Query};
+use engine_model::{
+    Attention, Gate, GatedMlp, GroupedAttention, LatentAttention, Layer, Mlp, Model, Query,
+    TensorRole, WeightId,
+};
+use engine_spec::rank::{ROW_BLOCK, ROW_VECTOR};
 use engine_spec::{GateSelection, KvCacheDtype};
 use kernels::plan::{self, Activation, Format, Launch, Unsupported};
 
@@ -58,11 +62,19 @@ fn of_step(model: &Model, limits: &CudaLimits, rows: usize) -> Result<Vec<Launch
             Format::Bf16
         }
     };
-    let product = |n, k| plan::gemm(matrices, rows, n, k, 1);
+    check_shares(model, matrices)?;
+    let shape = |id: WeightId| match model.tensors[id.index()].shape.as_slice() {
+        [n, k] => (*n, *k),
+        _ => (0, 0),
+    };
+    let product = |id: WeightId| {
+        let (n, k) = shape(id);
+        plan::gemm(matrices, rows, n, k, 1)
+    };
     let mut launches = vec![
         plan::embed(rows, hidden)?,
         plan::rms_norm(Format::Bf16, rows, hidden)?,
-        plan::gemm(Format::Bf16, rows, model.vocabulary, hidden, 1)?,
+        plan::gemm(Format::Bf16, rows, shape(model.head).0, hidden, 1)?,
     ];
     let picked = rows.min(turn_rows(limits));
     launches.extend([
@@ -70,48 +82,47 @@ fn of_step(model: &Model, limits: &CudaLimits, rows: usize) -> Result<Vec<Launch
         plan::sample(picked, model.vocabulary)?,
         plan::logprobs(picked, model.vocabulary, PICK_TOP_MAX as usize)?,
     ]);
-    if model.prediction.is_some() {
+    if let Some(prediction) = &model.prediction {
         // Its joining matrix is never FP8.
-        launches.push(plan::gemm(Format::Bf16, rows, hidden, 2 * hidden, 1)?);
+        let (n, k) = shape(prediction.join);
+        launches.push(plan::gemm(Format::Bf16, rows, n, k, 1)?);
     }
     for layer in model.cached_layers() {
         match &layer.attention {
             Attention::Latent(attention) => {
-                let queries = attention.heads * attention.query_width();
                 match &attention.query {
-                    Query::Full(_) => launches.push(product(queries, hidden)?),
-                    Query::LowRank { rank, .. } => launches.extend([
-                        product(*rank, hidden)?,
+                    Query::Full(weight) => launches.push(product(*weight)?),
+                    Query::LowRank { down, up, rank, .. } => launches.extend([
+                        product(*down)?,
                         plan::rms_norm(Format::Bf16, rows, *rank)?,
-                        product(queries, *rank)?,
+                        product(*up)?,
                     ]),
                 }
-                launches.push(product(attention.latent + attention.rope, hidden)?);
-                launches.push(product(hidden, attention.heads * attention.value)?);
+                launches.push(product(attention.kv_down)?);
+                launches.push(product(attention.output)?);
                 launches.extend(of_latent(attention, limits, rows)?);
             }
             Attention::Grouped(attention) => {
-                let (heads, kv_heads) = (attention.heads, attention.kv_heads);
-                launches.push(product(heads * attention.width, hidden)?);
-                launches.push(product(kv_heads * attention.width, hidden)?);
-                launches.push(product(hidden, heads * attention.width)?);
+                launches.push(product(attention.query.weight)?);
+                launches.push(product(attention.key.weight)?);
+                launches.push(product(attention.output)?);
                 launches.extend(of_grouped(attention, limits, rows)?);
             }
         }
-        let dense = |inner| -> Result<[Launch; 3], Unsupported> {
+        let dense = |mlp: &GatedMlp| -> Result<[Launch; 3], Unsupported> {
             Ok([
-                product(2 * inner, hidden)?,
-                plan::activation(Activation::Swiglu(matrices), rows, inner)?,
-                product(hidden, inner)?,
+                plan::gemm(matrices, rows, 2 * mlp.held, hidden, 1)?,
+                plan::activation(Activation::Swiglu(matrices), rows, mlp.held)?,
+                product(mlp.down)?,
             ])
         };
         match &layer.mlp {
-            Mlp::Dense(mlp) => launches.extend(dense(mlp.inner)?),
+            Mlp::Dense(mlp) => launches.extend(dense(mlp)?),
             Mlp::Moe(moe) => {
                 let inner = moe.experts.first().map_or(0, |mlp| mlp.inner);
                 launches.extend(of_experts(&moe.gate, matrices, inner, hidden, rows)?);
                 if let Some(shared) = &moe.shared {
-                    launches.extend(dense(shared.inner)?);
+                    launches.extend(dense(shared)?);
                 }
             }
         }
@@ -120,6 +131,36 @@ fn of_step(model: &Model, limits: &CudaLimits, rows: usize) -> Result<Vec<Launch
         }
     }
     Ok(launches)
+}
+
+/// Whether a rank's rows of every tensor begin and end where kernels store whole vectors, and where FP8 has a scale.
+fn check_shares(model: &Model, matrices: Format) -> Result<(), Unsupported> {
+    for spec in &model.tensors {
+        let Some(share) = spec.share else {
+            continue;
+        };
+        let end = share.first + spec.shape.first().copied().unwrap_or(0);
+        let (unit, allowed) = match (matrices, spec.role) {
+            (Format::Fp8, TensorRole::Matrix) => (
+                ROW_BLOCK,
+                "whole FP8 blocks of 128 rows; share it among fewer ranks",
+            ),
+            _ => (
+                ROW_VECTOR,
+                "multiples of 8; share it among another number of ranks",
+            ),
+        };
+        let is_whole = |row: usize| row.is_multiple_of(unit) || row == share.of;
+        if !is_whole(share.first) || !is_whole(end) {
+            return Err(Unsupported {
+                operation: "a rank's share of a matrix",
+                field: "rows",
+                value: end - share.first,
+                allowed,
+            });
+        }
+    }
+    Ok(())
 }
 
 fn of_grouped(

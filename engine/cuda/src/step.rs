@@ -192,14 +192,22 @@ impl Step {
         }
     }
 
-    /// Queues the copies to the device.
+    /// Queues the copies to the device; tokens count from `first_token`, the first that the embedding has.
     pub fn upload(
         &self,
         arena: &Arena,
         stream: &Stream,
         inputs: &Inputs,
+        first_token: u32,
     ) -> Result<(), DriverError> {
-        arena.write(stream, inputs.tokens, &self.tokens)?;
+        match first_token {
+            0 => arena.write(stream, inputs.tokens, &self.tokens)?,
+            // Those before it become larger than any vocabulary.
+            first => {
+                let tokens = self.tokens.iter().map(|token| token.wrapping_sub(first));
+                arena.write(stream, inputs.tokens, &tokens.collect::<Vec<u32>>())?;
+            }
+        }
         arena.write(stream, inputs.positions, &self.positions)?;
         arena.write(stream, inputs.lengths, &self.lengths)?;
         arena.write(stream, inputs.cache_rows, &self.cache_rows)?;

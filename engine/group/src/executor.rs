@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use engine_core::{Batch, DraftBatch, ExecuteError, Executor, Logits};
+use engine_core::{Batch, DraftBatch, ExecuteError, Executor, Logits, PickRow, Picked, Picker};
 
 use crate::codec::{Command, encode_draft, encode_execute};
 use crate::group::{Layout, ProcessGroup};
@@ -66,6 +66,13 @@ impl Executor for LeadingExecutor {
         self.inner.draft(pass, logits)
     }
 
+    fn picker(&mut self) -> Option<&mut dyn Picker> {
+        match self.inner.picker() {
+            Some(_) => Some(self),
+            None => None,
+        }
+    }
+
     /// Asks the other ranks whether they are there, now and then.
     fn idle(&mut self) -> Result<(), ExecuteError> {
         if self.spoke.elapsed() < PING_INTERVAL {
@@ -75,6 +82,31 @@ impl Executor for LeadingExecutor {
         self.send()?;
         self.group.gather(&mut [], &Nothing).map_err(fatal)
     }
+}
+
+/// Rank 0 picks, the others compute.
+impl Picker for LeadingExecutor {
+    fn compute(&mut self, batch: &Batch) -> Result<(), ExecuteError> {
+        encode_execute(batch, &mut self.message);
+        self.send()?;
+        own_picker(&mut *self.inner)?.compute(batch)
+    }
+
+    fn compute_draft(&mut self, pass: &DraftBatch) -> Result<(), ExecuteError> {
+        encode_draft(pass, &mut self.message);
+        self.send()?;
+        own_picker(&mut *self.inner)?.compute_draft(pass)
+    }
+
+    fn pick(&mut self, rows: &[PickRow<'_>], picked: &mut Vec<Picked>) -> Result<(), ExecuteError> {
+        own_picker(&mut *self.inner)?.pick(rows, picked)
+    }
+}
+
+fn own_picker(inner: &mut dyn Executor) -> Result<&mut dyn Picker, ExecuteError> {
+    inner
+        .picker()
+        .ok_or_else(|| ExecuteError::Fatal("rank 0 picks no tokens".to_owned()))
 }
 
 /// What a follower has to do next.

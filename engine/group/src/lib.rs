@@ -9,6 +9,7 @@
 
 mod codec;
 mod error;
+mod exchange;
 mod executor;
 mod group;
 mod join;
@@ -18,6 +19,7 @@ mod wire;
 
 pub use codec::{CodecError, Command};
 pub use error::GroupError;
+pub use exchange::{Columns, ExpertOutputs, Owners};
 pub use executor::{Follower, LeadingExecutor, Next};
 pub use group::{Alone, Layout, ProcessGroup};
 pub use join::{Joining, Terms, join};

@@ -2,7 +2,7 @@
 //!
 //! Activations are bfloat16, what decides or sums (gate scores, attention parts, logits) is float32.
 
-use engine_spec::{AttentionConfig, ModelConfig, Parallelism};
+use engine_spec::{AttentionConfig, ModelConfig, Parallelism, Rank};
 use serde::{Deserialize, Serialize};
 
 use crate::weights::ResidentDtype;
@@ -97,21 +97,22 @@ pub fn device_workspace(
     let positions = u64::from(bounds.max_model_len);
     let blocks = positions.div_ceil(u64::from(bounds.block_size));
     let d = u64::from(config.hidden_size);
+    let all = u64::from(config.attention.heads());
     let heads = u64::from(config.attention.heads().div_ceil(parallelism.tensor));
     // A part per split and head, and its logarithm; what goes into the output projection; the low-rank query.
     let (part, values, rank) = match &config.attention {
         AttentionConfig::Latent(a) => (
             u64::from(a.kv_lora_rank) + 1,
-            heads * u64::from(a.v_head_dim),
+            all * u64::from(a.v_head_dim),
             u64::from(a.q_lora_rank.unwrap_or(0)),
         ),
         AttentionConfig::Grouped(a) => {
             let width = u64::from(a.head_dim);
-            (width + 1, heads * width, 0)
+            (width + 1, all * width, 0)
         }
     };
     let per_row = positions.div_ceil(SPLIT_TOKENS) * heads * part * 4;
-    let mlp = Inner::of(config, parallelism);
+    let mlp = Inner::of(config, parallelism.tensor);
     let quantised = match dtype {
         ResidentDtype::Float8E4m3(_) => {
             let widest = d.max(rank).max(values);
@@ -158,14 +159,14 @@ struct Inner {
 }
 
 impl Inner {
-    fn of(config: &ModelConfig, parallelism: Parallelism) -> Self {
-        let tp = u64::from(parallelism.tensor);
+    fn of(config: &ModelConfig, tensor: u32) -> Self {
         let d = u64::from(config.hidden_size);
         let has_dense = config.moe_layers() < config.layers;
-        let dense = u64::from(has_dense) * u64::from(config.intermediate_size).div_ceil(tp);
+        let dense = u64::from(has_dense) * u64::from(config.intermediate_size);
+        let held = |inner: u64| Rank::rows_max(inner, tensor);
         let Some(moe) = &config.moe else {
             return Self {
-                per_token: 3 * dense * 2,
+                per_token: (2 * held(dense) + dense) * 2,
                 scales: dense.div_ceil(QUANT_GROUP),
                 experts: 0,
                 top_k: 0,
@@ -175,13 +176,14 @@ impl Inner {
             u64::from(moe.routed_experts),
             u64::from(moe.experts_per_token),
         );
-        let routed = u64::from(moe.intermediate_size).div_ceil(tp);
-        let shared =
-            (u64::from(moe.intermediate_size) * u64::from(moe.shared_experts)).div_ceil(tp);
+        let routed = u64::from(moe.intermediate_size);
+        let shared = routed * u64::from(moe.shared_experts);
         let shared_out = if moe.shared_experts > 0 { d } else { 0 };
-        // Gate and up, their product, the output; a dense layer or the shared expert uses the same rows in its turn.
-        let inner = 3 * (top_k * routed).max(dense).max(shared);
-        let per_token = (inner + top_k * d + shared_out) * 2;
+        // Gate and up of what the rank computes, the product of all ranks, the output; a dense layer or the shared expert
+        // uses the same rows in its turn. All experts that a token chose may be on one rank.
+        let gate_up = 2 * (top_k * routed).max(held(dense)).max(held(shared));
+        let product = (top_k * routed).max(dense).max(shared);
+        let per_token = (gate_up + product + top_k * d + shared_out) * 2;
         // Scores; choice, weight, sorted row and its inverse for each chosen expert.
         let tables = experts * 4 + top_k * 4 * 4;
         Self {

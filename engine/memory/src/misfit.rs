@@ -61,12 +61,6 @@ pub enum Misfit {
          config.json); leave it out"
     )]
     NoPredictionLayer(Architecture),
-    /// Drafts were asked for where no backend makes them.
-    #[error(
-        "numSpeculativeTokens is above 0, but drafts are served in one rank on a GPU, and without pipeline ranks on the \
-         CPU; leave it out, or set parallelism to 1"
-    )]
-    DraftsNotServed,
     /// A cache in eight bits was asked for where no kernel reads one.
     #[error(
         "kvCacheDtype = fp8: the GPU keeps a cache in eight bits for latent attention with kv_lora_rank 512 and \

@@ -186,7 +186,6 @@ pub fn resolve_max_model_len(config: &ModelConfig, asked: Option<u32>) -> Result
 pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<MemoryPlan, Misfit> {
     let max_model_len = resolve_max_model_len(config, request.max_model_len)?;
     check_parallelism(config, request.parallelism)?;
-    check_ranks(config, request)?;
     if (request.dtype, request.device) == (Dtype::Float32, Device::Nvidia) {
         return Err(Misfit::NoArithmetic);
     }
@@ -290,9 +289,7 @@ fn fixed_bytes(config: &ModelConfig, request: &MemoryRequest, max_model_len: u32
 /// rotated key, or the keys and values of the rank's heads.
 fn kv_bytes_per_token(config: &ModelConfig, request: &MemoryRequest) -> u64 {
     let dtype = resident(config, request);
-    let Parallelism {
-        tensor, pipeline, ..
-    } = request.parallelism;
+    let tensor = request.parallelism.tensor;
     let of_layer = match (&config.attention, request.kv_cache) {
         (AttentionConfig::Latent(mla), KvCacheDtype::Fp8) => {
             let (codes, rotated) = (mla.kv_lora_rank, mla.cached_width() - mla.kv_lora_rank);
@@ -305,7 +302,7 @@ fn kv_bytes_per_token(config: &ModelConfig, request: &MemoryRequest) -> u64 {
             u64::from(2 * gqa.kv_heads_per_rank(tensor) * gqa.head_dim) * dtype.kv_bytes()
         }
     };
-    let layers = config.layers.div_ceil(pipeline) + u32::from(request.draft_tokens > 0);
+    let layers = config.layers + u32::from(request.draft_tokens > 0);
     u64::from(layers) * of_layer
 }
 
@@ -335,43 +332,10 @@ fn check_drafts(config: &ModelConfig, request: &MemoryRequest) -> Result<(), Mis
     if !config.can_predict() {
         return Err(Misfit::NoPredictionLayer(config.architecture));
     }
-    let Parallelism { pipeline, .. } = request.parallelism;
-    let is_split = request.device == Device::Nvidia && request.parallelism.ranks() > 1;
-    if is_split || pipeline > 1 {
-        return Err(Misfit::DraftsNotServed);
-    }
     Ok(())
 }
 
-/// The CPU backend's ranks hold whole experts and all layers.
-fn check_ranks(config: &ModelConfig, request: &MemoryRequest) -> Result<(), Misfit> {
-    let Parallelism {
-        tensor,
-        expert,
-        pipeline,
-    } = request.parallelism;
-    if request.device == Device::Nvidia {
-        return Ok(());
-    }
-    if pipeline > 1 {
-        return Err(Misfit::Indivisible {
-            axis: "pipeline",
-            found: pipeline,
-            reason: "must be 1 on the device cpu, whose ranks hold a part of every layer".into(),
-        });
-    }
-    if config.moe.is_some() && expert != tensor {
-        return Err(Misfit::Indivisible {
-            axis: "expert",
-            found: expert,
-            reason: format!(
-                "must be equal to tensor ({tensor}) on the device cpu, whose ranks hold whole experts"
-            ),
-        });
-    }
-    Ok(())
-}
-
+/// Ranks hold a part of every layer, and whole experts.
 fn check_parallelism(config: &ModelConfig, parallelism: Parallelism) -> Result<(), Misfit> {
     let Parallelism {
         tensor,
@@ -403,17 +367,29 @@ fn check_parallelism(config: &ModelConfig, parallelism: Parallelism) -> Result<(
         );
         return indivisible("tensor", tensor, reason);
     }
-    let experts = config.moe.as_ref().map_or(1, |moe| moe.routed_experts);
-    if expert == 0 || !experts.is_multiple_of(expert) {
-        let reason = format!("must divide the model's {experts} routed experts");
-        return indivisible("expert", expert, reason);
+    match &config.moe {
+        None if expert != 1 => {
+            return indivisible(
+                "expert",
+                expert,
+                "must be 1: the model has no experts".into(),
+            );
+        }
+        Some(moe) if expert == 0 || !moe.routed_experts.is_multiple_of(expert) => {
+            let reason = format!(
+                "must divide the model's {} routed experts",
+                moe.routed_experts
+            );
+            return indivisible("expert", expert, reason);
+        }
+        Some(_) if expert != tensor => {
+            let reason = format!("must be equal to tensor ({tensor}): ranks hold whole experts");
+            return indivisible("expert", expert, reason);
+        }
+        _ => {}
     }
-    if expert > 1 && expert != tensor {
-        let reason = format!("must be 1 or equal to tensor ({tensor}): both use the same ranks");
-        return indivisible("expert", expert, reason);
-    }
-    if pipeline == 0 || pipeline > config.layers {
-        let reason = format!("must be between 1 and the model's {} layers", config.layers);
+    if pipeline != 1 {
+        let reason = "must be 1: ranks hold a part of every layer".to_owned();
         return indivisible("pipeline", pipeline, reason);
     }
     Ok(())
@@ -464,12 +440,7 @@ fn nearest(
     let tensor = std::iter::successors(Some(request.parallelism.tensor * 2), |n| Some(n * 2))
         .take_while(|n| *n <= config.attention.heads().min(64))
         .find(|n| {
-            let whole_experts = request.device == Device::Cpu && config.moe.is_some();
-            let expert = if request.parallelism.expert > 1 || whole_experts {
-                *n
-            } else {
-                1
-            };
+            let expert = if config.moe.is_some() { *n } else { 1 };
             fits(MemoryRequest {
                 parallelism: Parallelism {
                     tensor: *n,
@@ -492,7 +463,6 @@ fn memory_plan_fits(config: &ModelConfig, request: &MemoryRequest) -> bool {
         return false;
     };
     if check_parallelism(config, request.parallelism).is_err()
-        || check_ranks(config, request).is_err()
         || check_drafts(config, request).is_err()
     {
         return false;

@@ -2,7 +2,7 @@
 
 use engine_spec::{
     AttentionConfig, Device, Dtype, GateSelection, GqaConfig, MlaConfig, ModelConfig, MoeConfig,
-    Parallelism, Quantization, StoredDtype, WeightBlocks,
+    Parallelism, Quantization, Rank, StoredDtype, WeightBlocks,
 };
 use serde::{Deserialize, Serialize};
 
@@ -145,13 +145,10 @@ fn precise_bytes(device: Device) -> u64 {
 
 /// Bytes of weights that the fullest rank holds.
 ///
-/// Split by tensor parallelism: query and key-value projections by head (a key-value head is
-/// copied where there are more ranks than such heads), gate and up of MLPs by inner width, embedding and head by
-/// vocabulary; output and down projections on the CPU by the rows that they give, on GPUs by the columns that they
-/// read. Split by expert parallelism: whole routed experts.
+/// Every matrix is split by the rows that it gives: query and key-value projections by head (a key-value head is copied
+/// where there are more ranks than such heads), the others as [`Rank::share_rows`] says. Routed experts are whole.
 /// On every rank: norms, the low-rank down-projections, the gate and its bias. Norms, biases and
 /// gates are float32.
-/// Pipeline ranks hold whole layers; the fullest one is counted.
 pub fn weight_bytes_per_rank(
     config: &ModelConfig,
     dtype: ResidentDtype,
@@ -159,35 +156,26 @@ pub fn weight_bytes_per_rank(
     parallelism: Parallelism,
 ) -> u64 {
     let precise = precise_bytes(device);
-    let tp = u64::from(parallelism.tensor);
+    let tensor = parallelism.tensor;
     let d = u64::from(config.hidden_size);
     let vocab = u64::from(config.vocab_size);
-    let table = |dtype: ResidentDtype| dtype.matrix(vocab.div_ceil(tp), d);
+    let table = |dtype: ResidentDtype| dtype.matrix(Rank::rows_max(vocab, tensor), d);
     let embedding = match config.tied_embeddings {
         true => 0,
         false => table(dtype.embedding()),
     };
     let outside = embedding + table(dtype.head()) + d * precise;
-    let layers_here = config.layers.div_ceil(parallelism.pipeline);
-    let (mut moe, mut dense) = (config.moe_layers(), config.layers - config.moe_layers());
-    // The fullest pipeline rank has as many of the heavier layers as fit into its share.
     let layer_moe = config
         .moe
         .as_ref()
         .map_or(0, |m| moe_bytes(m, d, dtype, device, parallelism));
     let inner = u64::from(config.intermediate_size);
-    let layer_dense = mlp_bytes(d, inner, dtype, device, tp);
-    if layer_moe >= layer_dense {
-        moe = moe.min(layers_here);
-        dense = layers_here - moe;
-    } else {
-        dense = dense.min(layers_here);
-        moe = layers_here - dense;
-    }
+    let layer_dense = mlp_bytes(d, inner, dtype, tensor);
+    let moe = config.moe_layers();
     outside
-        + u64::from(layers_here) * attention_bytes(config, dtype, device, parallelism.tensor)
+        + u64::from(config.layers) * attention_bytes(config, dtype, device, tensor)
         + u64::from(moe) * layer_moe
-        + u64::from(dense) * layer_dense
+        + u64::from(config.layers - moe) * layer_dense
 }
 
 /// Bytes of the prediction layer on the fullest rank: a decoder layer, two norms and the matrix that join a token with a
@@ -198,7 +186,7 @@ pub fn prediction_bytes(
     device: Device,
     parallelism: Parallelism,
 ) -> u64 {
-    let tp = u64::from(parallelism.tensor);
+    let tensor = parallelism.tensor;
     let d = u64::from(config.hidden_size);
     let mlp = match config
         .moe
@@ -206,11 +194,11 @@ pub fn prediction_bytes(
         .filter(|_| config.is_moe_layer(config.layers))
     {
         Some(moe) => moe_bytes(moe, d, dtype, device, parallelism),
-        None => mlp_bytes(d, u64::from(config.intermediate_size), dtype, device, tp),
+        None => mlp_bytes(d, u64::from(config.intermediate_size), dtype, tensor),
     };
-    attention_bytes(config, dtype, device, parallelism.tensor)
+    attention_bytes(config, dtype, device, tensor)
         + mlp
-        + dtype.embedding().matrix(d.div_ceil(tp), 2 * d)
+        + dtype.embedding().matrix(Rank::rows_max(d, tensor), 2 * d)
         + 3 * d * precise_bytes(device)
 }
 
@@ -220,17 +208,9 @@ fn attention_bytes(config: &ModelConfig, dtype: ResidentDtype, device: Device, t
     let d = u64::from(config.hidden_size);
     2 * d * precise
         + match &config.attention {
-            AttentionConfig::Latent(mla) => latent_bytes(mla, d, dtype, device, tensor.into()),
+            AttentionConfig::Latent(mla) => latent_bytes(mla, d, dtype, device, tensor),
             AttentionConfig::Grouped(gqa) => grouped_bytes(gqa, d, dtype, device, tensor),
         }
-}
-
-/// A matrix that gives the residual stream: a rank's rows of it on the CPU, its columns on GPUs.
-fn back_bytes(d: u64, columns: u64, dtype: ResidentDtype, device: Device, tp: u64) -> u64 {
-    match device {
-        Device::Cpu => dtype.matrix(d.div_ceil(tp), columns),
-        Device::Nvidia => dtype.matrix(d, columns.div_ceil(tp)),
-    }
 }
 
 fn grouped_bytes(a: &GqaConfig, d: u64, dtype: ResidentDtype, device: Device, tensor: u32) -> u64 {
@@ -242,13 +222,13 @@ fn grouped_bytes(a: &GqaConfig, d: u64, dtype: ResidentDtype, device: Device, te
     let norms = if a.qk_norm { 2 * width } else { 0 };
     dtype.matrix(queries, d)
         + 2 * dtype.matrix(kv, d)
-        + back_bytes(d, u64::from(a.heads) * width, dtype, device, tensor.into())
+        + dtype.matrix(Rank::rows_max(d, tensor), u64::from(a.heads) * width)
         + (biases + norms) * precise
 }
 
-fn latent_bytes(a: &MlaConfig, d: u64, dtype: ResidentDtype, device: Device, tp: u64) -> u64 {
+fn latent_bytes(a: &MlaConfig, d: u64, dtype: ResidentDtype, device: Device, tensor: u32) -> u64 {
     let precise = precise_bytes(device);
-    let heads = u64::from(a.heads).div_ceil(tp);
+    let heads = u64::from(a.heads.div_ceil(tensor));
     let qk = u64::from(a.qk_head_dim());
     let latent = u64::from(a.kv_lora_rank);
     let query = match a.q_lora_rank.map(u64::from) {
@@ -261,12 +241,13 @@ fn latent_bytes(a: &MlaConfig, d: u64, dtype: ResidentDtype, device: Device, tp:
     query
         + dtype.matrix(u64::from(a.cached_width()), d)
         + up
-        + back_bytes(d, u64::from(a.heads) * value, dtype, device, tp)
+        + dtype.matrix(Rank::rows_max(d, tensor), u64::from(a.heads) * value)
         + latent * precise
 }
 
-fn mlp_bytes(d: u64, inner: u64, dtype: ResidentDtype, device: Device, tp: u64) -> u64 {
-    2 * dtype.matrix(inner.div_ceil(tp), d) + back_bytes(d, inner, dtype, device, tp)
+fn mlp_bytes(d: u64, inner: u64, dtype: ResidentDtype, tensor: u32) -> u64 {
+    2 * dtype.matrix(Rank::rows_max(inner, tensor), d)
+        + dtype.matrix(Rank::rows_max(d, tensor), inner)
 }
 
 fn moe_bytes(
@@ -279,17 +260,11 @@ fn moe_bytes(
     let precise = precise_bytes(device);
     let routed = u64::from(moe.routed_experts);
     let inner = u64::from(moe.intermediate_size);
-    let tp = u64::from(parallelism.tensor);
-    let ep = u64::from(parallelism.expert);
-    // With expert parallelism an expert is whole on its rank; without, it is split like an MLP.
-    let experts = if ep > 1 {
-        routed.div_ceil(ep) * mlp_bytes(d, inner, dtype, device, 1)
-    } else {
-        routed * mlp_bytes(d, inner, dtype, device, tp)
-    };
+    let held = routed.div_ceil(u64::from(parallelism.expert));
+    let experts = held * mlp_bytes(d, inner, dtype, 1);
     let shared = match u64::from(moe.shared_experts) {
         0 => 0,
-        n => mlp_bytes(d, inner * n, dtype, device, tp),
+        n => mlp_bytes(d, inner * n, dtype, parallelism.tensor),
     };
     let bias = match moe.selection {
         GateSelection::BiasedGroups => routed * 4,

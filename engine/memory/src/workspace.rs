@@ -1,6 +1,6 @@
 //! Bytes of activations, in the buffers a backend allocates once and then reuses for every step.
 
-use engine_spec::{AttentionConfig, ModelConfig, Parallelism};
+use engine_spec::{AttentionConfig, ModelConfig, Parallelism, Rank};
 use serde::{Deserialize, Serialize};
 
 /// Elements of every buffer, all float32. A backend allocates exactly these.
@@ -42,7 +42,6 @@ pub fn workspace(
     draft_tokens: u32,
 ) -> Workspace {
     let tokens = u64::from(max_num_batched_tokens);
-    let tp = u64::from(parallelism.tensor);
     let d = u64::from(config.hidden_size);
     let (mut layers, mut moe_layers) = (config.layers, config.moe_layers());
     if draft_tokens > 0 {
@@ -51,7 +50,10 @@ pub fn workspace(
     }
     let streams = if draft_tokens > 0 { 7 } else { 4 };
     // Gate and up rows are the rank's, product rows those of all ranks.
-    let mlp = |inner: u32| 2 * u64::from(inner).div_ceil(tp) + u64::from(inner);
+    let mlp = |inner: u32| {
+        let inner = u64::from(inner);
+        2 * Rank::rows_max(inner, parallelism.tensor) + inner
+    };
     let dense = match layers - moe_layers {
         0 => 0,
         _ => mlp(config.intermediate_size),
@@ -67,16 +69,9 @@ pub fn workspace(
             let rows = u64::from(moe.experts_per_token + moe.shared_experts);
             u64::from(moe.routed_experts) + routed + shared + rows * d
         });
-    // A rank's attention gets the outputs of all heads before they are projected back.
-    let heads = config.attention.heads();
-    let width = match &config.attention {
-        AttentionConfig::Latent(a) => a.v_head_dim,
-        AttentionConfig::Grouped(a) => a.head_dim,
-    };
-    let elsewhere = u64::from((heads - heads.div_ceil(parallelism.tensor)) * width);
     Workspace {
         hidden: streams * tokens * d,
-        attention: tokens * (attention(&config.attention, parallelism.tensor) + elsewhere),
+        attention: tokens * attention(&config.attention, parallelism.tensor),
         mlp: tokens * dense.max(moe),
         logits: u64::from(max_num_seqs)
             * u64::from(1 + draft_tokens)
@@ -84,19 +79,22 @@ pub fn workspace(
     }
 }
 
-/// Values per token between the normed input of attention and its output projection.
+/// Values per token between the normed input of attention and its output projection: of the rank's heads, and the outputs
+/// of all heads, which a rank gets before they are projected back.
 pub(crate) fn attention(attention: &AttentionConfig, tensor: u32) -> u64 {
+    let all = u64::from(attention.heads());
     let heads = u64::from(attention.heads().div_ceil(tensor));
     match attention {
         AttentionConfig::Latent(a) => {
-            let per_head = u64::from(a.qk_head_dim())
-                + 2 * u64::from(a.kv_lora_rank)
-                + u64::from(a.v_head_dim);
-            u64::from(a.q_lora_rank.unwrap_or(0)) + heads * per_head + u64::from(a.cached_width())
+            let per_head = u64::from(a.qk_head_dim()) + 2 * u64::from(a.kv_lora_rank);
+            u64::from(a.q_lora_rank.unwrap_or(0))
+                + heads * per_head
+                + all * u64::from(a.v_head_dim)
+                + u64::from(a.cached_width())
         }
         AttentionConfig::Grouped(a) => {
             let kv_heads = u64::from(a.kv_heads_per_rank(tensor));
-            2 * (heads + kv_heads) * u64::from(a.head_dim)
+            (heads + all + 2 * kv_heads) * u64::from(a.head_dim)
         }
     }
 }

@@ -108,7 +108,7 @@ pub(crate) fn gated_mlp(
     inner: u32,
     tensors: &mut TensorList,
 ) -> GatedMlp {
-    let held = tensors.rank.share(inner as usize);
+    let held = tensors.rank.share_rows(inner as usize);
     GatedMlp {
         gate: tensors.split_matrix(format!("{prefix}gate_proj.weight"), inner, hidden),
         up: tensors.split_matrix(format!("{prefix}up_proj.weight"), inner, hidden),

@@ -123,14 +123,14 @@ impl TensorList {
         self.next += tensors as u32;
     }
 
-    /// A tensor whose rows all ranks share evenly.
+    /// A tensor whose rows all ranks share: see [`Rank::share_rows`].
     pub fn add_split(&mut self, name: String, shape: &[u32], role: TensorRole) -> WeightId {
         let rows = shape.first().map_or(0, |rows| *rows as usize);
-        let rows = self.rank.share(rows);
+        let rows = self.rank.share_rows(rows);
         self.add_rows(name, shape, role, rows)
     }
 
-    /// A linear map whose rows all ranks share evenly.
+    /// A linear map whose rows all ranks share.
     pub fn split_matrix(&mut self, name: String, out: u32, input: u32) -> WeightId {
         self.add_split(name, &[out, input], TensorRole::Matrix)
     }

@@ -224,6 +224,8 @@ fn sorted(
         top_k: top_k as i32,
         experts: experts as i32,
         tile_rows: tile_rows as i32,
+        first_expert: 0,
+        experts_held: experts as i32,
     };
     let sort = plan::permute(tokens, top_k, experts).expect("a shape that the kernels take");
     b.before(&sort, &permute);

@@ -121,7 +121,7 @@ fn activation(lab: &mut Lab, what: Activation, rows: usize, width: usize) -> Cas
         x_stride: (read * width) as i32,
         out_stride: width as i32,
         power_of_two_scales: 0,
-        reserved: 0,
+        scales_stride: width.div_ceil(QUANT_GROUP) as i32,
     };
     b.step(plan::activation(what, rows, width), params);
     let written = if narrow { 1 } else { 2 };

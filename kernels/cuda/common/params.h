@@ -29,9 +29,9 @@ static_assert(sizeof(RmsNormParams) == 64, "src/params.rs mirrors this");
 struct ActivationParams {
     const bf16* x; // [rows, x_stride]
     void* out;     // [rows, out_stride]
-    float* scales; // fp8: [rows, ceil(width / 128)]
+    float* scales; // fp8: [rows, scales_stride]
     int32_t rows, width, x_stride, out_stride;
-    int32_t power_of_two_scales, reserved;
+    int32_t power_of_two_scales, scales_stride;
 };
 static_assert(sizeof(ActivationParams) == 48, "src/params.rs mirrors this");
 
@@ -67,7 +67,7 @@ struct GateParams {
 };
 static_assert(sizeof(GateParams) == 72, "src/params.rs mirrors this");
 
-// Sorts (token, choice) pairs by expert, stably.
+// Sorts (token, choice) pairs by expert, stably. Tiles are of the experts held, which they count from the first one.
 struct PermuteParams {
     const int32_t* chosen; // [tokens, top_k]
     int32_t* offsets;      // [experts + 1]
@@ -75,8 +75,9 @@ struct PermuteParams {
     int32_t* slot_row;     // [tokens, top_k] sorted row of each pair
     int32_t* tiles;        // [tokens * top_k / tile_rows + experts] x {expert, first row}
     int32_t tokens, top_k, experts, tile_rows;
+    int32_t first_expert, experts_held;
 };
-static_assert(sizeof(PermuteParams) == 56, "src/params.rs mirrors this");
+static_assert(sizeof(PermuteParams) == 64, "src/params.rs mirrors this");
 
 // out[t] = sum over choices, in order, of weights * y[slot_row] (+ shared[t])
 struct CombineParams {

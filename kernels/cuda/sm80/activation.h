@@ -26,7 +26,7 @@ template <bool GATED, bool FP8> DEVICE void activation(const ActivationParams& p
             reinterpret_cast<uint32_t*>(out)[0] = codes[0];
             reinterpret_cast<uint32_t*>(out)[1] = codes[1];
             if (at % QUANT_GROUP == 0)
-                p.scales[(int64_t)row * ceil_div(p.width, QUANT_GROUP) + at / QUANT_GROUP] = scale;
+                p.scales[(int64_t)row * p.scales_stride + at / QUANT_GROUP] = scale;
         }
     } else if (inside) {
         store_vector(static_cast<bf16*>(p.out) + (int64_t)row * p.out_stride + at, pack(v));

@@ -1,7 +1,8 @@
 //! Which Hopper product for a shape.
 //!
-//! Invariant: where k is cut into slices depends on n and k alone, so a row's bits are the same for any number of rows, any
-//! tile and any place for partial sums. These only decide how many blocks share the work.
+//! Invariant: where k is cut into slices depends on k and the whole matrix' n alone, so a row's bits are the same for any
+//! number of rows, any tile, any place for partial sums and any number of ranks that share the matrix. These only decide
+//! how many blocks share the work.
 
 use std::fmt;
 
@@ -141,6 +142,22 @@ pub fn hopper_gemm(
     batch: usize,
     room: usize,
 ) -> Result<HopperPlan, Unsupported> {
+    hopper_gemm_share(format, m, n, n, k, batch, room)
+}
+
+/// The same for `n` of the `whole` rows of a matrix, which ranks share: it sums as all of them would.
+///
+/// # Errors
+/// A dimension that the kernels do not take.
+pub fn hopper_gemm_share(
+    format: Format,
+    m: usize,
+    n: usize,
+    whole: usize,
+    k: usize,
+    batch: usize,
+    room: usize,
+) -> Result<HopperPlan, Unsupported> {
     const NAME: &str = "hopper_gemm";
     shape_check(NAME, format, m, n, k)?;
     check(
@@ -155,7 +172,7 @@ pub fn hopper_gemm(
     let row_tiles = m.div_ceil(tile_rows);
     let blocks = n.div_ceil(HOPPER_COLUMNS) * row_tiles;
     rows_check(NAME, "blocks", blocks)?;
-    let (slices, slice_blocks) = slices(n, k);
+    let (slices, slice_blocks) = slices(whole, k);
     let bytes = blocks * slices * HOPPER_COLUMNS * tile_rows * 4;
     let shares = slices > 1 && batch == 1 && blocks * slices <= SHARING_BLOCKS_MAX && bytes <= room;
     let depth = if shares { slices as u32 } else { 1 };
@@ -265,6 +282,15 @@ mod tests {
                     (5000, usize::MAX),
                 ] {
                     assert_eq!(of(m, room), (slices, blocks), "{m} x {n} x {k}");
+                }
+                for share in [1, n.div_ceil(2), n.div_ceil(16)] {
+                    let plan = hopper_gemm_share(Format::Bf16, 4, share, n, k, 1, usize::MAX);
+                    let plan = plan.expect("a plan");
+                    assert_eq!(
+                        (plan.slices, plan.slice_blocks),
+                        (slices, blocks),
+                        "{share} of {n}"
+                    );
                 }
             }
         }

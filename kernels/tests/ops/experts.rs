@@ -1,5 +1,7 @@
 //! The mixture of experts: gate, permutation, grouped products, combination.
 
+use std::ops::Range;
+
 use half::bf16;
 use kernels::params::{Address, CombineParams, GateParams, GemmParams, PermuteParams};
 use kernels::plan::{self, Format};
@@ -156,6 +158,18 @@ pub fn permute_into(
     experts: usize,
     tile_rows: usize,
 ) -> Sorted {
+    permute_held(lab, tokens, top_k, experts, tile_rows, 0..experts)
+}
+
+/// The same on a rank that holds some of the experts.
+fn permute_held(
+    lab: &mut Lab,
+    tokens: usize,
+    top_k: usize,
+    experts: usize,
+    tile_rows: usize,
+    held: Range<usize>,
+) -> Sorted {
     // Skewed, so that some experts get nothing and one a lot.
     let mut chosen = Vec::new();
     for _ in 0..tokens {
@@ -189,6 +203,8 @@ pub fn permute_into(
             top_k: top_k as i32,
             experts: experts as i32,
             tile_rows: tile_rows as i32,
+            first_expert: held.start as i32,
+            experts_held: held.len() as i32,
         },
     );
     sorted
@@ -232,6 +248,37 @@ fn permutation_is_a_stable_sort_with_a_tile_for_every_row() {
                 covered.iter().all(|count| *count == 1),
                 "{tokens} tokens, {experts} experts: {covered:?}"
             );
+        }
+    });
+}
+
+#[test]
+fn tiles_are_of_the_experts_held_and_rows_of_all() {
+    on_every_schedule("permute held", |lab| {
+        let (tokens, top_k, experts) = (129, 4, 16);
+        let (rows, tile_rows) = (tokens * top_k, 16);
+        for held in [0..16, 0..4, 4..12, 12..16] {
+            let sorted = permute_held(lab, tokens, top_k, experts, tile_rows, held.clone());
+            let mut pairs: Vec<(i32, usize)> = sorted.chosen.iter().copied().zip(0..rows).collect();
+            pairs.sort();
+            let slot_row = lab.read_i32(&sorted.slot_row, rows);
+            for (row, (_, slot)) in pairs.iter().enumerate() {
+                assert_eq!(slot_row[*slot], row as i32);
+            }
+            let offsets = lab.read_i32(&sorted.offsets, experts + 1);
+            let tiles = lab.read_i32(&sorted.tiles, (rows / tile_rows + experts) * 2);
+            let mut covered = vec![0; rows];
+            for tile in tiles.chunks(2).filter(|tile| tile[0] >= 0) {
+                let (expert, first) = (held.start + tile[0] as usize, tile[1] as usize);
+                assert!(held.contains(&expert), "{expert}");
+                assert_eq!(pairs[first].0 as usize, expert);
+                let end = (offsets[expert + 1] as usize).min(first + tile_rows);
+                covered[first..end].iter_mut().for_each(|count| *count += 1);
+            }
+            for (row, (expert, _)) in pairs.iter().enumerate() {
+                let wanted = usize::from(held.contains(&(*expert as usize)));
+                assert_eq!(covered[row], wanted, "{held:?}: row {row}");
+            }
         }
     });
 }

@@ -258,7 +258,7 @@ fn quantisation_gives_the_very_codes_of_the_reference() {
                         x_stride: stride as i32,
                         out_stride: width as i32,
                         power_of_two_scales: i32::from(power_of_two),
-                        reserved: 0,
+                        scales_stride: groups as i32,
                     },
                 );
                 let (codes, scales) = (
@@ -297,7 +297,7 @@ fn a_nan_stays_visible_through_quantisation() {
                 x_stride: 256,
                 out_stride: 256,
                 power_of_two_scales: 0,
-                reserved: 0,
+                scales_stride: 2,
             },
         );
         let scales = lab.read::<f32>(&scales, 2);
@@ -329,7 +329,7 @@ fn swiglu_multiplies_the_silu_of_the_gate() {
                         x_stride: stride as i32,
                         out_stride: width as i32,
                         power_of_two_scales: 0,
-                        reserved: 0,
+                        scales_stride: groups as i32,
                     },
                 );
                 for row in 0..rows {

@@ -91,11 +91,7 @@ pub fn layouts(
         });
     }
     if valid.accelerator == ValidAccelerator::Cpu {
-        let mut parallelism = valid.parallelism.unwrap_or_default();
-        // Ranks on processors hold whole experts.
-        if facts.config.moe.is_some() {
-            parallelism.expert = parallelism.tensor;
-        }
+        let parallelism = asked_for(valid, facts).unwrap_or_default();
         return layout_on(valid, facts, DeviceKind::Cpu, parallelism)
             .map(|layout| vec![layout])
             .map_err(|misfit| NoLayout {
@@ -305,19 +301,21 @@ fn preference(kind: &DeviceKind, wanted: &ValidAccelerator) -> Result<usize, &'s
         .ok_or(not_asked)
 }
 
-/// So many devices, with the experts spread over them where they divide them.
+/// So many ranks, which hold whole experts where there are some.
 fn automatic(facts: &ModelFacts, tensor: u32) -> Parallelism {
-    let expert = facts.config.moe.as_ref().map_or(1, |moe| {
-        if moe.routed_experts.is_multiple_of(tensor) {
-            tensor
-        } else {
-            1
-        }
-    });
     Parallelism {
         tensor,
-        expert,
+        expert: facts.config.moe.as_ref().map_or(1, |_| tensor),
         pipeline: 1,
+    }
+}
+
+/// The ranks that the specification asks for.
+fn asked_for(valid: &ValidDeployment, facts: &ModelFacts) -> Option<Parallelism> {
+    let given = valid.parallelism?;
+    match given.expert {
+        1 => Some(automatic(facts, given.tensor)),
+        _ => Some(given),
     }
 }
 
@@ -329,7 +327,7 @@ fn smallest_layout(
 ) -> Result<Layout, String> {
     let capacity = kind.usable_bytes();
     if !kind.can_combine() {
-        let given = valid.parallelism.unwrap_or_default();
+        let given = asked_for(valid, facts).unwrap_or_default();
         if given.ranks() > 1 {
             return Err(format!(
                 "spec.parallelism asks for {} devices, and nothing connects MIG devices: a replica on them is one device",
@@ -341,7 +339,7 @@ fn smallest_layout(
             format!("one of them: it {misfit}; nothing connects MIG devices, so more of them do not help")
         });
     }
-    if let Some(given) = valid.parallelism {
+    if let Some(given) = asked_for(valid, facts) {
         if given.ranks() > gpus_per_node {
             return Err(format!(
                 "too few GPUs: spec.parallelism asks for {}",
@@ -382,7 +380,7 @@ fn layout_over_nodes(
         return None;
     }
     let most = present.gpus_per_node;
-    let counts = match valid.parallelism {
+    let counts = match asked_for(valid, facts) {
         Some(given) => vec![given],
         None => GPU_COUNTS_OVER_NODES
             .iter()

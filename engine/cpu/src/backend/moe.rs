@@ -6,9 +6,10 @@
 
 #![allow(unsafe_code)]
 
+use engine_group::{Columns, ExpertOutputs};
 use engine_model::{Choice, Gate, GateScratch, GatedMlp, Mlp, Model, Moe, Slot};
 
-use super::exchange::{Columns, ExpertOutputs, bytes_of};
+use super::exchange::bytes_of;
 use super::{CpuBackend, StepError};
 use crate::compute::{Area, Gated, Job, Shared, emptied};
 use crate::kernels::{AddScaled, Rows};
@@ -277,6 +278,7 @@ impl CpuBackend {
                 rank: self.rank,
                 rows: scratch.rows,
                 columns: scratch.hidden,
+                unit: self.rank.row_unit(scratch.hidden),
                 element: size_of::<f32>(),
                 skip: skip + choices * row_bytes,
                 stride: row_bytes,

@@ -7,8 +7,8 @@ use engine_model::{LatentAttention, Slot};
 use kernels::params::{Address, CacheWriteParams, MlaCombineParams, MlaDecodeParams, RopeParams};
 use kernels::plan::{self, MLA_SPLIT_TOKENS, Tables};
 
-use super::Pass;
 use super::products::PerHead;
+use super::{Out, Pass};
 use crate::layout::Form;
 use crate::step::Run;
 use crate::{AttentionKernels, CudaError};
@@ -30,6 +30,7 @@ impl Pass<'_> {
             nope,
             value,
             latent,
+            all_heads,
             ..
         } = *attention;
         let placed = self.placed(attention.kv_up);
@@ -45,7 +46,10 @@ impl Pass<'_> {
             input: query,
             input_strides: (query_row, attention.query_width()),
             matrix: self.place(placed.span),
-            out: self.slot(Slot::AbsorbedQuery).0,
+            out: Out {
+                at: self.slot(Slot::AbsorbedQuery).0,
+                stride: heads * latent,
+            },
             heads,
             rows: latent,
             columns: nope,
@@ -60,11 +64,15 @@ impl Pass<'_> {
             input: self.slot(Slot::LatentValue).0,
             input_strides: (heads * latent, latent),
             matrix: self.place(values),
-            out: self.slot(Slot::Value).0,
+            out: Out {
+                at: at(self.slot(Slot::Value).0, attention.first_head * value, 2),
+                stride: all_heads * value,
+            },
             heads,
             rows: value,
             columns: latent,
-        })
+        })?;
+        self.complete_heads(all_heads, value)
     }
 
     fn rotate_queries(&self, attention: &LatentAttention) -> Result<(), CudaError> {
@@ -129,27 +137,26 @@ impl Pass<'_> {
         })
     }
 
-    /// Merges the parts of a turn's heads, `width` values each, into the rows of `to`.
+    /// Merges the parts of a turn's heads, `width` values each, into rows.
     pub(super) fn merge(
         &self,
         heads: usize,
         width: usize,
         run: &Run,
-        to: Slot,
+        to: Out,
     ) -> Result<(), CudaError> {
         let buffers = &self.layout.buffers;
-        let row = heads * width;
         let combine = MlaCombineParams {
             partial: self.place(buffers.parts),
             lse: self.place(buffers.lse),
             lengths: at(self.place(buffers.lengths), run.first, 4),
-            out: at(self.slot(to).0, run.first * row, 2),
+            out: at(to.at, run.first * to.stride, 2),
             rows: run.rows as i32,
             heads: heads as i32,
             splits: run.splits as i32,
             split_tokens: MLA_SPLIT_TOKENS as i32,
             latent: width as i32,
-            out_row: row as i32,
+            out_row: to.stride as i32,
             out_head: width as i32,
             reserved: 0,
         };
@@ -215,6 +222,10 @@ impl Pass<'_> {
             }
         };
         self.launch(&launch, &decode)?;
-        self.merge(heads, latent, run, Slot::LatentValue)
+        let to = Out {
+            at: self.slot(Slot::LatentValue).0,
+            stride: heads * latent,
+        };
+        self.merge(heads, latent, run, to)
     }
 }

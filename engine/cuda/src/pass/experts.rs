@@ -1,12 +1,14 @@
 //! The mixture of experts on the GPU: scores, choice, sort, two products for all experts together, weighted sum.
 
+use std::ops::Range;
+
 use engine_model::{Gate, Moe, Slot};
 use engine_spec::{GateScoring, GateSelection};
 use kernels::params::{Address, CombineParams, GateParams, PermuteParams};
 use kernels::plan;
 
-use super::Pass;
 use super::products::OfExperts;
+use super::{Out, Pass};
 use crate::CudaError;
 use crate::shapes::gate_groups;
 
@@ -15,7 +17,8 @@ impl Pass<'_> {
     pub(super) fn choose_experts(&mut self, gate: &Gate, from: Slot) -> Result<(), CudaError> {
         let buffers = &self.layout.buffers;
         let scores = self.place(buffers.scores);
-        self.wide_product(&self.matrix(gate.weight), &self.rows_of(from), scores)?;
+        let matrix = self.matrix(gate.weight);
+        self.wide_product(&matrix, &self.rows_of(from), Out::own(scores, &matrix))?;
         let (groups, kept) = gate_groups(gate);
         let params = GateParams {
             logits: scores,
@@ -45,7 +48,8 @@ impl Pass<'_> {
             return Err(CudaError::Graph("a mixture without experts"));
         };
         self.written(to);
-        self.sort(&moe.gate)?;
+        let held = moe.first_expert..moe.first_expert + moe.experts.len();
+        self.sort(&moe.gate, &held)?;
         let buffers = &self.layout.buffers;
         let row_token = self.place(buffers.row_token);
         let (gate_up_rows, outputs) = (self.place(buffers.gate_up), self.place(buffers.expert_out));
@@ -55,33 +59,36 @@ impl Pass<'_> {
         let experts = moe.gate.experts;
         self.expert_product(&OfExperts {
             first: &gate_up,
+            held: held.clone(),
             experts,
             rows: &tokens,
             row_token,
             chosen,
             out: gate_up_rows,
         })?;
-        let product = self.activate(chosen, first.inner, &down)?;
+        let product = self.activate(chosen, 0..first.inner, &down)?;
         self.expert_product(&OfExperts {
             first: &down,
+            held,
             experts,
             rows: &product,
             row_token: Address::NULL,
             chosen,
             out: outputs,
         })?;
+        self.complete_experts(experts, chosen)?;
         let shared = match &moe.shared {
             Some(shared) => {
-                let out = self.place(self.layout.buffers.shared_out);
+                let out = self.layout.buffers.shared_out;
                 self.mlp_to(shared, from, out)?;
-                out
+                self.place(out)
             }
             None => Address::NULL,
         };
         self.combine(&moe.gate, outputs, shared, to)
     }
 
-    fn sort(&self, gate: &Gate) -> Result<(), CudaError> {
+    fn sort(&self, gate: &Gate, held: &Range<usize>) -> Result<(), CudaError> {
         let buffers = &self.layout.buffers;
         let chosen = self.rows * gate.top_k;
         let params = PermuteParams {
@@ -94,6 +101,8 @@ impl Pass<'_> {
             top_k: gate.top_k as i32,
             experts: gate.experts as i32,
             tile_rows: self.expert_tile_rows(chosen, gate.experts) as i32,
+            first_expert: held.start as i32,
+            experts_held: held.len() as i32,
         };
         let launch = plan::permute(self.rows, gate.top_k, gate.experts)?;
         self.launch(&launch, &params)

@@ -7,8 +7,8 @@ use engine_model::{GroupedAttention, Norm, Projection, Slot, WeightId};
 use kernels::params::{Address, GqaCacheWriteParams, GqaDecodeParams};
 use kernels::plan::{self, MLA_SPLIT_TOKENS};
 
-use super::Pass;
 use super::attention::at;
+use super::{Out, Pass};
 use crate::CudaError;
 use crate::step::Run;
 
@@ -22,13 +22,24 @@ impl Pass<'_> {
         self.cache_heads(layer, attention)?;
         self.written(Slot::Query);
         self.written(Slot::Value);
+        let GroupedAttention {
+            heads,
+            first_head,
+            all_heads,
+            width,
+            ..
+        } = *attention;
+        let to = Out {
+            at: at(self.slot(Slot::Value).0, first_head * width, 2),
+            stride: all_heads * width,
+        };
         for run in self.runs {
-            for turn in self.turns(attention.heads, run) {
+            for turn in self.turns(heads, run) {
                 self.attend_heads(layer, attention, &turn)?;
-                self.merge(attention.heads, attention.width, &turn, Slot::Value)?;
+                self.merge(heads, width, &turn, to)?;
             }
         }
-        Ok(())
+        self.complete_heads(all_heads, width)
     }
 
     fn optional(&self, weight: Option<WeightId>) -> Address {

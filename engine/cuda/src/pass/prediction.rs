@@ -45,6 +45,6 @@ impl PredictionBackend for Pass<'_> {
         let (all, buffers) = (self.rows_of(Slot::Normed), &self.layout.buffers);
         self.written(Slot::Previous);
         self.gather(all, buffers.wanted, self.wanted, left.at)?;
-        self.wide_product(&self.matrix(table), &left, self.place(buffers.logits))
+        self.project(&self.matrix(table), &left)
     }
 }

@@ -1,9 +1,12 @@
 //! Matrix products of a pass, by the kernels that the GPU was given.
 
+use std::ops::Range;
+
 use kernels::params::{Address, EmbedParams, GemmParams, HopperGemmParams, TensorShape};
 use kernels::plan::{self, Format, HopperPlan, QUANT_GROUP};
 
-use super::{Matrix, Pass, Rows};
+use super::attention::at;
+use super::{Matrix, Out, Pass, Rows};
 use crate::{CudaError, Products};
 
 /// What a product writes.
@@ -19,7 +22,7 @@ pub(super) struct PerHead {
     /// Between rows and between heads of the input.
     pub input_strides: (usize, usize),
     pub matrix: Address,
-    pub out: Address,
+    pub out: Out,
     pub heads: usize,
     /// Values of a head's output and input.
     pub rows: usize,
@@ -28,8 +31,11 @@ pub(super) struct PerHead {
 
 /// Sorted rows and the experts whose rows they are.
 pub(super) struct OfExperts<'a> {
-    /// The first expert's; the others follow it.
+    /// The first expert's that the rank holds; the others follow it.
     pub first: &'a Matrix,
+    /// Which experts the rank holds.
+    pub held: Range<usize>,
+    /// Experts of all ranks.
     pub experts: usize,
     /// What `row_token` picks from, or the sorted rows themselves where it is null.
     pub rows: &'a Rows,
@@ -41,11 +47,11 @@ pub(super) struct OfExperts<'a> {
 
 impl Pass<'_> {
     /// The arguments of `c = rows matrix^T`.
-    fn product_params(&self, matrix: &Matrix, rows: &Rows, c: Address) -> GemmParams {
+    fn product_params(&self, matrix: &Matrix, rows: &Rows, c: Out) -> GemmParams {
         GemmParams {
             a: rows.at,
             b: matrix.at,
-            c,
+            c: c.at,
             a_scales: rows.scales,
             b_scales: matrix.scales.unwrap_or_default(),
             m: rows.count as i32,
@@ -53,7 +59,7 @@ impl Pass<'_> {
             k: matrix.columns as i32,
             lda: rows.stride as i32,
             ldb: matrix.columns as i32,
-            ldc: matrix.rows as i32,
+            ldc: c.stride as i32,
             a_scales_stride: matrix.columns.div_ceil(QUANT_GROUP) as i32,
             b_scales_stride: matrix.columns.div_ceil(QUANT_GROUP) as i32,
             ..GemmParams::default()
@@ -66,11 +72,11 @@ impl Pass<'_> {
         plan: &HopperPlan,
         matrix: &Matrix,
         rows: &Rows,
-        c: Address,
+        c: Out,
     ) -> HopperGemmParams {
         let buffers = &self.layout.buffers;
         HopperGemmParams {
-            c,
+            c: c.at,
             a_scales: rows.scales,
             b_scales: matrix.scales.unwrap_or_default(),
             // Attention's parts: nothing lives in them between two launches of attention.
@@ -82,7 +88,7 @@ impl Pass<'_> {
             m: rows.count as i32,
             n: matrix.rows as i32,
             k: matrix.columns as i32,
-            ldc: matrix.rows as i32,
+            ldc: c.stride as i32,
             a_scales_stride: matrix.columns.div_ceil(QUANT_GROUP) as i32,
             b_scales_stride: matrix.columns.div_ceil(QUANT_GROUP) as i32,
             row_tiles: plan.row_tiles as i32,
@@ -108,12 +114,7 @@ impl Pass<'_> {
     }
 
     /// `c = rows matrix^T` in bf16.
-    pub(super) fn product(
-        &self,
-        matrix: &Matrix,
-        rows: &Rows,
-        c: Address,
-    ) -> Result<(), CudaError> {
+    pub(super) fn product(&self, matrix: &Matrix, rows: &Rows, c: Out) -> Result<(), CudaError> {
         self.multiply(matrix, rows, c, Sums::Bf16)
     }
 
@@ -122,18 +123,12 @@ impl Pass<'_> {
         &self,
         matrix: &Matrix,
         rows: &Rows,
-        c: Address,
+        c: Out,
     ) -> Result<(), CudaError> {
         self.multiply(matrix, rows, c, Sums::Float32)
     }
 
-    fn multiply(
-        &self,
-        matrix: &Matrix,
-        rows: &Rows,
-        c: Address,
-        sums: Sums,
-    ) -> Result<(), CudaError> {
+    fn multiply(&self, matrix: &Matrix, rows: &Rows, c: Out, sums: Sums) -> Result<(), CudaError> {
         let (format, n, k) = (matrix.format(), matrix.rows, matrix.columns);
         let c_is_float32 = i32::from(sums == Sums::Float32);
         match self.products {
@@ -146,7 +141,8 @@ impl Pass<'_> {
             }
             Products::Hopper => {
                 let room = self.layout.buffers.parts.bytes;
-                let plan = plan::hopper_gemm(format, rows.count, n, k, 1, room)?;
+                let whole = matrix.whole_rows();
+                let plan = plan::hopper_gemm_share(format, rows.count, n, whole, k, 1, room)?;
                 let params = HopperGemmParams {
                     c_is_float32,
                     ..self.hopper_params(&plan, matrix, rows, c)
@@ -172,6 +168,7 @@ impl Pass<'_> {
             scales: None,
             rows,
             columns,
+            share: None,
         };
         let input = Rows {
             at: input,
@@ -186,7 +183,6 @@ impl Pass<'_> {
                     a_batch: head as i64,
                     b_batch: (rows * columns) as i64,
                     c_batch: rows as i64,
-                    ldc: (heads * rows) as i32,
                     ..self.product_params(&of_head, &input, out)
                 };
                 let launch = plan::gemm(Format::Bf16, self.rows, rows, columns, heads)?;
@@ -196,7 +192,6 @@ impl Pass<'_> {
                 let plan = plan::hopper_gemm(Format::Bf16, self.rows, rows, columns, heads, 0)?;
                 let params = HopperGemmParams {
                     c_batch: rows as i64,
-                    ldc: (heads * rows) as i32,
                     ..self.hopper_params(&plan, &of_head, &input, out)
                 };
                 let weights = TensorShape::weights(Format::Bf16, matrix, rows, columns, heads);
@@ -218,6 +213,7 @@ impl Pass<'_> {
     pub(super) fn expert_product(&self, product: &OfExperts<'_>) -> Result<(), CudaError> {
         let OfExperts {
             first,
+            ref held,
             experts,
             rows,
             row_token,
@@ -226,7 +222,10 @@ impl Pass<'_> {
         } = *product;
         let buffers = &self.layout.buffers;
         let (format, n, k) = (first.format(), first.rows, first.columns);
-        let (tiles, offsets) = (self.place(buffers.tiles), self.place(buffers.offsets));
+        let tiles = self.place(buffers.tiles);
+        // Tiles count experts from the first one held.
+        let offsets = at(self.place(buffers.offsets), held.start, 4);
+        let out = Out::own(out, first);
         let b_scales_batch = (n.div_ceil(QUANT_GROUP) * k.div_ceil(QUANT_GROUP)) as i64;
         match self.products {
             Products::Portable => {
@@ -255,7 +254,7 @@ impl Pass<'_> {
                     b_scales_batch,
                     ..self.hopper_params(&plan, first, &sorted, out)
                 };
-                let weights = TensorShape::weights(format, first.at, n, k, experts);
+                let weights = TensorShape::weights(format, first.at, n, k, held.len());
                 self.hopper_launch(&plan, &weights, &sorted.shape(format, k, &plan), params)
             }
         }
