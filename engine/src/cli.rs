@@ -74,6 +74,10 @@ pub struct ConfigArguments {
     /// [default: 0, none]
     #[arg(long, value_name = "COUNT", conflicts_with = "speculative_config")]
     pub num_speculative_tokens: Option<u32>,
+    /// Ranks that share the model, each on a device of its own: of GPUs, a process has as many as all have evenly
+    /// [default: one for each process]
+    #[arg(long, value_name = "COUNT")]
+    pub tensor_parallel_size: Option<u32>,
     /// The same in vLLM's form: {"method": "mtp", "num_speculative_tokens": 1}
     #[arg(long, value_name = "JSON")]
     pub speculative_config: Option<SpeculativeConfig>,

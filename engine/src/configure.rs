@@ -43,6 +43,10 @@ fn base(arguments: &ConfigArguments) -> anyhow::Result<EngineConfig> {
         &mut config.num_speculative_tokens,
         drafts.or(arguments.num_speculative_tokens),
     );
+    set(
+        &mut config.parallelism.tensor,
+        arguments.tensor_parallel_size,
+    );
     config.max_model_len = arguments.max_model_len.or(config.max_model_len);
     Ok(config)
 }

@@ -33,6 +33,20 @@ pub fn find(choice: DeviceChoice, driver: Option<&Path>) -> Result<Found, String
     }
 }
 
+/// Another GPU of this process.
+///
+/// # Errors
+/// There is none of this number, or it cannot be used: why.
+pub fn another(driver: Option<&Path>, ordinal: u32) -> Result<Found, String> {
+    let gpu = Gpu::open(driver, ordinal).map_err(|error| {
+        format!(
+            "parallelism gives each GPU of this process a rank, and GPU {ordinal} cannot be used: {error}; give the \
+             process more GPUs, or ask for fewer ranks"
+        )
+    })?;
+    Ok(Found::Gpu(gpu.with_attention(attention_choice()?)))
+}
+
 /// Forces the kernels of latent attention: `auto`, `portable` or `hopper`.
 const ATTENTION: &str = "CACHALOT_CUDA_ATTENTION";
 

@@ -18,9 +18,10 @@ use engine_text::{Text, TextFiles};
 
 use crate::bandwidth;
 use crate::cli::DeviceChoice;
+use crate::companions::{Companion, Companions};
 use crate::device::{self, Found};
 use crate::dummy;
-use crate::ranks::{Joined, World, incomplete};
+use crate::ranks::{Joined, World, incomplete, terms};
 use crate::weights::Serving;
 
 pub(crate) fn failure(reason: &str, message: impl Into<String>) -> LoadFailure {
@@ -59,7 +60,7 @@ pub struct Machine {
     pub world: World,
 }
 
-/// A model that was fetched and planned, on a machine and in a group that serve it.
+/// A model that was fetched and planned, on a device and in a group that serve it.
 struct Prepared {
     config: EngineConfig,
     found: Found,
@@ -68,6 +69,8 @@ struct Prepared {
     plan: MemoryPlan,
     group: Arc<dyn ProcessGroup>,
     tcp: Option<Arc<TcpGroup>>,
+    /// On the other GPUs of this process.
+    companions: Companions,
 }
 
 /// Fetches what `config` names, plans its memory and finds the other ranks.
@@ -93,9 +96,13 @@ fn prepare(
         Weights::Random(_) => dummy::directory(&config)?,
     };
     let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
-    config.parallelism = machine.world.parallelism(&config, &model)?;
-    let found = device::settle(found, machine.choice, &config, &model, machine.world.rank)
-        .map_err(unavailable)?;
+    let world = &machine.world;
+    config.parallelism = world.parallelism(&config, &model);
+    let here = |found: &Found| world.here(config.parallelism, matches!(found, Found::Gpu(_)));
+    let rank = here(&found)?.first;
+    let found =
+        device::settle(found, machine.choice, &config, &model, rank).map_err(unavailable)?;
+    let here = here(&found)?;
     config.device = match &found {
         Found::Cpu(_) => Device::Cpu,
         Found::Gpu(_) => Device::Nvidia,
@@ -110,7 +117,25 @@ fn prepare(
         max_model_len = plan.max_model_len,
         "memory planned"
     );
-    let Joined { group, tcp, plan } = machine.world.join(&config, &plan, weights, &directory)?;
+    let meeting = world.meeting(here)?;
+    let companions = Companions::default();
+    for (gpu, rank) in here.others() {
+        let found = device::another(machine.cuda_driver.as_deref(), gpu).map_err(unavailable)?;
+        companions.start(Companion {
+            rank,
+            meeting: meeting.guest(),
+            plan: self::plan(&config, &model, &found)?,
+            found,
+            config: config.clone(),
+            world: world.clone(),
+            weights,
+            directory: directory.clone(),
+            model: model.clone(),
+        })?;
+    }
+    let terms = terms(&config, &plan, weights, &directory)?;
+    let joined = world.join(here.first, meeting, &plan, terms);
+    let Joined { group, tcp, plan } = joined.map_err(|failure| companions.explain(failure))?;
     Ok(Prepared {
         config,
         found,
@@ -119,6 +144,7 @@ fn prepare(
         plan,
         group,
         tcp,
+        companions,
     })
 }
 
@@ -216,12 +242,31 @@ fn load_weights(
     if machine.verify_weights {
         verify(&prepared.directory, &loaded).map_err(|error| from_load_error(&error))?;
     }
-    let executor = executor(prepared, weights, &loaded).map_err(|error| from_load_error(&error))?;
+    let Prepared {
+        config,
+        found,
+        directory,
+        model,
+        plan,
+        group,
+        ..
+    } = prepared;
+    let share = Share {
+        config,
+        found,
+        directory,
+        model,
+        plan,
+        group: group.clone(),
+    };
+    let executor = share
+        .load(weights, &loaded)
+        .map_err(|error| from_load_error(&error))?;
     let patience = machine.world.patience;
     prepared
         .group
         .barrier(patience)
-        .map_err(|error| incomplete(&error))?;
+        .map_err(|error| prepared.companions.explain(incomplete(&error)))?;
     Ok(executor)
 }
 
@@ -246,58 +291,64 @@ fn verify(directory: &Path, progress: &Progress) -> Result<(), LoadError> {
     PackedModel::open(&path)?.verify(progress)
 }
 
-/// The backend of the device that was found, with the weights in its memory.
-fn executor(
-    prepared: &Prepared,
-    weights: Weights,
-    progress: &Progress,
-) -> Result<Box<dyn Executor>, LoadError> {
-    let Prepared {
-        config,
-        found,
-        directory,
-        model,
-        plan,
-        group,
-        ..
-    } = prepared;
-    if let Weights::Random(seed) = weights {
-        tracing::warn!(seed, "the weights are random: answers mean nothing");
+/// What a rank loads.
+pub(crate) struct Share<'a> {
+    pub config: &'a EngineConfig,
+    pub found: &'a Found,
+    pub directory: &'a Path,
+    pub model: &'a ModelConfig,
+    pub plan: &'a MemoryPlan,
+    pub group: Arc<dyn ProcessGroup>,
+}
+
+impl Share<'_> {
+    /// The backend of the device that was found, with the weights in its memory.
+    pub fn load(
+        self,
+        weights: Weights,
+        progress: &Progress,
+    ) -> Result<Box<dyn Executor>, LoadError> {
+        let Self {
+            config,
+            found,
+            directory,
+            model,
+            plan,
+            group,
+        } = self;
+        if let Weights::Random(seed) = weights {
+            tracing::warn!(seed, "the weights are random: answers mean nothing");
+        }
+        let (sequences, tokens) = (config.max_num_seqs, config.max_num_batched_tokens);
+        Ok(match found {
+            Found::Cpu(_) => {
+                let limits = CpuLimits::from_plan(plan, sequences, tokens);
+                tracing::info!(threads = limits.threads, isa = ?limits.isa, resident = ?limits.resident, "loading");
+                Box::new(match weights {
+                    Weights::Files => {
+                        CpuExecutor::load_share(directory, model, limits, group, progress)?
+                    }
+                    Weights::Random(seed) => {
+                        CpuExecutor::dummy_share(model, seed, limits, group, progress)?
+                    }
+                })
+            }
+            Found::Gpu(gpu) => {
+                let limits = CudaLimits::from_plan(model, plan, sequences, tokens);
+                tracing::info!(device = gpu.name(), resident = ?limits.resident, "loading");
+                let executor = match weights {
+                    Weights::Files => {
+                        CudaExecutor::load_share(gpu, directory, model, limits, group, progress)?
+                    }
+                    Weights::Random(seed) => {
+                        CudaExecutor::dummy_share(gpu, model, seed, limits, group, progress)?
+                    }
+                };
+                tracing::info!(kernels = %executor.attention(), "attention chosen");
+                Box::new(executor)
+            }
+        })
     }
-    let (sequences, tokens) = (config.max_num_seqs, config.max_num_batched_tokens);
-    Ok(match found {
-        Found::Cpu(_) => {
-            let limits = CpuLimits::from_plan(plan, sequences, tokens);
-            tracing::info!(threads = limits.threads, isa = ?limits.isa, resident = ?limits.resident, "loading");
-            Box::new(match weights {
-                Weights::Files => {
-                    CpuExecutor::load_share(directory, model, limits, group.clone(), progress)?
-                }
-                Weights::Random(seed) => {
-                    CpuExecutor::dummy_share(model, seed, limits, group.clone(), progress)?
-                }
-            })
-        }
-        Found::Gpu(gpu) => {
-            let limits = CudaLimits::from_plan(model, plan, sequences, tokens);
-            tracing::info!(device = gpu.name(), resident = ?limits.resident, "loading");
-            let executor = match weights {
-                Weights::Files => CudaExecutor::load_share(
-                    gpu,
-                    directory,
-                    model,
-                    limits,
-                    group.clone(),
-                    progress,
-                )?,
-                Weights::Random(seed) => {
-                    CudaExecutor::dummy_share(gpu, model, seed, limits, group.clone(), progress)?
-                }
-            };
-            tracing::info!(kernels = %executor.attention(), "attention chosen");
-            Box::new(executor)
-        }
-    })
 }
 
 pub(crate) fn bytes_of(
@@ -307,7 +358,7 @@ pub(crate) fn bytes_of(
     move || (progress.done(), progress.total())
 }
 
-fn plan(
+pub(crate) fn plan(
     config: &EngineConfig,
     model: &ModelConfig,
     found: &Found,

@@ -4,6 +4,7 @@
 
 mod bandwidth;
 mod cli;
+mod companions;
 mod configure;
 mod device;
 mod dummy;

@@ -1,14 +1,15 @@
-//! The ranks of a replica: which one this is, and how it finds the others.
+//! The ranks of a replica: which ones are in this process, and how they find the others.
 //!
 //! Invariant: what must be equal on all ranks is compared before anyone loads a byte of weights, and named where it is
 //! not. What may differ, room in the cache, is settled on the least.
 
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use engine_group::{Alone, GroupError, Joining, ProcessGroup, TcpGroup, Terms, join};
+use engine_group::{Alone, GroupError, Joining, ProcessGroup, TcpGroup, Terms, join, lead_at};
 use engine_load::sample_digest;
 use engine_memory::MemoryPlan;
 use engine_server::LoadFailure;
@@ -17,15 +18,52 @@ use engine_spec::{EngineConfig, ModelConfig, Parallelism, Rank, rank::WORLD_SIZE
 use crate::cli::GroupArguments;
 use crate::load::{Weights, failure, from_load_error};
 
-/// This process's place among the ranks, and where rank 0 is.
+/// This process's place among those that serve a model together, and where rank 0 is.
 #[derive(Clone, Debug)]
 pub struct World {
-    pub rank: Rank,
+    /// Which process this is.
+    pub process: Rank,
     leader: String,
     /// How long all may take to come, and to load.
     pub patience: Duration,
     /// Silence after which a rank counts as gone.
     pub timeout: Duration,
+}
+
+/// The ranks of this process: one, or one for each of its GPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Here {
+    /// The first of them.
+    pub first: Rank,
+    /// How many.
+    pub count: usize,
+}
+
+impl Here {
+    /// The ranks beside the first one, and the GPU of each.
+    pub fn others(self) -> impl Iterator<Item = (u32, Rank)> {
+        let rank = move |gpu: usize| self.first.other(self.first.index() + gpu);
+        (1..self.count).map(move |gpu| (gpu as u32, rank(gpu)))
+    }
+}
+
+/// Where ranks meet.
+#[derive(Debug)]
+pub struct Meeting {
+    /// Of rank 0.
+    address: String,
+    /// Rank 0's, when all ranks are in this process: nobody else knows its port.
+    listener: Option<TcpListener>,
+}
+
+impl Meeting {
+    /// The same for a rank that comes.
+    pub fn guest(&self) -> Self {
+        Self {
+            address: self.address.clone(),
+            listener: None,
+        }
+    }
 }
 
 /// A group that was joined.
@@ -51,7 +89,7 @@ impl World {
             (1..=WORLD_SIZE_MAX).contains(world_size),
             "--world-size {world_size}: expected 1 to {WORLD_SIZE_MAX}"
         );
-        let rank = Rank::new(*index, *world_size).with_context(|| {
+        let process = Rank::new(*index, *world_size).with_context(|| {
             format!(
                 "--rank {index}: ranks of --world-size {world_size} are numbered from 0 to {}",
                 world_size - 1
@@ -63,56 +101,93 @@ impl World {
         );
         let leader = match leader {
             Some(leader) => leader.clone(),
-            None if rank.is_alone() => String::new(),
+            None if process.is_alone() => String::new(),
             None => {
                 bail!("--world-size {world_size} needs --leader HOST:PORT, the address of rank 0")
             }
         };
         let seconds = |seconds: u32| Duration::from_secs(seconds.into());
         Ok(Self {
-            rank,
+            process,
             leader,
             patience: seconds(*join_timeout_seconds),
             timeout: seconds(*group_timeout_seconds),
         })
     }
 
-    /// How the ranks divide a model: as configured, or every layer and the routed experts by all of them.
-    pub fn parallelism(
-        &self,
-        config: &EngineConfig,
-        model: &ModelConfig,
-    ) -> Result<Parallelism, LoadFailure> {
-        let ranks = self.rank.count() as u32;
+    /// How the ranks divide a model: as configured, or every layer and the routed experts by all processes.
+    pub fn parallelism(&self, config: &EngineConfig, model: &ModelConfig) -> Parallelism {
         let given = config.parallelism;
-        if given == Parallelism::default() {
-            return Ok(Parallelism {
-                tensor: ranks,
-                expert: if model.moe.is_some() { ranks } else { 1 },
-                pipeline: 1,
+        let tensor = match given == Parallelism::default() {
+            true => self.process.count() as u32,
+            false => given.tensor,
+        };
+        match given.expert {
+            1 => Parallelism {
+                tensor,
+                expert: model.moe.as_ref().map_or(1, |_| tensor),
+                ..given
+            },
+            _ => given,
+        }
+    }
+
+    /// The ranks of this process: on the processors one, of GPUs as many as all processes have evenly.
+    pub fn here(&self, parallelism: Parallelism, on_gpus: bool) -> Result<Here, LoadFailure> {
+        let (ranks, processes) = (parallelism.ranks(), self.process.count() as u32);
+        let wrong = |way_out: String| {
+            let message = format!(
+                "parallelism asks for {ranks} ranks and --world-size is {processes}; {way_out}"
+            );
+            Err(failure("ConfigurationInvalid", message))
+        };
+        if !on_gpus && ranks != processes {
+            return wrong(format!(
+                "start each with --world-size {ranks}, --rank and --leader, or leave parallelism out"
+            ));
+        }
+        if !ranks.is_multiple_of(processes) {
+            return wrong("each process has as many of them, one on each of its GPUs: make one a multiple of the other".into());
+        }
+        let count = ranks / processes;
+        match Rank::new(self.process.index() as u32 * count, ranks) {
+            Some(first) => Ok(Here {
+                first,
+                count: count as usize,
+            }),
+            None => wrong(format!("ask for at most {WORLD_SIZE_MAX} ranks")),
+        }
+    }
+
+    /// Where the ranks meet; those of one process by themselves.
+    pub fn meeting(&self, here: Here) -> Result<Meeting, LoadFailure> {
+        if !self.process.is_alone() || here.count == 1 {
+            return Ok(Meeting {
+                address: self.leader.clone(),
+                listener: None,
             });
         }
-        if given.ranks() != ranks {
-            let message = format!(
-                "parallelism asks for {0} ranks and --world-size is {ranks}; start each with --world-size {0}, --rank and \
-                 --leader, and a device of its own, or leave parallelism out",
-                given.ranks()
-            );
-            return Err(failure("ConfigurationInvalid", message));
-        }
-        Ok(given)
+        let listen = || {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+            Ok((listener.local_addr()?.to_string(), listener))
+        };
+        let (address, listener) =
+            listen().map_err(|error: std::io::Error| incomplete(&GroupError::Socket(error)))?;
+        Ok(Meeting {
+            address,
+            listener: Some(listener),
+        })
     }
 
     /// Waits for the other ranks.
     pub fn join(
         &self,
-        config: &EngineConfig,
+        rank: Rank,
+        meeting: Meeting,
         plan: &MemoryPlan,
-        weights: Weights,
-        directory: &Path,
+        terms: Terms,
     ) -> Result<Joined, LoadFailure> {
-        let ranks = self.rank.count() as u32;
-        if self.rank.is_alone() {
+        if rank.is_alone() {
             return Ok(Joined {
                 group: Arc::new(Alone),
                 tcp: None,
@@ -120,19 +195,23 @@ impl World {
             });
         }
         let joining = Joining {
-            rank: self.rank,
-            leader: self.leader.clone(),
-            terms: terms(config, plan, weights, directory)?,
+            rank,
+            leader: meeting.address,
+            terms,
             patience: self.patience,
             timeout: self.timeout,
         };
         tracing::info!(
-            rank = self.rank.index(),
-            world_size = ranks,
-            leader = self.leader,
+            rank = rank.index(),
+            ranks = rank.count(),
+            leader = joining.leader,
             "waiting for the other ranks"
         );
-        let (group, kv_blocks) = join(&joining).map_err(|error| incomplete(&error))?;
+        let joined = match meeting.listener {
+            Some(listener) => lead_at(&joining, listener),
+            None => join(&joining),
+        };
+        let (group, kv_blocks) = joined.map_err(|error| incomplete(&error))?;
         tracing::info!(kv_blocks, "all ranks are here");
         let tcp = Arc::new(group);
         Ok(Joined {
@@ -149,7 +228,7 @@ pub fn incomplete(error: &GroupError) -> LoadFailure {
 }
 
 /// What must be equal on all ranks.
-fn terms(
+pub fn terms(
     config: &EngineConfig,
     plan: &MemoryPlan,
     weights: Weights,
@@ -208,7 +287,7 @@ mod tests {
         assert!(
             World::new(&arguments(1, 0, None))
                 .expect("alone")
-                .rank
+                .process
                 .is_alone()
         );
         assert!(World::new(&arguments(2, 1, Some("a:1"))).is_ok());
@@ -243,17 +322,31 @@ mod tests {
             expert,
             pipeline: 1,
         };
-        assert_eq!(world.parallelism(&config, &dense), Ok(all(1)));
-        assert_eq!(world.parallelism(&config, &moe), Ok(all(4)));
-        config.parallelism = all(4);
-        assert_eq!(world.parallelism(&config, &moe), Ok(all(4)));
+        assert_eq!(world.parallelism(&config, &dense), all(1));
+        assert_eq!(world.parallelism(&config, &moe), all(4));
+        config.parallelism = all(1);
+        assert_eq!(world.parallelism(&config, &moe), all(4));
+        let wanted = world.parallelism(&config, &dense);
+        let of = |index, count| Rank::new(index, count).expect("a rank");
+        for on_gpus in [false, true] {
+            let (first, count) = (of(1, 4), 1);
+            assert_eq!(world.here(wanted, on_gpus), Ok(Here { first, count }));
+        }
         config.parallelism.tensor = 8;
-        let refusal = world.parallelism(&config, &moe).unwrap_err();
+        let wanted = world.parallelism(&config, &dense);
+        let (first, count) = (of(2, 8), 2);
+        let here = world.here(wanted, true).expect("two of eight");
+        assert_eq!(here, Here { first, count });
+        assert_eq!(here.others().collect::<Vec<_>>(), [(1, of(3, 8))]);
+        let refusal = world.here(wanted, false).unwrap_err().message;
+        let words = "asks for 8 ranks and --world-size is 4; start each with --world-size 8";
+        assert!(refusal.contains(words), "{refusal}");
+        config.parallelism.tensor = 6;
+        let refusal = world.here(world.parallelism(&config, &dense), true);
+        let refusal = refusal.unwrap_err().message;
         assert!(
-            refusal
-                .message
-                .contains("asks for 8 ranks and --world-size is 4"),
-            "{refusal:?}"
+            refusal.contains("make one a multiple of the other"),
+            "{refusal}"
         );
     }
 }

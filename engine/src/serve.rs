@@ -85,7 +85,7 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
                 std::process::exit(1);
             });
         };
-        if !world.rank.is_leader() {
+        if !world.process.is_leader() {
             let loader: RankLoader = Box::new(move |startup: &StartupHandle| {
                 load::load_rank(config, &machine, weights, startup)
             });

@@ -364,3 +364,83 @@ fn a_kernel_that_faults_makes_the_engine_unhealthy_with_the_cuda_error() {
     let code = engine.child.wait().unwrap().code();
     assert_eq!(code, Some(1));
 }
+
+fn leader() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().to_string()
+}
+
+/// The text of an answer; at a temperature, so that a wrong logit shows.
+fn text(engine: &Engine) -> String {
+    let body = json!({"model": "tiny-r1", "temperature": 0.7, "seed": 5, "max_tokens": 24, "logprobs": true,
+        "messages": [{"role": "user", "content": "What is 17 + 25?"}]});
+    let (status, answer) = engine.request("POST /v1/chat/completions", &body.to_string());
+    assert_eq!(status, 200, "{answer}");
+    let answer: Value = serde_json::from_str(&answer).unwrap();
+    answer["choices"][0].to_string()
+}
+
+#[test]
+fn gpus_of_one_process_and_of_two_answer_as_one_gpu_does() {
+    let Some(driver) = driver() else { return };
+    let on = |gpus: &str, arguments: &[&str]| {
+        let mut command = engine(&tiny(), "cuda", &driver);
+        command
+            .args(arguments)
+            .env("CACHALOT_EMULATION_DEVICES", gpus);
+        Engine::start(command)
+    };
+    let one = on("1", &[]);
+    one.wait_ready();
+    let expected = text(&one);
+    let two = on("2", &["--tensor-parallel-size", "2"]);
+    two.wait_ready();
+    assert_eq!(text(&two), expected);
+    let leader = leader();
+    let of_four = |rank: &str| {
+        let group = ["--world-size", "2", "--rank", rank, "--leader", &leader];
+        on(
+            "2",
+            &[&group[..], &["--tensor-parallel-size", "4"]].concat(),
+        )
+    };
+    let (second, first) = (of_four("1"), of_four("0"));
+    first.wait_ready();
+    second.wait_ready();
+    assert_eq!(text(&first), expected);
+    drop(second);
+    // Ranks 2 and 3 are gone: nobody waits for them.
+    let (status, _) = first.ask("What is 1 + 1?", 4);
+    assert_ne!(status, 200);
+}
+
+#[test]
+fn more_ranks_than_gpus_are_refused_with_the_way_out() {
+    let Some(driver) = driver() else { return };
+    let refused = |device: &str, arguments: &[&str], words: &str| {
+        let mut command = engine(&tiny(), device, &driver);
+        command.args(arguments);
+        let (code, text) = run(command);
+        assert_eq!(code, 1, "{text}");
+        assert!(text.contains(words), "{text}");
+    };
+    let two = ["--tensor-parallel-size", "2"];
+    refused("cuda", &two, "GPU 1 cannot be used");
+    refused(
+        "cuda",
+        &two,
+        "give the process more GPUs, or ask for fewer ranks",
+    );
+    refused(
+        "cpu",
+        &two,
+        "start each with --world-size 2, --rank and --leader",
+    );
+    let group = ["--world-size", "2", "--leader", "127.0.0.1:1"];
+    let odd = [&group[..], &["--tensor-parallel-size", "3"]].concat();
+    refused(
+        "cuda",
+        &odd,
+        "one on each of its GPUs: make one a multiple of the other",
+    );
+}

@@ -7,8 +7,8 @@
 //
 // Environment: CACHALOT_EMULATION_SCHEDULE 0, 1 or 2 (default 0), CACHALOT_EMULATION_WORKERS (default 1),
 // CACHALOT_EMULATION_MEMORY bytes of "device" memory (default 8 GiB), CACHALOT_EMULATION_CAPABILITY such as 80 or 90,
-// CACHALOT_EMULATION_VERSION of the driver (default 13000), CACHALOT_EMULATION_DEVICES 0 or 1, CACHALOT_EMULATION_IMAGES 0
-// for a device that no image fits, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails.
+// CACHALOT_EMULATION_VERSION of the driver (default 13000), CACHALOT_EMULATION_DEVICES 0 to 8 (default 1), each with memory and a
+// primary context of its own, CACHALOT_EMULATION_IMAGES 0 for a device that no image fits, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails.
 #include "machine.h"
 
 #include <sys/mman.h>
@@ -43,6 +43,7 @@ enum Error : int {
     CAPTURE_INVALIDATED = 901,
 };
 
+constexpr int DEVICES_MAX = 8;
 constexpr size_t PAGE = 4096;
 constexpr unsigned char CANARY = 0xC5;
 constexpr size_t SHARED_MAX = 227 * 1024, SHARED_DEFAULT = 48 * 1024;
@@ -53,12 +54,14 @@ size_t environment(const char* name, size_t fallback) {
 }
 
 struct Context {
+    int device = 0;
     int error = SUCCESS; // sticky
     std::string report;
     long fault_after = long(environment("CACHALOT_EMULATION_FAULT_AFTER", size_t(-1))); // kernels until one fails; negative: never
     std::recursive_mutex lock; // over its streams, held while their work runs: streams that wait for each other cannot lock up
 };
 struct Allocation {
+    int device;
     size_t bytes;
     char* region;
     size_t region_bytes;
@@ -102,13 +105,19 @@ std::mutex lock; // over everything below
 std::map<uintptr_t, Allocation> allocations;
 std::map<uintptr_t, size_t> freed; // stays unreadable, so that a late use is a fault
 std::map<uintptr_t, size_t> pinned;    // host memory that copies read and write when they run
-size_t allocated = 0;
-Context primary;
+size_t allocated[DEVICES_MAX]; // by device
+Context primaries[DEVICES_MAX];
 thread_local Context* current = nullptr;
 thread_local unsigned captures_of_thread = 0;
 // Streams by handle; a null handle is the default stream.
 std::map<void*, std::shared_ptr<Stream>> streams;
 thread_local int schedule_of_thread = -1;
+
+int device_count() {
+    const size_t asked = environment("CACHALOT_EMULATION_DEVICES", 1);
+    return asked < DEVICES_MAX ? int(asked) : DEVICES_MAX;
+}
+bool is_device(int device) { return device >= 0 && device < device_count(); }
 
 size_t memory_total() {
     static const size_t total = environment("CACHALOT_EMULATION_MEMORY", size_t(8) << 30);
@@ -247,26 +256,27 @@ API cachalot_emulation_kernel(unsigned i, const char** name, unsigned* threads, 
 
 API cuInit(unsigned) {
     emu::describe_address = describe;
-    return environment("CACHALOT_EMULATION_DEVICES", 1) ? SUCCESS : NO_DEVICE; // as a driver without a GPU says
+    return device_count() ? SUCCESS : NO_DEVICE; // as a driver without a GPU says
 }
 API cuDriverGetVersion(int* version) {
     *version = int(environment("CACHALOT_EMULATION_VERSION", 13000));
     return SUCCESS;
 }
 API cuDeviceGetCount(int* count) {
-    *count = 1;
+    *count = device_count();
     return SUCCESS;
 }
 API cuDeviceGet(int* device, int ordinal) {
     *device = ordinal;
-    return ordinal ? INVALID_DEVICE : SUCCESS;
+    return is_device(ordinal) ? SUCCESS : INVALID_DEVICE;
 }
 API cuDeviceGetName(char* name, int size, int) {
     snprintf(name, size, "CPU emulation of CUDA");
     return SUCCESS;
 }
-API cuDeviceGetUuid_v2(unsigned char* uuid, int) {
+API cuDeviceGetUuid_v2(unsigned char* uuid, int device) {
     memset(uuid, 0, 16);
+    uuid[15] = (unsigned char)device;
     return SUCCESS;
 }
 API cuDeviceGetAttribute(int* value, int which, int) {
@@ -278,18 +288,23 @@ API cuDeviceTotalMem_v2(size_t* bytes, int) {
     return SUCCESS;
 }
 
-API cuDevicePrimaryCtxRetain(Context** context, int) {
-    *context = &primary;
+API cuDevicePrimaryCtxRetain(Context** context, int device) {
+    if (!is_device(device)) return INVALID_DEVICE;
+    *context = &primaries[device];
+    (*context)->device = device;
     return SUCCESS;
 }
 API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
-API cuDevicePrimaryCtxReset_v2(int) {
-    primary.error = SUCCESS;
-    primary.report.clear();
+API cuDevicePrimaryCtxReset_v2(int device) {
+    if (!is_device(device)) return INVALID_DEVICE;
+    primaries[device].error = SUCCESS;
+    primaries[device].report.clear();
     return SUCCESS;
 }
-API cuCtxCreate_v2(Context** context, unsigned, int) {
+API cuCtxCreate_v2(Context** context, unsigned, int device) {
+    if (!is_device(device)) return INVALID_DEVICE;
     *context = current = new Context;
+    current->device = device;
     return SUCCESS;
 }
 API cuCtxDestroy_v2(Context* context) {
@@ -299,7 +314,7 @@ API cuCtxDestroy_v2(Context* context) {
         for (auto at = streams.begin(); at != streams.end();)
             at = at->second->context == context ? streams.erase(at) : std::next(at);
     }
-    if (context != &primary) delete context;
+    if (context < primaries || context >= primaries + DEVICES_MAX) delete context;
     return SUCCESS;
 }
 API cuCtxSetCurrent(Context* context) {
@@ -318,17 +333,18 @@ API cuCtxSynchronize() {
 }
 
 API cuMemGetInfo_v2(size_t* available, size_t* total) {
+    if (int error = sticky()) return error;
     std::lock_guard<std::mutex> guard(lock);
     *total = memory_total();
-    *available = *total - allocated;
-    return sticky();
+    *available = *total - allocated[current->device];
+    return SUCCESS;
 }
 API cuMemAlloc_v2(uint64_t* pointer, size_t bytes) {
     if (int error = sticky()) return error;
     if (bytes == 0) return INVALID_VALUE;
     if (captures_of_thread) return CAPTURE_UNSUPPORTED;
     std::lock_guard<std::mutex> guard(lock);
-    if (allocated + bytes > memory_total()) return OUT_OF_MEMORY;
+    if (allocated[current->device] + bytes > memory_total()) return OUT_OF_MEMORY;
     // The data ends at a guard page, up to the 16 bytes a vector load needs. The driver promises 256; kernels must not
     // count on more than 16, because buffers are also cut out of an arena.
     const size_t data = (bytes + PAGE - 1) / PAGE * PAGE, region_bytes = data + 2 * PAGE;
@@ -342,8 +358,8 @@ API cuMemAlloc_v2(uint64_t* pointer, size_t bytes) {
     memset(start + bytes, CANARY, region + PAGE + data - (start + bytes));
     const uintptr_t at = reinterpret_cast<uintptr_t>(start);
     freed.erase(reinterpret_cast<uintptr_t>(region));
-    allocations[at] = {bytes, region, region_bytes};
-    allocated += bytes;
+    allocations[at] = {current->device, bytes, region, region_bytes};
+    allocated[current->device] += bytes;
     *pointer = at;
     return SUCCESS;
 }
@@ -355,7 +371,7 @@ API cuMemFree_v2(uint64_t pointer) {
     if (found == allocations.end()) return INVALID_VALUE;
     const Allocation allocation = found->second;
     allocations.erase(found);
-    allocated -= allocation.bytes;
+    allocated[allocation.device] -= allocation.bytes;
     // Kept unreadable for a while instead of returned, so that a use after free faults.
     mmap(allocation.region, allocation.region_bytes, PROT_NONE,
          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);

@@ -91,11 +91,27 @@ struct Greeting {
 /// # Errors
 /// This rank is refused, another does not come in time, or no socket can be had.
 pub fn join(joining: &Joining) -> Result<(TcpGroup, u32), GroupError> {
-    let deadline = Instant::now() + joining.patience;
-    let (streams, kv_blocks) = match joining.rank.is_leader() {
-        true => lead(joining, deadline)?,
-        false => follow(joining, deadline)?,
-    };
+    match joining.rank.is_leader() {
+        true => lead_at(joining, listen(&joining.leader)?),
+        false => complete(joining, follow),
+    }
+}
+
+/// The same for rank 0 that listens already.
+///
+/// # Errors
+/// See [`join`].
+pub fn lead_at(joining: &Joining, listener: TcpListener) -> Result<(TcpGroup, u32), GroupError> {
+    complete(joining, |joining, deadline| {
+        lead(joining, listener, deadline)
+    })
+}
+
+fn complete(
+    joining: &Joining,
+    connect: impl FnOnce(&Joining, Instant) -> Result<Connected, GroupError>,
+) -> Result<(TcpGroup, u32), GroupError> {
+    let (streams, kv_blocks) = connect(joining, Instant::now() + joining.patience)?;
     let group = TcpGroup::new(joining.rank, streams, joining.timeout)?;
     group.barrier(joining.timeout)?;
     Ok((group, kv_blocks))
@@ -110,8 +126,11 @@ struct Guest {
     kv_blocks: u32,
 }
 
-fn lead(joining: &Joining, deadline: Instant) -> Result<Connected, GroupError> {
-    let listener = listen(&joining.leader)?;
+fn lead(
+    joining: &Joining,
+    listener: TcpListener,
+    deadline: Instant,
+) -> Result<Connected, GroupError> {
     listener.set_nonblocking(true)?;
     let mut guests: Vec<Option<Guest>> = joining.rank.all().map(|_| None).collect();
     let missing = |guests: &[Option<Guest>]| {

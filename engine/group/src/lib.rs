@@ -22,5 +22,5 @@ pub use error::GroupError;
 pub use exchange::{Columns, ExpertOutputs, Owners};
 pub use executor::{Follower, LeadingExecutor, Next};
 pub use group::{Alone, Layout, ProcessGroup};
-pub use join::{Joining, Terms, join};
+pub use join::{Joining, Terms, join, lead_at};
 pub use tcp::TcpGroup;
