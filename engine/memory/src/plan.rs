@@ -189,6 +189,7 @@ pub fn memory_plan(config: &ModelConfig, request: &MemoryRequest) -> Result<Memo
     if (request.dtype, request.device) == (Dtype::Float32, Device::Nvidia) {
         return Err(Misfit::NoArithmetic);
     }
+    check_blocks(config, request)?;
     check_drafts(config, request)?;
     check_kv_cache(config, request)?;
     if config.packed.is_some() && request.device == Device::Nvidia {
@@ -323,6 +324,51 @@ fn check_kv_cache(config: &ModelConfig, request: &MemoryRequest) -> Result<(), M
         }
     };
     Err(Misfit::NoFp8Cache(why))
+}
+
+/// Ranks share FP8 matrices by whole blocks: a part of a block would have its scale on two of them.
+fn check_blocks(config: &ModelConfig, request: &MemoryRequest) -> Result<(), Misfit> {
+    let ResidentDtype::Float8E4m3(blocks) = resident(config, request) else {
+        return Ok(());
+    };
+    let tensor = request.parallelism.tensor;
+    let refused = |reason: String| Misfit::Indivisible {
+        axis: "tensor",
+        found: tensor,
+        reason,
+    };
+    let shared = config.moe.as_ref().map_or(0, |moe| {
+        moe.shared_experts.saturating_mul(moe.intermediate_size)
+    });
+    let dense = match config.moe_layers() < config.layers {
+        true => config.intermediate_size,
+        false => 0,
+    };
+    let rows = [
+        ("hidden width's", config.hidden_size),
+        ("dense layers'", dense),
+        ("shared experts'", shared),
+    ];
+    let few = |(_, rows): &&(&str, u32)| *rows > 0 && rows / blocks.rows < tensor;
+    if let Some((whose, rows)) = rows.iter().find(few).filter(|_| tensor > 1) {
+        return Err(refused(format!(
+            "leaves a rank less than a block of {} of the {whose} {rows} rows, and an FP8 block has one scale",
+            blocks.rows
+        )));
+    }
+    let heads = config.attention.heads() / tensor.max(1);
+    let widths = match &config.attention {
+        AttentionConfig::Latent(a) => [heads * a.qk_head_dim(), 0],
+        AttentionConfig::Grouped(a) => [heads, a.kv_heads_per_rank(tensor)].map(|n| n * a.head_dim),
+    };
+    let cut = widths.iter().find(|rows| !rows.is_multiple_of(blocks.rows));
+    match cut.filter(|_| tensor > 1) {
+        Some(rows) => Err(refused(format!(
+            "gives a rank {rows} rows of heads, which are no whole blocks of {}, and an FP8 block has one scale",
+            blocks.rows
+        ))),
+        None => Ok(()),
+    }
 }
 
 fn check_drafts(config: &ModelConfig, request: &MemoryRequest) -> Result<(), Misfit> {
@@ -463,6 +509,7 @@ fn memory_plan_fits(config: &ModelConfig, request: &MemoryRequest) -> bool {
         return false;
     };
     if check_parallelism(config, request.parallelism).is_err()
+        || check_blocks(config, request).is_err()
         || check_drafts(config, request).is_err()
     {
         return false;

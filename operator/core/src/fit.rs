@@ -125,21 +125,6 @@ pub fn layouts(
             ),
         });
     }
-    let whole = kinds.iter().filter(|(kind, _)| kind.can_combine());
-    let gpus_per_node_max = whole.map(|(_, present)| present.gpus_per_node).max();
-    if let Some(given) = valid.parallelism
-        && gpus_per_node_max.is_some_and(|most| given.ranks() > most)
-        && !valid.is_preview
-    {
-        return Err(NoLayout {
-            reason: Reason::NotServedYet,
-            message: format!(
-                "spec.parallelism asks for {} GPUs in one replica and no node has more than {}; replicas over several nodes are not served yet, so ask for fewer or remove spec.parallelism",
-                given.ranks(),
-                gpus_per_node_max.unwrap_or(0)
-            ),
-        });
-    }
     let mut fitting = Vec::new();
     let mut misfits = Vec::new();
     for (kind, present) in kinds {
@@ -156,7 +141,7 @@ pub fn layouts(
             }
         };
         match smallest_layout(valid, facts, &kind, present.gpus_per_node)
-            .or_else(|why| layout_over_nodes(valid, facts, &kind, present).ok_or(why))
+            .or_else(|why| layout_over_nodes(valid, facts, &kind, present, why))
         {
             Ok(layout) => fitting.push((rank, layout)),
             Err(why) => misfits.push(format!("{nodes}: {why}")),
@@ -359,42 +344,49 @@ fn smallest_layout(
             Ok(layout) => return Ok(layout),
             // A number that does not divide the model's heads says nothing about memory.
             Err(Misfit::Indivisible { .. }) if last.is_some() => {}
-            Err(misfit) => {
-                last = Some(format!(
-                    "with {tensor} of them it {misfit}; replicas over several nodes are not served yet"
-                ))
-            }
+            Err(misfit) => last = Some(format!("with {tensor} of them it {misfit}")),
         }
     }
     Err(last.unwrap_or_else(|| "no whole GPU on any node".into()))
 }
 
-/// The smallest layout over several nodes; none when there is none, or it is not served.
+/// The smallest layout over several nodes, for what does not fit one: `alone` says why not.
+///
+/// # Errors
+/// Why there is none.
 fn layout_over_nodes(
     valid: &ValidDeployment,
     facts: &ModelFacts,
     kind: &DeviceKind,
     present: Present,
-) -> Option<Layout> {
-    if !kind.can_combine() || !gang::is_served(kind, valid.is_preview) {
-        return None;
+    alone: String,
+) -> Result<Layout, String> {
+    if !kind.can_combine() {
+        return Err(alone);
     }
     let most = present.gpus_per_node;
-    let counts = match asked_for(valid, facts) {
+    let given = asked_for(valid, facts);
+    let counts = match given {
         Some(given) => vec![given],
         None => GPU_COUNTS_OVER_NODES
             .iter()
             .map(|tensor| automatic(facts, *tensor))
             .collect(),
     };
-    let over_nodes = counts.into_iter().filter(|given| given.ranks() > most);
-    over_nodes
-        .map(|given| (given, gang::pods(given.ranks(), most)))
-        .filter(|(_, pods)| usize::try_from(*pods).is_ok_and(|pods| pods <= present.nodes))
-        .find_map(|(given, pods)| {
-            let layout = layout(valid, facts, kind.clone(), given, kind.usable_bytes());
-            Some(layout.ok()?.over(pods))
-        })
+    let mut last = alone;
+    for parallelism in counts.into_iter().filter(|wanted| wanted.ranks() > most) {
+        let pods = gang::pods(parallelism.ranks(), most);
+        if usize::try_from(pods).is_ok_and(|pods| pods > present.nodes) {
+            break;
+        }
+        match layout(valid, facts, kind.clone(), parallelism, kind.usable_bytes()) {
+            Ok(layout) => return Ok(layout.over(pods)),
+            // What one node lacks says more than that more of them lack it too.
+            Err(misfit) if given.is_some() => last = misfit.to_string(),
+            Err(_) => {}
+        }
+    }
+    Err(last)
 }
 
 /// The layout of one replica on a kind of device; on GPUs in one pod.

@@ -6,25 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::fit::DeviceKind;
 use crate::placement::{self, Rank, Room, WhyNot, Wish};
 use crate::snapshot::NodeView;
-
-/// Annotation of a ModelDeployment: plan for what the engine does not serve yet, comma separated.
-const PREVIEW: &str = "cachalot.dev/preview";
-/// The word in [`PREVIEW`] for replicas of several pods on any device.
-const PREVIEW_GROUPS: &str = "groups";
-
-/// Whether an annotation asks for plans that the engine does not serve yet.
-pub fn is_preview(annotations: Option<&BTreeMap<String, String>>) -> bool {
-    let words = annotations.and_then(|all| all.get(PREVIEW));
-    words.is_some_and(|words| words.split(',').any(|word| word.trim() == PREVIEW_GROUPS))
-}
-
-/// Whether replicas of several pods may be planned on a kind of device.
-pub fn is_served(kind: &DeviceKind, is_preview: bool) -> bool {
-    is_preview || *kind == DeviceKind::Cpu
-}
 
 /// How many pods share `devices`, when one node has at most `devices_per_node`: as few as divide them
 /// evenly.

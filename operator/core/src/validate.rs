@@ -112,8 +112,6 @@ pub struct ValidDeployment {
     pub placement: ValidPlacement,
     /// Overrides.
     pub template: PodTemplate,
-    /// Whether plans may be made that the engine does not serve yet.
-    pub is_preview: bool,
 }
 
 /// How many replicas.
@@ -304,7 +302,6 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         rollout,
         placement,
         template: pod_template.clone(),
-        is_preview: crate::gang::is_preview(deployment.metadata.annotations.as_ref()),
     })
 }
 

@@ -12,13 +12,6 @@ use operator_core::snapshot::{PodPhase, Scheduled};
 use operator_core::{Action, Object, Plan, check, names};
 use serde_json::{Value, json};
 
-fn preview(deployment: ModelDeployment) -> ModelDeployment {
-    with(
-        deployment,
-        json!({"metadata": {"annotations": {"cachalot.dev/preview": "groups"}}}),
-    )
-}
-
 /// Two ranks on the processors, each a pod.
 fn pair(spec: Value) -> ModelDeployment {
     let mut whole = json!({"parallelism": {"tensor": 2}});
@@ -35,7 +28,7 @@ fn pair_on(spec: Value, nodes: usize) -> Story {
 fn wide(spec: Value) -> ModelDeployment {
     let mut whole = json!({"parallelism": {"tensor": 16, "expert": 16}});
     merge(&mut whole, spec);
-    preview(r1(whole))
+    r1(whole)
 }
 
 fn created(plan: &Plan) -> Vec<Pod> {
@@ -94,7 +87,7 @@ fn clique(name: &str, clique: &str) -> k8s_openapi::api::core::v1::Node {
 }
 
 #[test]
-fn groups_are_planned_only_where_the_engine_serves_them() {
+fn ranks_on_processors_share_nodes_and_those_on_gpus_fill_them() {
     let given = deployment("m", json!({"parallelism": {"tensor": 2}}));
     let plan = story(given).inspected().on([node("a", "4", "8Gi")]).plan();
     // One node may take several ranks on the processors.
@@ -105,10 +98,14 @@ fn groups_are_planned_only_where_the_engine_serves_them() {
         .of_config(R1_CONFIG)
         .on([h100x8("a"), h100x8("b")])
         .plan();
-    let (_, reason, message) = condition(&plan, "Planned");
-    assert_eq!(reason, "NotServedYet");
-    assert!(message.contains("16 GPUs in one replica"), "{message}");
-    assert!(created(&plan).is_empty());
+    assert_eq!(first_nodes(&plan), ["a", "b"]);
+    for pod in created(&plan) {
+        let container = &pod.spec.unwrap().containers[0];
+        let limits = container.resources.clone().unwrap().limits.unwrap();
+        assert_eq!(limits["nvidia.com/gpu"].0, "8");
+        let command = container.command.clone().unwrap().join(" ");
+        assert!(command.contains("--world-size 2 "), "{command}");
+    }
 }
 
 #[test]
@@ -186,7 +183,7 @@ fn all_ranks_have_a_place_or_none_has() {
 
 #[test]
 fn several_nodes_are_used_only_where_no_one_node_would_do() {
-    let automatic = || preview(r1(json!({})));
+    let automatic = || r1(json!({}));
     let plan = story(automatic()).on([h100x8("a"), h100x8("b")]).plan();
     assert_eq!(
         plan.status.plan.as_ref().unwrap().parallelism,

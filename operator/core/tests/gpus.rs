@@ -122,16 +122,17 @@ fn a_model_with_grouped_attention_takes_as_many_gpus_as_divide_it() {
 }
 
 #[test]
-fn a_replica_over_several_nodes_is_refused_for_now() {
-    let plan = story(r1(json!({"parallelism": {"tensor": 16, "expert": 16}})))
-        .on([h100x8("a"), h100x8("b")])
+fn fp8_matrices_are_shared_by_as_many_as_have_whole_blocks() {
+    let nodes = ["a", "b", "c", "d"].map(h100x8);
+    let plan = story(r1(json!({"parallelism": {"tensor": 32}})))
+        .on(nodes)
         .plan();
     let (_, reason, message) = condition(&plan, "Planned");
-    assert_eq!(reason, "NotServedYet");
-    assert!(
-        message.contains("16 GPUs in one replica and no node has more than 8"),
-        "{message}"
-    );
+    assert_eq!(reason, "MemoryDoesNotFit");
+    // The shared expert of DeepSeek-V3 has 2048 rows, 16 blocks.
+    let why =
+        "tensor = 32: leaves a rank less than a block of 128 of the shared experts' 2048 rows";
+    assert!(message.contains(why), "{message}");
 }
 
 #[test]

@@ -201,7 +201,7 @@ fn nothing_connects_parts_so_a_replica_has_one() {
         json!({"parallelism": {"tensor": 4}}),
     );
     let story = story.on([parts(), gpu_node("b", "NVIDIA-H200", 143_771, 2)]);
-    assert_eq!(condition(&story.plan(), "Planned").1, "NotServedYet");
+    assert_eq!(condition(&story.plan(), "Planned").1, "MemoryDoesNotFit");
     let story = qwen(json!({"mig": "allowed"}), two)
         .on([parts(), h200x8("b")])
         .taken("b", 8);

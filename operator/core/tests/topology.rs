@@ -20,14 +20,13 @@ fn planned(tensor: u32, topology: Value, nodes: &[(&str, Value)]) -> Plan {
         "parallelism": {"tensor": tensor, "expert": tensor},
         "placement": {"topology": topology},
     });
-    let preview = json!({"metadata": {"annotations": {"cachalot.dev/preview": "groups"}}});
     let nodes = nodes.iter().map(|(name, labels)| {
         with(
             h100x8(name),
             json!({"metadata": {"labels": labels.clone()}}),
         )
     });
-    story(with(r1(spec), preview)).on(nodes).plan()
+    story(r1(spec)).on(nodes).plan()
 }
 
 fn nodes_of(plan: &Plan) -> Vec<String> {

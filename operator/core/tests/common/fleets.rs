@@ -155,8 +155,8 @@ fn random_wish(dice: &mut Seed, index: u64, on_gpus: bool) -> ModelDeployment {
     }
     spec["rollout"]["restartBudget"] = json!(2 + dice.below(6));
     // Replicas of several pods: on the CPU each rank is one, on GPUs what is more than a node has.
-    let is_preview = dice.below(3) == 0;
-    if is_preview && !on_gpus {
+    let is_group = dice.below(3) == 0;
+    if is_group && !on_gpus {
         spec["parallelism"] = json!({"tensor": *dice.of(&[2, 2, 4]).unwrap()});
     }
     if on_gpus {
@@ -190,7 +190,6 @@ fn random_wish(dice: &mut Seed, index: u64, on_gpus: bool) -> ModelDeployment {
         deployment(&name, spec),
         json!({"metadata": {
             "uid": format!("uid-of-{name}"),
-            "annotations": if is_preview { json!({"cachalot.dev/preview": "groups"}) } else { json!({}) },
         }}),
     )
 }
