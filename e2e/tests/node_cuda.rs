@@ -1,4 +1,4 @@
-//! On a real node that advertises a GPU: the quick start's model answers through the CUDA backend.
+//! On a real node that advertises GPUs: the quick start's model answers through the CUDA backend, on one and on two.
 //!
 //! Lab only: the node has no GPU. It advertises one (`kubelab node gpus`), and the driver's library that NVIDIA's container
 //! toolkit would mount is the emulated one, from a ConfigMap.
@@ -19,6 +19,8 @@ const TEMPLATE: &str = "
     env:
       - name: CACHALOT_CUDA_DRIVER
         value: /driver/libcuda.so.1
+      - name: CACHALOT_EMULATION_DEVICES
+        value: '{gpus}'
     volumes:
       - name: driver
         mountPath: /driver
@@ -30,11 +32,11 @@ const TEMPLATE: &str = "
 ";
 
 #[test]
-fn a_model_on_a_gpu_node_answers_through_the_cuda_backend() {
+fn a_model_on_a_gpu_node_answers_through_the_cuda_backend_on_one_gpu_and_on_two() {
     let cluster = Cluster::from_environment().expect("a cluster");
     let lab = cluster.kubeconfig().parent().expect("the lab's folder");
     let advertised = Command::new(e2e::tool("kubelab"))
-        .args(["node", "gpus", "--count", "1", "--dir"])
+        .args(["node", "gpus", "--count", "3", "--dir"])
         .arg(lab)
         .output()
         .expect("kubelab runs");
@@ -58,26 +60,34 @@ fn a_model_on_a_gpu_node_answers_through_the_cuda_backend() {
         ])
         .expect("the library fits a ConfigMap");
 
-    let manifest = node::manifest("tiny-gpu", "replicas: 1").replace("type: cpu", "type: nvidia")
-        + TEMPLATE.trim_start_matches('\n');
-    cluster.apply(&namespace.name, &manifest).expect("applied");
-    wait_ready(&cluster, &namespace.name, "tiny-gpu");
+    on_gpus(&cluster, &namespace.name, "tiny-gpu", "1", "replicas: 1");
+    let shared = "replicas: 1\nparallelism: {tensor: 2}";
+    let log = on_gpus(&cluster, &namespace.name, "tiny-gpus", "2", shared);
+    assert!(log.contains("all ranks are here"), "{log}");
+}
+
+/// Serves the model on so many GPUs of one pod and asks it; what the pod said.
+fn on_gpus(cluster: &Cluster, namespace: &str, name: &str, gpus: &str, spec: &str) -> String {
+    let manifest = node::manifest(name, spec).replace("type: cpu", "type: nvidia")
+        + TEMPLATE.replace("{gpus}", gpus).trim_start_matches('\n');
+    cluster.apply(namespace, &manifest).expect("applied");
+    wait_ready(cluster, namespace, name);
     let pods = cluster
-        .engine_pods(&namespace.name, "tiny-gpu")
+        .engine_pods(namespace, name)
         .expect("the API answers");
     let [pod] = pods.as_slice() else {
         panic!("one pod: {pods:?}");
     };
     let limits = &pod["spec"]["containers"][0]["resources"]["limits"];
-    assert_eq!(limits["nvidia.com/gpu"], "1");
-    let name = pod["metadata"]["name"].as_str().expect("a name");
+    assert_eq!(limits["nvidia.com/gpu"], gpus);
+    let pod = pod["metadata"]["name"].as_str().expect("a name");
     let log = cluster
-        .kubectl(&["logs", name, "-n", &namespace.name])
+        .kubectl(&["logs", pod, "-n", namespace])
         .expect("a log");
     let chosen = log.lines().find(|line| line.contains("device chosen"));
     assert!(chosen.is_some_and(|line| line.contains("cuda")), "{log}");
-
-    let model = Model::of(&cluster, &namespace.name, "tiny-gpu");
-    let answer = chat::ask(&model.base_url, "tiny-gpu", "What is 123 + 456?").expect("an answer");
+    let model = Model::of(cluster, namespace, name);
+    let answer = chat::ask(&model.base_url, name, "What is 123 + 456?").expect("an answer");
     assert_eq!(answer.boxed(), Some("579"), "{answer:?}");
+    log
 }
