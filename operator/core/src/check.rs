@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::Pod;
 
 use crate::names;
 use crate::plan::{Action, Kind, Object, Plan};
-use crate::priority::Priority;
+use crate::priority::{Priority, Rival};
 use crate::replicas::{GroupKey, Replica, State, observe};
 use crate::resources::Resources;
 use crate::snapshot::{PodView, Snapshot};
@@ -284,7 +284,7 @@ fn check_replicas(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
         });
     }
     // Those that give way to a higher priority leave without our doing; nobody else leaves for it.
-    let stands = |r: &Replica<'_>| r.is_ready() && snapshot.contest.claimant(r.pod).is_none();
+    let stands = |r: &Replica<'_>| r.is_ready() && snapshot.contest.claimant_of(r.pods()).is_none();
     let ready_before = count(replicas.iter().filter(|r| stands(r)).count());
     let is_taken_away =
         |r: &&Replica<'_>| stands(r) && (!stays(r) || drained.contains(r.pod.name.as_str()));
@@ -461,20 +461,19 @@ fn returned(
             let is_lower = contest
                 .rivals
                 .iter()
-                .any(|rival| rival.pod.uid == victim.uid && rival.pod.priority < own.value);
+                .filter(|rival| rival.pod.priority < own.value)
+                .any(|rival| rival.pods().any(|pod| pod.uid == victim.uid));
             if !is_lower || !own.preempts {
                 flaws.push(Flaw::Outranks(view.name.clone()));
             }
             leaving.insert(victim.uid.to_owned());
         }
     }
-    for rival in contest
-        .rivals
-        .iter()
-        .filter(|rival| leaving.contains(&rival.pod.uid))
-    {
-        if let Some(node) = rival.node() {
-            *back.entry(node.to_owned()).or_default() += rival.pod.requests;
+    for pod in contest.rivals.iter().flat_map(Rival::pods) {
+        if leaving.contains(&pod.uid)
+            && let Some(node) = pod.place()
+        {
+            *back.entry(node.to_owned()).or_default() += pod.requests;
         }
     }
     back

@@ -175,9 +175,11 @@ impl Inventory {
             metadata.name.as_deref().unwrap_or_default(),
         );
         let classes = self.priority_classes.iter();
-        let pods = self.pods.iter().map(|pod| Rival {
-            namespace: pod.metadata.namespace.clone().unwrap_or_default().into(),
-            pod: Arc::new(PodView::of(pod)),
+        let pods = self.pods.iter().map(|pod| {
+            Rival::of(
+                pod.metadata.namespace.clone().unwrap_or_default().into(),
+                Arc::new(PodView::of(pod)),
+            )
         });
         Contest::of(
             own,

@@ -1,4 +1,4 @@
-//! Whose place a replica takes when it fits nowhere: whole replicas of lower priority on one node.
+//! Whose place a replica takes when it fits nowhere: whole replicas of lower priority, groups on several nodes too.
 //!
 //! The least harm is chosen, in this order: nobody who would stay anyway, the lowest priority, the
 //! fewest below what their ModelDeployment promises, the fewest, the least room left over.
@@ -40,8 +40,9 @@ pub struct Ask<'a> {
 struct Harm {
     /// The highest priority among those who would have stayed; none when there are none.
     priority: Option<i32>,
-    /// How many of them their ModelDeployments promise to keep.
+    /// Replicas that their ModelDeployments promise to keep.
     promised: usize,
+    /// Pods that would have stayed.
     count: usize,
     gpus_left: u64,
     rank: Rank,
@@ -60,10 +61,10 @@ pub fn choose(ask: Ask<'_>) -> Option<Taking> {
     let mut by_node: BTreeMap<&str, Vec<&Rival>> = BTreeMap::new();
     let mut serving: BTreeMap<Owner, u32> = BTreeMap::new();
     for rival in &ask.contest.rivals {
-        if let Some(node) = rival.node() {
+        for node in rival.nodes() {
             by_node.entry(node).or_default().push(rival);
         }
-        if rival.is_serving() && !ask.spoken_for.contains(&rival.pod.uid) {
+        if rival.is_serving() && !rival.is_among(ask.spoken_for) {
             *serving.entry(rival.owner()).or_default() += 1;
         }
     }
@@ -93,7 +94,7 @@ fn candidates<'a>(
         .into_iter()
         .map(|rival| {
             let owner = rival.owner();
-            let would_stay = !rival.is_leaving() && !ask.spoken_for.contains(&rival.pod.uid);
+            let would_stay = !rival.is_leaving() && !rival.is_among(ask.spoken_for);
             let spare = spare.entry(owner.clone()).or_insert_with(|| {
                 let least = ask.contest.floors.get(&owner).copied().unwrap_or(0);
                 serving
@@ -114,14 +115,16 @@ fn candidates<'a>(
             }
         })
         .collect();
-    // Of those that are alike a small one stays rather than a large one: fewer have to leave.
+    // Of those that are alike a group stays rather than a pod by itself, and a small one rather than a
+    // large one: fewer have to leave.
     candidates.sort_by_key(|candidate| {
         let pod = &candidate.rival.pod;
         (
             Reverse(candidate.would_stay),
             Reverse(pod.priority),
             Reverse(candidate.is_promised),
-            Reverse(pod.ready),
+            Reverse(candidate.rival.is_serving()),
+            Reverse(candidate.rival.pods().count()),
             (pod.requests.gpus, pod.requests.memory_bytes),
             (pod.created, pod.name.clone()),
         )
@@ -132,7 +135,7 @@ fn candidates<'a>(
 /// The fewest that have to leave a node so that a replica fits; none when it does not fit even
 /// without all of them.
 fn least(ask: &Ask<'_>, node: &NodeView, candidates: Vec<Candidate<'_>>) -> Option<(Harm, Taking)> {
-    let sum = |left: Resources, candidate: &Candidate<'_>| left + candidate.rival.pod.requests;
+    let sum = |left: Resources, candidate: &Candidate<'_>| left + candidate.rival.on(&node.name);
     let mut given_up = candidates.iter().fold(Resources::default(), sum);
     let fits = |given_up: Resources| {
         let free = ask.room.free_with(node, given_up);
@@ -143,7 +146,7 @@ fn least(ask: &Ask<'_>, node: &NodeView, candidates: Vec<Candidate<'_>>) -> Opti
     }
     let mut victims = Vec::new();
     for candidate in candidates {
-        let kept = given_up.minus(candidate.rival.pod.requests);
+        let kept = given_up.minus(candidate.rival.on(&node.name));
         if fits(kept) {
             given_up = kept;
         } else {
@@ -155,7 +158,9 @@ fn least(ask: &Ask<'_>, node: &NodeView, candidates: Vec<Candidate<'_>>) -> Opti
     let harm = Harm {
         priority: harmed().map(|candidate| candidate.rival.pod.priority).max(),
         promised: harmed().filter(|candidate| candidate.is_promised).count(),
-        count: harmed().count(),
+        count: harmed()
+            .map(|candidate| candidate.rival.pods().count())
+            .sum(),
         gpus_left: free.minus(ask.wish.requests).gpus,
         rank: placement::rank(node, ask.wish, ask.room),
     };

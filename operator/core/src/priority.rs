@@ -5,13 +5,14 @@
 //! reserved by a pod that nobody may bind yet. It names those who give way, and they are drained by
 //! the plan of their own ModelDeployment; nobody writes to another's pods.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use operator_api::ModelDeploymentSpec;
 
 use crate::names;
+use crate::resources::Resources;
 use crate::snapshot::PodView;
 
 /// Scheduling gate of a pod that waits until others have given way.
@@ -69,37 +70,75 @@ impl Priority {
 
 /// Namespace and name of a ModelDeployment.
 pub type Owner = (Arc<str>, String);
+/// Index, revision and attempt of a replica.
+type Group = (String, String, u32);
 
-/// An engine pod of another ModelDeployment.
+/// A replica of another ModelDeployment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rival {
     /// Its namespace.
     pub namespace: Arc<str>,
-    /// The pod.
+    /// Its pod; of a group the one of the least rank.
     pub pod: Arc<PodView>,
+    /// The other pods of its group, which leaves whole or not at all.
+    pub mates: Vec<Arc<PodView>>,
 }
 
 impl Rival {
+    /// A pod by itself.
+    pub fn of(namespace: Arc<str>, pod: Arc<PodView>) -> Self {
+        Self {
+            namespace,
+            pod,
+            mates: Vec::new(),
+        }
+    }
+
+    /// All its pods.
+    pub fn pods(&self) -> impl Iterator<Item = &PodView> {
+        std::iter::once(&self.pod)
+            .chain(&self.mates)
+            .map(|pod| &**pod)
+    }
+
+    /// What it takes on a node.
+    pub fn on(&self, node: &str) -> Resources {
+        let here = self.pods().filter(|pod| pod.place() == Some(node));
+        here.fold(Resources::default(), |sum, pod| sum + pod.requests)
+    }
+
+    /// The nodes of its pods, or those that they are planned for.
+    pub fn nodes(&self) -> BTreeSet<&str> {
+        self.pods().filter_map(PodView::place).collect()
+    }
+
+    /// Whether one of these uids is a pod of it.
+    pub fn is_among(&self, uids: &BTreeSet<String>) -> bool {
+        self.pods().any(|pod| uids.contains(&pod.uid))
+    }
+
+    /// Takes in another pod of its group.
+    fn join(&mut self, mut pod: Arc<PodView>) {
+        if pod.rank() < self.pod.rank() {
+            std::mem::swap(&mut self.pod, &mut pod);
+        }
+        self.mates.push(pod);
+    }
+
     /// Whose it is.
     pub fn owner(&self) -> Owner {
         let name = self.pod.label(names::MODEL_DEPLOYMENT).to_owned();
         (Arc::clone(&self.namespace), name)
     }
 
-    /// The node it is on, or planned for.
-    pub fn node(&self) -> Option<&str> {
-        let planned = || self.pod.planned_nodes().first().copied();
-        self.pod.node.as_deref().or_else(planned)
-    }
-
     /// Whether it serves.
     pub fn is_serving(&self) -> bool {
-        self.pod.ready && !self.is_leaving()
+        self.pods().all(|pod| pod.ready) && !self.is_leaving()
     }
 
     /// Whether it leaves by itself.
     pub fn is_leaving(&self) -> bool {
-        self.pod.deleting || self.pod.label(names::SERVING) == "false"
+        self.pods().any(|pod| pod.deleting) || self.pod.label(names::SERVING) == "false"
     }
 }
 
@@ -126,10 +165,11 @@ impl<'a> Victim<'a> {
         })
     }
 
-    /// What [`Victim::parse`] reads.
-    pub fn words(rival: &Rival) -> String {
+    /// What [`Victim::parse`] reads, for each pod of a replica.
+    pub fn words(rival: &Rival) -> impl Iterator<Item = String> {
         let (namespace, deployment) = rival.owner();
-        format!("{namespace}/{deployment}/{}", rival.pod.uid)
+        let pods = rival.pods();
+        pods.map(move |pod| format!("{namespace}/{deployment}/{}", pod.uid))
     }
 }
 
@@ -158,8 +198,8 @@ impl PodView {
 pub struct Contest {
     /// All priority classes.
     pub classes: Vec<Arc<PriorityClassView>>,
-    /// Engine pods of other ModelDeployments that are of lower priority; none where preemption is
-    /// not allowed.
+    /// Replicas of other ModelDeployments that are of lower priority; none where preemption is not
+    /// allowed.
     pub rivals: Vec<Rival>,
     /// Replicas that the ModelDeployments of those promise to keep.
     pub floors: BTreeMap<Owner, u32>,
@@ -182,6 +222,7 @@ impl Contest {
             classes,
             ..Self::default()
         };
+        let mut groups: BTreeMap<(Owner, Group), usize> = BTreeMap::new();
         for rival in pods {
             let pod = &rival.pod;
             let is_own = *rival.namespace == *own.0 && pod.label(names::MODEL_DEPLOYMENT) == own.1;
@@ -191,11 +232,20 @@ impl Contest {
             if pod.is_reserving() {
                 contest.reservations.push(rival.clone());
             }
-            // A group leaves whole or not at all, and one place alone does not ask that of it.
-            let may_leave = pod.ranks() == 1 && rival.node().is_some();
-            if priority.preempts && pod.priority < priority.value && may_leave {
-                contest.rivals.push(rival);
+            if !priority.preempts || pod.priority >= priority.value || pod.place().is_none() {
+                continue;
             }
+            if pod.ranks() > 1 {
+                let (index, revision, attempt) = pod.group();
+                let group = (index.to_owned(), revision.to_owned(), attempt);
+                let next = contest.rivals.len();
+                let at = *groups.entry((rival.owner(), group)).or_insert(next);
+                if at < next {
+                    contest.rivals[at].join(rival.pod);
+                    continue;
+                }
+            }
+            contest.rivals.push(rival);
         }
         for rival in &contest.rivals {
             let owner = rival.owner();
@@ -211,15 +261,24 @@ impl Contest {
         values.min().unwrap_or(0).min(0)
     }
 
+    /// Who takes the place of one of a replica's pods; none when nobody may.
+    pub fn claimant_of<'a>(
+        &self,
+        pods: impl IntoIterator<Item = &'a PodView>,
+    ) -> Option<(&Rival, &'a PodView)> {
+        let mut pods = pods.into_iter();
+        pods.find_map(|pod| Some((self.claimant(pod)?, pod)))
+    }
+
     /// Who takes the place of a pod; none when nobody may.
     pub fn claimant(&self, pod: &PodView) -> Option<&Rival> {
         let mut all = self.reservations.iter();
         all.find(|claimant| claimant.pod.priority > pod.priority && claimant.pod.names(&pod.uid))
     }
 
-    /// Why a pod gives way, in words; none when it need not.
-    pub fn claimed(&self, pod: &PodView) -> Option<String> {
-        let claimant = self.claimant(pod)?;
+    /// Why a replica gives way, in words; none when it need not.
+    pub fn claimed<'a>(&self, pods: impl IntoIterator<Item = &'a PodView>) -> Option<String> {
+        let (claimant, pod) = self.claimant_of(pods)?;
         let (namespace, deployment) = claimant.owner();
         Some(format!(
             "it gives way to {namespace}/{deployment}, whose priority is {} and not {}",

@@ -167,7 +167,7 @@ pub fn moves_without_plan(
 ) -> Moves {
     let mut moves = moves_of_preempted(valid.rollout.drain_timeout_seconds, snapshot, replicas);
     for replica in replicas {
-        if snapshot.contest.claimant(replica.pod).is_some() {
+        if snapshot.contest.claimant_of(replica.pods()).is_some() {
             continue;
         }
         if let Some(why) = drained(
@@ -199,10 +199,11 @@ pub fn moves_of_preempted(
     replicas: &[Replica<'_>],
 ) -> Moves {
     let mut moves = Moves::default();
-    let is_claimed = |replica: &&Replica<'_>| snapshot.contest.claimant(replica.pod).is_some();
+    let is_claimed =
+        |replica: &&Replica<'_>| snapshot.contest.claimant_of(replica.pods()).is_some();
     for replica in replicas.iter().filter(is_claimed) {
         if let Some(why) = drained(replica, snapshot, drain_timeout_seconds, &mut moves) {
-            moves.remove(replica.pod, why);
+            moves.remove_all(replica, why);
         }
     }
     planner::give_way(snapshot, replicas.iter(), &mut moves);

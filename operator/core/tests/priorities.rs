@@ -80,6 +80,9 @@ fn told(deployments: Vec<ModelDeployment>, nodes: Vec<Node>, happenings: &[Value
                     [name, index, revision, attempt] if revision.len() == 8 => {
                         format!("{name}-{index}-{attempt}")
                     }
+                    [name, index, revision, attempt, rank] if revision.len() == 8 => {
+                        format!("{name}-{index}-{attempt}-{rank}")
+                    }
                     _ => word.to_owned(),
                 }
             });
@@ -129,6 +132,47 @@ fn a_replica_of_higher_priority_takes_the_place_of_a_lower_one_which_comes_back_
             "{lines:#?}"
         );
     }
+}
+
+/// A group holds places on several nodes, and leaves all of them.
+#[test]
+fn a_group_of_lower_priority_leaves_whole_and_comes_back_whole() {
+    let lines = told(
+        vec![
+            r1_of(
+                "wide",
+                None,
+                json!({"replicas": 1, "parallelism": {"tensor": 16}}),
+            ),
+            r1_of("big", Some("high"), json!({"replicas": 0})),
+        ],
+        vec![h200x8("a"), h200x8("b")],
+        &[
+            json!({"afterSeconds": 300, "scale": {"name": "big", "replicas": 1}}),
+            json!({"afterSeconds": 600, "scale": {"name": "big", "replicas": 0}}),
+            json!({"afterSeconds": 600, "wait": {}}),
+        ],
+    );
+    let from = lines.iter().position(|line| line.contains("big-0-0"));
+    assert_eq!(
+        lines[from.unwrap()..],
+        [
+            "default/big create Pod big-0-0",
+            "default/big Planned=False Preempting",
+            "default/wide patch Pod wide-0-0-0 cachalot.dev/serving=false",
+            "default/wide Planned=False Preempted",
+            "default/wide delete Pod wide-0-0-0",
+            "default/wide delete Pod wide-0-0-1",
+            "default/big release Pod big-0-0",
+            "default/big Planned=True FitFound",
+            "default/big patch Pod big-0-0 cachalot.dev/serving=false",
+            "default/big delete Pod big-0-0",
+            "default/wide create Pod wide-0-0-0",
+            "default/wide create Pod wide-0-0-1",
+            "default/wide Planned=True FitFound",
+        ],
+        "{lines:#?}"
+    );
 }
 
 #[test]
@@ -290,10 +334,9 @@ fn fleet(nodes: usize, pods: &[(&str, usize, u64, i32, i64)], floors: &[(&str, u
         })
         .collect();
     let claims: Vec<_> = pods.iter().filter_map(operator_core::Claim::of).collect();
-    let rivals = pods.iter().map(|pod| Rival {
-        namespace: "d".into(),
-        pod: Arc::new(PodView::of(pod)),
-    });
+    let rivals = pods
+        .iter()
+        .map(|pod| Rival::of("d".into(), Arc::new(PodView::of(pod))));
     let classes = classes()
         .iter()
         .map(|class| Arc::new(PriorityClassView::of(class)))
@@ -439,10 +482,7 @@ fn a_plan_that_takes_the_place_of_an_equal_is_refused() {
             "spec": {"nodeName": "a", "priority": priority, "containers": []},
         }))
         .unwrap();
-        Rival {
-            namespace: "default".into(),
-            pod: Arc::new(PodView::of(&pod)),
-        }
+        Rival::of("default".into(), Arc::new(PodView::of(&pod)))
     };
     for action in &mut plan.actions {
         if let Action::Create(operator_core::Object::Pod(pod)) = action {

@@ -40,10 +40,7 @@ impl Reservations {
     fn rivals(&self) -> Vec<Rival> {
         lock(&self.0)
             .iter()
-            .map(|(key, pod)| Rival {
-                namespace: Arc::clone(&key.namespace),
-                pod: Arc::clone(pod),
-            })
+            .map(|(key, pod)| Rival::of(Arc::clone(&key.namespace), Arc::clone(pod)))
             .collect()
     }
 }
@@ -63,10 +60,8 @@ pub(crate) fn contest(
         let pods = pods.read();
         let seen = pods.iter().filter_map(|(key, entry)| {
             let pod = entry.as_ref().ok()?;
-            (pod.priority < own.value || pod.is_reserving()).then(|| Rival {
-                namespace: Arc::clone(&key.namespace),
-                pod: Arc::clone(pod),
-            })
+            (pod.priority < own.value || pod.is_reserving())
+                .then(|| Rival::of(Arc::clone(&key.namespace), Arc::clone(pod)))
         });
         seen.collect()
     } else {

@@ -18,7 +18,7 @@ use crate::explain::{Standing, explain};
 use crate::names;
 use crate::placement::{Room, Wish};
 use crate::plan::{Action, Kind, Object, Plan, Settings};
-use crate::priority::Priority;
+use crate::priority::{Priority, Rival};
 use crate::replicas::{GroupKey, Replica, State, observe};
 use crate::snapshot::{PodView, Snapshot};
 use crate::validate::validate;
@@ -491,9 +491,9 @@ fn nobody_else_can_leave(
         avoid: Vec::new(),
     };
     let mut room = Room::new(&snapshot.cluster);
-    for rival in &snapshot.contest.rivals {
-        if let Some(node) = rival.node() {
-            room.give_back(node, rival.pod.requests);
+    for pod in snapshot.contest.rivals.iter().flat_map(Rival::pods) {
+        if let Some(node) = pod.place() {
+            room.give_back(node, pod.requests);
         }
     }
     let mut nodes = room.nodes();

@@ -56,9 +56,8 @@ impl View {
             metadata.namespace.as_deref().unwrap_or_default(),
             metadata.name.as_deref().unwrap_or_default(),
         );
-        let pods = self.pods.iter().map(|((namespace, _), pod)| Rival {
-            namespace: namespace.as_str().into(),
-            pod: Arc::clone(&pod.view),
+        let pods = self.pods.iter().map(|((namespace, _), pod)| {
+            Rival::of(namespace.as_str().into(), Arc::clone(&pod.view))
         });
         Contest::of(
             own,

@@ -13,7 +13,7 @@ use crate::objects::Slot;
 use crate::placement::{self, Offers};
 use crate::plan::Action;
 use crate::preemption::{self, Ask, Taking};
-use crate::priority::{Contest, Priority, Victim};
+use crate::priority::{Contest, Priority, Rival, Victim};
 use crate::replicas::{Moves, Replica, SETTLE_SECONDS, State, drain};
 use crate::resources::Resources;
 use crate::snapshot::{PodView, Snapshot};
@@ -30,7 +30,7 @@ pub(in crate::replicas) fn give_way<'a>(
     moves: &mut Moves,
 ) {
     for replica in replicas {
-        let Some(why) = snapshot.contest.claimed(replica.pod) else {
+        let Some(why) = snapshot.contest.claimed(replica.pods()) else {
             continue;
         };
         moves.preempted.push(format!("{}: {why}", replica.pod.name));
@@ -39,7 +39,7 @@ pub(in crate::replicas) fn give_way<'a>(
             moves.drained.push(replica.pod.name.clone());
             moves.wake(SETTLE_SECONDS);
         } else if replica.is_live() {
-            moves.remove(replica.pod, &why);
+            moves.remove_all(replica, &why);
         }
     }
 }
@@ -56,7 +56,7 @@ pub(super) fn spoken_for(
         .filter(|replica| replica.state == State::Waiting);
     let others = contest.reservations.iter().map(|rival| &*rival.pod);
     waiting
-        .map(|replica| replica.pod)
+        .flat_map(Replica::pods)
         .chain(others.filter(|pod| pod.priority >= own.value))
         .flat_map(|pod| pod.victims().map(|victim| victim.uid.to_owned()))
         .collect()
@@ -83,7 +83,8 @@ impl<'a> Planner<'a> {
 
     /// Whether another one takes the place of a replica.
     pub(super) fn gives_way(&self, replica: &Replica<'_>) -> bool {
-        self.given.snapshot.contest.claimant(replica.pod).is_some()
+        let contest = &self.given.snapshot.contest;
+        contest.claimant_of(replica.pods()).is_some()
     }
 
     /// Replicas whose place another one takes leave.
@@ -173,9 +174,8 @@ impl<'a> Planner<'a> {
     fn leaving(&self, node: &str) -> Resources {
         let rivals = self.given.snapshot.contest.rivals.iter();
         rivals
-            .filter(|rival| rival.node() == Some(node))
-            .filter(|rival| self.spoken_for.contains(&rival.pod.uid))
-            .fold(Resources::default(), |sum, rival| sum + rival.pod.requests)
+            .filter(|rival| rival.is_among(&self.spoken_for))
+            .fold(Resources::default(), |sum, rival| sum + rival.on(node))
     }
 
     /// Whether a replica is missing that nothing of ours is about to make room for. What a rollout
@@ -214,9 +214,9 @@ impl<'a> Planner<'a> {
             return false;
         };
         slot.nodes = vec![node];
-        slot.preempts = victims.iter().map(Victim::words).collect();
-        let uids = victims.into_iter().map(|rival| rival.pod.uid.clone());
-        self.spoken_for.extend(uids);
+        slot.preempts = victims.iter().flat_map(Victim::words).collect();
+        let pods = victims.iter().flat_map(Rival::pods);
+        self.spoken_for.extend(pods.map(|pod| pod.uid.clone()));
         true
     }
 }
