@@ -295,14 +295,14 @@ pub struct AcceleratorClaim {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!has(self.pipeline) || self.pipeline == 1")
-    .message("parallelism.pipeline above 1 needs replicas of several pods, which are not served yet; use parallelism.tensor"))]
+    .message("parallelism.pipeline above 1 is not served: each device holds a part of every layer; use parallelism.tensor"))]
 pub struct Parallelism {
     /// Devices that share every layer (tensor parallelism).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 64))]
     pub tensor: Option<i32>,
 
-    /// Devices over which the experts are spread; 1 or the same as `tensor`.
+    /// Devices over which whole experts are spread: the same as `tensor`, which is also the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1024))]
     pub expert: Option<i32>,

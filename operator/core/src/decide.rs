@@ -282,8 +282,8 @@ impl<'a> Decided<'a> {
     fn front_door(&self) -> Result<Vec<Action>, String> {
         let service = objects::service(self.valid);
         let ranks = self.replicas.iter().map(|replica| replica.pod.ranks());
-        let ranks = ranks.min().unwrap_or(1);
-        let budget = objects::disruption_budget(self.valid, self.wanted, ranks);
+        let ranks = ranks.min();
+        let budget = objects::disruption_budget(self.valid, self.wanted, ranks.unwrap_or(1));
         let owners = [
             (
                 "Service",
@@ -315,8 +315,10 @@ impl<'a> Decided<'a> {
             actions.push(Action::Apply(Object::Service(Box::new(service))));
         }
         let found = self.snapshot.disruption_budget.as_deref();
-        if !found.is_some_and(|found| is_same(serde_json::json!(found), serde_json::json!(budget)))
-        {
+        let is_right =
+            |found| is_same(serde_json::json!(found), serde_json::json!(budget)) || ranks.is_none();
+        // Without pods there is nothing to keep, and nothing says how many the next replica has.
+        if !found.is_some_and(is_right) {
             actions.push(Action::Apply(Object::PodDisruptionBudget(Box::new(budget))));
         }
         Ok(actions)

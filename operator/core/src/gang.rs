@@ -100,6 +100,25 @@ pub fn place(
     Err(reasons)
 }
 
+/// How far apart nodes are: which of the domains to stay within, the narrowest first, is the first to hold all of them.
+pub fn width<'a>(
+    names: impl IntoIterator<Item = &'a str>,
+    wish: &Wish<'_>,
+    room: &Room<'_>,
+) -> usize {
+    let nodes: Vec<&NodeView> = names
+        .into_iter()
+        .filter_map(|name| room.node(name))
+        .collect();
+    let holds_all = |key: &String| {
+        let mut values = nodes.iter().map(|node| node.label(key));
+        let first = values.next().unwrap_or_default();
+        !first.is_empty() && values.all(|value| value == first)
+    };
+    let keys = &wish.placement.keep_within;
+    keys.iter().position(holds_all).unwrap_or(keys.len())
+}
+
 /// Places all ranks on some of `nodes`.
 ///
 /// # Errors

@@ -326,7 +326,7 @@ pub fn fault(node: &NodeView, gpus: u32, placement: &ValidPlacement) -> Option<S
 /// Order of nodes of one domain: those without recent failures, spot nodes where they are preferred,
 /// and those without taints to avoid come first; GPU replicas are packed so that whole nodes stay free, CPU replicas go where most is free
 /// and away from GPUs.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
     failed_here: bool,
     /// Not spot, where spot is preferred.

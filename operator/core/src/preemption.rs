@@ -36,7 +36,7 @@ pub struct Ask<'a> {
 }
 
 /// How much a choice harms; less is better.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Harm {
     /// The highest priority among those who would have stayed; none when there are none.
     priority: Option<i32>,
@@ -48,6 +48,19 @@ struct Harm {
     rank: Rank,
 }
 
+impl Harm {
+    /// Of two choices together.
+    fn and(self, other: Self) -> Self {
+        Self {
+            priority: self.priority.max(other.priority),
+            promised: self.promised + other.promised,
+            count: self.count + other.count,
+            gpus_left: self.gpus_left + other.gpus_left,
+            rank: self.rank.max(other.rank),
+        }
+    }
+}
+
 /// A rival on a node, and what its leaving means.
 struct Candidate<'a> {
     rival: &'a Rival,
@@ -55,12 +68,99 @@ struct Candidate<'a> {
     is_promised: bool,
 }
 
+/// Places for all ranks of a group, and who has to leave them first.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Places {
+    /// A node for each rank.
+    pub nodes: Vec<String>,
+    /// Replicas that give way.
+    pub victims: Vec<Rival>,
+}
+
 /// The place that costs others least; none when no node would fit even without all that is of lower
 /// priority.
 pub fn choose(ask: Ask<'_>) -> Option<Taking> {
+    let rivals: Vec<&Rival> = ask.contest.rivals.iter().collect();
+    let (_, taking) = cheapest(&ask, ask.room.nodes(), &rivals)?;
+    Some(taking)
+}
+
+/// Places for all ranks of a group, within the narrowest domain of those it is to stay in where that can
+/// be; none when not all ranks would fit even without all that is of lower priority.
+pub fn choose_for_group(ask: Ask<'_>, ranks: usize) -> Option<Places> {
+    for key in &ask.wish.placement.keep_within {
+        let mut domains: BTreeMap<&str, Vec<&NodeView>> = BTreeMap::new();
+        for node in ask.room.nodes() {
+            domains.entry(node.label(key)).or_default().push(node);
+        }
+        domains.remove("");
+        let found = domains
+            .values()
+            .filter_map(|nodes| within(&ask, nodes, ranks));
+        if let Some((_, places)) = found.min_by(|(left, _), (right, _)| left.cmp(right)) {
+            return Some(places);
+        }
+    }
+    let all: Vec<&NodeView> = ask.room.nodes().collect();
+    within(&ask, &all, ranks).map(|(_, places)| places)
+}
+
+/// Places for all ranks on some of `nodes`: what is free first, then what costs others least, one
+/// after the other. Who leaves for one rank leaves all places that it holds.
+fn within(ask: &Ask<'_>, nodes: &[&NodeView], ranks: usize) -> Option<(Harm, Places)> {
+    let (mut room, mut nodes) = (ask.room.clone(), nodes.to_vec());
+    let mut rivals: Vec<&Rival> = ask.contest.rivals.iter().collect();
+    let mut places = Places {
+        nodes: Vec::new(),
+        victims: Vec::new(),
+    };
+    let mut harm = Harm::default();
+    while places.nodes.len() < ranks {
+        let is_free = |node: &&&NodeView| {
+            let is_out = ask.on_demand_only && crate::spot::is_spot(node);
+            !is_out && placement::why_not(node, ask.wish, &room).is_none()
+        };
+        let free = nodes.iter().filter(is_free);
+        let best = free.min_by_key(|node| (placement::rank(node, ask.wish, &room), &node.name));
+        let name = match best {
+            Some(node) => node.name.clone(),
+            None => {
+                let ask = Ask {
+                    room: &room,
+                    ..*ask
+                };
+                let (more, taking) = cheapest(&ask, nodes.iter().copied(), &rivals)?;
+                harm = harm.and(more);
+                rivals.retain(|rival| !taking.victims.contains(rival));
+                for pod in taking.victims.iter().flat_map(Rival::pods) {
+                    if let Some(node) = pod.place() {
+                        room.give_back(node, pod.requests);
+                    }
+                }
+                places.victims.extend(taking.victims);
+                taking.node
+            }
+        };
+        room.take(&name, ask.wish.requests);
+        // Ranks on GPUs fill their nodes, each one of its own.
+        if ask.wish.layout.gpus() > 0 {
+            nodes.retain(|node| node.name != name);
+        }
+        places.nodes.push(name);
+    }
+    // Without anybody to wait for it is not for us: an ordinary look finds such places.
+    (!places.victims.is_empty()).then_some((harm, places))
+}
+
+/// The node among `nodes` that costs `rivals` least.
+fn cheapest<'a>(
+    ask: &Ask<'_>,
+    nodes: impl Iterator<Item = &'a NodeView>,
+    rivals: &[&Rival],
+) -> Option<(Harm, Taking)> {
     let mut by_node: BTreeMap<&str, Vec<&Rival>> = BTreeMap::new();
     let mut serving: BTreeMap<Owner, u32> = BTreeMap::new();
-    for rival in &ask.contest.rivals {
+    for rival in rivals {
         for node in rival.nodes() {
             by_node.entry(node).or_default().push(rival);
         }
@@ -68,17 +168,16 @@ pub fn choose(ask: Ask<'_>) -> Option<Taking> {
             *serving.entry(rival.owner()).or_default() += 1;
         }
     }
-    let takings = by_node.into_iter().filter_map(|(name, rivals)| {
-        let node = ask.room.node(name)?;
+    let takings = nodes.filter_map(|node| {
+        let rivals = by_node.get(node.name.as_str())?;
         let is_out = ask.on_demand_only && crate::spot::is_spot(node);
         if is_out || placement::standing(node, ask.wish).is_some() {
             return None;
         }
-        let candidates = candidates(&ask, &serving, rivals);
-        least(&ask, node, candidates)
+        let candidates = candidates(ask, &serving, rivals.clone());
+        least(ask, node, candidates)
     });
-    let best = takings.min_by(|(left, _), (right, _)| left.cmp(right));
-    best.map(|(_, taking)| taking)
+    takings.min_by(|(left, _), (right, _)| left.cmp(right))
 }
 
 /// Rivals on a node, those that should stay most first.

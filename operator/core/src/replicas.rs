@@ -95,10 +95,12 @@ impl Moves {
 
     /// Removes a pod; with `if_silent`, only if that node is found silent once more.
     fn remove_if(&mut self, pod: &PodView, why: &str, if_silent: Option<String>) {
-        // One that would get its place now does not need it any more.
-        let is_release =
-            |action: &Action| matches!(action, Action::Release { name, .. } if *name == pod.name);
-        self.actions.retain(|action| !is_release(action));
+        // One that would get its place now, or wait for more to leave, does not need it any more.
+        let is_of_it = |action: &Action| match action {
+            Action::Release { name, .. } | Action::PatchPod { name, .. } => *name == pod.name,
+            _ => false,
+        };
+        self.actions.retain(|action| !is_of_it(action));
         self.actions.push(Action::Delete {
             kind: Kind::Pod,
             name: pod.name.clone(),

@@ -329,7 +329,7 @@ fn valid_parallelism(
         valid.pipeline == 1,
         "spec.parallelism.pipeline",
         valid.pipeline,
-        "above 1 needs replicas of several pods, which are not served yet; use spec.parallelism.tensor",
+        "is not served above 1: each device holds a part of every layer; use spec.parallelism.tensor",
     );
     rules.require(
         valid.expert == 1 || valid.expert == valid.tensor,

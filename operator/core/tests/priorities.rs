@@ -175,6 +175,105 @@ fn a_group_of_lower_priority_leaves_whole_and_comes_back_whole() {
     );
 }
 
+/// A group reserves all its places at once, and gets them when all are free.
+#[test]
+fn a_group_of_higher_priority_takes_places_on_several_nodes_or_none() {
+    let tale = |nodes: Vec<Node>| {
+        told(
+            vec![
+                r1_of("small", None, json!({"replicas": 2})),
+                r1_of(
+                    "wide",
+                    Some("high"),
+                    json!({"replicas": 0, "parallelism": {"tensor": 16}}),
+                ),
+            ],
+            nodes,
+            &[
+                json!({"afterSeconds": 300, "scale": {"name": "wide", "replicas": 1}}),
+                json!({"afterSeconds": 600, "wait": {}}),
+            ],
+        )
+    };
+    let lines = tale(vec![h200x8("a"), h200x8("b")]);
+    let from = lines.iter().position(|line| line.contains("wide-0-0-0"));
+    assert_eq!(
+        lines[from.unwrap()..],
+        [
+            "default/wide create Pod wide-0-0-0",
+            "default/wide create Pod wide-0-0-1",
+            "default/wide Planned=False Preempting",
+            "default/small patch Pod small-0-0 cachalot.dev/serving=false",
+            "default/small patch Pod small-1-0 cachalot.dev/serving=false",
+            "default/small Planned=False Preempted",
+            "default/small delete Pod small-0-0",
+            "default/small delete Pod small-1-0",
+            "default/wide release Pod wide-0-0-0",
+            "default/wide release Pod wide-0-0-1",
+            "default/wide Planned=True FitFound",
+        ],
+        "{lines:#?}"
+    );
+    // One node of the two that it needs is nobody's to give: the other is left alone.
+    let lines = tale(vec![h200x8("a"), h100x8("b")]);
+    let moved = |line: &String| line.contains("serving=false") || line.contains("wide-0");
+    assert!(!lines.iter().any(moved), "{lines:#?}");
+}
+
+/// What is free is taken first; of the domains that would do, the one that costs others least.
+#[test]
+fn a_group_disturbs_as_few_as_it_can_within_one_domain() {
+    let clique = |name: &str, value: &str| {
+        with(
+            h200x8(name),
+            json!({"metadata": {"labels": {"nvidia.com/gpu.clique": value}}}),
+        )
+    };
+    let nodes = ["a", "b", "c", "d"];
+    let cliques = ["x", "x", "y", "y"];
+    let nodes: Vec<Node> = nodes
+        .iter()
+        .zip(cliques)
+        .map(|(n, c)| clique(n, c))
+        .collect();
+    // Both domains could be had: one has two replicas to disturb, the other one, and a free node.
+    let tale = |class: Option<&str>| {
+        let on = |key: &str, value: &str| json!({"placement": {"nodeSelector": {key: value}}});
+        let mut alone = on("kubernetes.io/hostname", "c");
+        merge(&mut alone, json!({"replicas": 1}));
+        let mut small = on("nvidia.com/gpu.clique", "x");
+        merge(&mut small, json!({"replicas": 2}));
+        let wide = json!({"replicas": 0, "parallelism": {"tensor": 16}});
+        let lines = told(
+            vec![
+                r1_of("alone", class, alone),
+                r1_of("small", Some("low"), small),
+                r1_of("wide", Some("high"), wide),
+            ],
+            nodes.clone(),
+            &[
+                json!({"afterSeconds": 300, "scale": {"name": "wide", "replicas": 1}}),
+                json!({"afterSeconds": 600, "wait": {}}),
+            ],
+        );
+        let seen = lines.into_iter().filter_map(|line| {
+            let words = line.strip_prefix("default/")?;
+            let is_news = words.contains("serving=false") || words.contains("release");
+            is_news.then(|| words.replace(" cachalot.dev/serving=false", ""))
+        });
+        seen.collect::<Vec<_>>()
+    };
+    let released = ["wide release Pod wide-0-0-0", "wide release Pod wide-0-0-1"];
+    assert_eq!(
+        tale(Some("low")),
+        [&["alone patch Pod alone-0-0"], &released[..]].concat()
+    );
+    // Two of the lowest priority rather than one above it; and what becomes free on the way does not tempt the group out
+    // of its domain.
+    let both = ["small patch Pod small-0-0", "small patch Pod small-1-0"];
+    assert_eq!(tale(None), [&both[..], &released[..]].concat());
+}
+
 #[test]
 fn nobody_gives_way_to_an_equal_or_to_a_class_that_never_preempts() {
     for (low, high) in [

@@ -87,6 +87,9 @@ fn judged(members: &[(&PodView, State)]) -> Option<(usize, State)> {
     if let Some(leaving) = first_of(&|state| *state == State::Leaving) {
         return Some(leaving);
     }
+    if let Some(waiting) = first_of(&|state| *state == State::Waiting) {
+        return Some(waiting);
+    }
     let (first, first_state) = members.first()?;
     let present = u32::try_from(members.len()).unwrap_or(u32::MAX);
     let is_complete = present >= first.ranks();

@@ -343,12 +343,12 @@ impl<'a> Planner<'a> {
                 spoken_for += u32::from(spoken_for < budget);
                 continue;
             }
-            let is_succeeded = self.replicas.iter().any(|other| {
-                other.index() == replica.index()
-                    && other.pod.number(names::ATTEMPT) > replica.pod.number(names::ATTEMPT)
-                    && other.revision() == replica.revision()
-            });
-            if is_succeeded || spoken_for >= budget {
+            let successor = self.successor(replica);
+            if successor.is_some_and(|other| other.state == State::Waiting) {
+                // It may yet be given up, and the count of failures with it.
+                continue;
+            }
+            if successor.is_some() || spoken_for >= budget {
                 self.remove(moves, replica, message);
                 continue;
             }
@@ -380,14 +380,26 @@ impl<'a> Planner<'a> {
                 ..self.slot()
             };
             taken.insert(slot.replica);
+            let waiting = moves.waiting.len();
             if self.create(moves, side, slot) {
-                // Not before its successor exists: the count of failures must survive a restart.
-                self.remove(moves, replica, message);
+                // Not before its successor exists and has a place: the count of failures must survive a restart.
+                if moves.waiting.len() == waiting {
+                    self.remove(moves, replica, message);
+                }
             } else {
                 moves.unplaced += 1;
             }
         }
         spoken_for
+    }
+
+    /// The replica that came after a failed one, in its place.
+    fn successor(&self, failed: &Replica<'_>) -> Option<&Replica<'a>> {
+        self.replicas.iter().find(|other| {
+            other.index() == failed.index()
+                && other.pod.number(names::ATTEMPT) > failed.pod.number(names::ATTEMPT)
+                && other.revision() == failed.revision()
+        })
     }
 
     /// Failures in a row of a failed pod; another `rollout.attempt` starts counting anew.
@@ -414,8 +426,7 @@ impl<'a> Planner<'a> {
             return false;
         }
         if side.layout.pods > 1 {
-            let ranks: Vec<u32> = (0..side.layout.pods).collect();
-            return self.create_ranks(moves, index, slot, &ranks, &[]);
+            return self.create_group(moves, index, slot);
         }
         let on_demand_min = self.lacks_on_demand();
         let (wish, room) = (&self.wishes[index], &self.room);
@@ -544,7 +555,7 @@ fn push_pod(moves: &mut Moves, side: &Side, slot: &Slot) {
     } = side;
     let pod = objects::engine_pod(valid, layout, settings, revision, slot);
     if !slot.preempts.is_empty() {
-        let words = preempting::waiting_words(&PodView::of(&pod));
+        let words = preempting::waiting_words([&PodView::of(&pod)]);
         moves.waiting.push(words);
     }
     moves

@@ -65,7 +65,10 @@ impl<'a> Planner<'a> {
             for replica in self.replicas {
                 let missing = replica.missing_ranks();
                 let is_gone = self.gone.contains(replica.pod.name.as_str());
-                let is_due = replica.is_live() && self.is_current_on(side, replica);
+                // One that waits for its places was looked at already.
+                let is_due = replica.is_live()
+                    && replica.state != State::Waiting
+                    && self.is_current_on(side, replica);
                 if missing.is_empty() || is_gone || !is_due {
                     continue;
                 }
@@ -109,11 +112,40 @@ impl<'a> Planner<'a> {
                 return false;
             }
         };
+        self.push_ranks(moves, index, &slot, ranks, nodes, beside.is_empty());
+        true
+    }
+
+    /// A whole group: where there is room, or where others of lower priority have to leave first.
+    pub(super) fn create_group(&mut self, moves: &mut Moves, index: usize, mut slot: Slot) -> bool {
+        let ranks: Vec<u32> = (0..self.given.sides[index].layout.pods).collect();
+        let before = std::mem::take(&mut moves.why_not);
+        if self.create_ranks(moves, index, slot.clone(), &ranks, &[]) {
+            moves.why_not = before;
+            return true;
+        }
+        let Some(nodes) = self.preempt_for_group(moves, index, &mut slot, ranks.len()) else {
+            return false;
+        };
+        moves.why_not = before;
+        self.push_ranks(moves, index, &slot, &ranks, nodes, true);
+        true
+    }
+
+    /// Creates the pods of ranks, each for its node. A group that is completed, not new, stands somewhere already and is
+    /// counted there.
+    fn push_ranks(
+        &mut self,
+        moves: &mut Moves,
+        index: usize,
+        slot: &Slot,
+        ranks: &[u32],
+        nodes: Vec<String>,
+        is_new: bool,
+    ) {
         let side = &self.given.sides[index];
         let count = u64::try_from(ranks.len()).unwrap_or(u64::MAX);
         self.grant(index, count);
-        // A group that is completed stands somewhere already and is counted there.
-        let is_new = beside.is_empty();
         self.on_demand += u32::from(is_new && nodes.iter().all(|node| self.is_on_demand(node)));
         for (rank, node) in ranks.iter().zip(nodes) {
             self.take(index, &node);
@@ -125,7 +157,6 @@ impl<'a> Planner<'a> {
             push_pod(moves, side, &slot);
             moves.nodes.push(node);
         }
-        true
     }
 
     /// A group one of whose pods the scheduler refuses gives back what it holds: soon when the node
