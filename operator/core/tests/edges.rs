@@ -69,9 +69,12 @@ fn requests_that_wait_count_as_busy() {
 fn of_those_that_do_not_answer_as_many_leave_as_are_too_many() {
     let story = three().running();
     let story = story.replica(0, |pod| pod.ready = false);
-    let story = story.replica(1, |pod| pod.ready = false);
-    let story = story.edited(json!({"replicas": 2}));
-    assert_eq!(pod_actions(&story.plan()), ["delete Pod m-1-0"]);
+    let both = story.clone().replica(1, |pod| pod.ready = false);
+    let both = both.edited(json!({"replicas": 2}));
+    assert_eq!(pod_actions(&both.plan()), ["delete Pod m-1-0"]);
+    // Also where one that answers could be spared.
+    let one = story.edited(json!({"replicas": 2, "rollout": {"maxUnavailable": 1}}));
+    assert_eq!(pod_actions(&one.plan()), ["delete Pod m-0-0"]);
 }
 
 #[test]
@@ -126,6 +129,7 @@ fn the_dearest_that_can_be_spared_leaves_first_but_after_those_that_do_not_answe
         ["patch Pod m-1-0 cachalot.dev/serving=false"]
     );
     let silent = priced().replica(2, |pod| pod.ready = false);
+    let silent = silent.edited(json!({"rollout": {"maxUnavailable": 1}}));
     assert_eq!(pod_actions(&silent.plan()), ["delete Pod m-2-0"]);
 }
 
