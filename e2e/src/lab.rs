@@ -1,15 +1,18 @@
-//! A control plane for one test: started by kubelab on free loopback ports, stopped with the test.
+//! A control plane for one test: started by kubelab on free loopback ports, stopped with the test, also when that is
+//! killed.
 
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::Cluster;
+use crate::{Cluster, Ending};
 
 /// A running lab without a real node; needs no root.
 #[derive(Debug)]
 pub struct Lab {
+    /// Before the folder, which it needs.
+    _ending: Ending,
     dir: tempfile::TempDir,
     kubelab: PathBuf,
 }
@@ -22,6 +25,11 @@ impl Lab {
     pub fn start() -> Result<Self> {
         let kubelab = crate::tool("kubelab");
         let dir = tempfile::tempdir().context("no folder for the lab")?;
+        // Made before the lab, so that one that is killed while it starts is ended as well.
+        let ending = Ending::new(
+            "\"$1\" down --dir \"$2\" && rm -rf \"$2\"",
+            &[&kubelab.to_string_lossy(), &dir.path().to_string_lossy()],
+        )?;
         let output = Command::new(&kubelab)
             .args(["up", "--detach", "--dir"])
             .arg(dir.path())
@@ -32,7 +40,6 @@ impl Lab {
                     kubelab.display()
                 )
             })?;
-        let lab = Self { dir, kubelab };
         if !output.status.success() {
             bail!(
                 "the lab did not start: {}{}",
@@ -40,7 +47,11 @@ impl Lab {
                 String::from_utf8_lossy(&output.stderr)
             );
         }
-        Ok(lab)
+        Ok(Self {
+            _ending: ending,
+            dir,
+            kubelab,
+        })
     }
 
     /// Its administrator's access.
@@ -66,16 +77,5 @@ impl Lab {
             );
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-    }
-}
-
-impl Drop for Lab {
-    fn drop(&mut self) {
-        if let Err(error) = self.kubelab(&["down"]) {
-            eprintln!(
-                "the lab in {} may still run: {error}",
-                self.dir.path().display()
-            );
-        }
     }
 }

@@ -6,10 +6,12 @@
 
 pub mod chat;
 pub mod cluster;
+pub mod ending;
 pub mod lab;
 pub mod wait;
 
 pub use cluster::{Cluster, Namespace};
+pub use ending::Ending;
 pub use lab::Lab;
 pub use wait::eventually;
 

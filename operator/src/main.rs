@@ -44,6 +44,7 @@ fn main() -> ExitCode {
 }
 
 fn start(arguments: Arguments) -> anyhow::Result<()> {
+    memory::share();
     telemetry::start(&arguments.log_level, arguments.log_format)?;
     let config = Config::try_from(arguments)?;
     // The work is waiting; two threads do it, and each further one costs memory.

@@ -17,6 +17,9 @@ use bench_report::{Row, median};
 /// How long simulated nodes need to report the pods.
 const SETTLE: Duration = Duration::from_secs(60);
 
+/// How long after a restart memory is read: the operator gives back what the first lists took within seconds.
+const RELEASED: Duration = Duration::from_secs(20);
+
 /// How large the fleet is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
@@ -47,15 +50,21 @@ pub async fn rows(place: &Place<'_>, size: Size, runs: usize) -> Result<Vec<Row>
     wait_planned(&wishes, usize::try_from(models)?).await?;
     tokio::time::sleep(SETTLE).await;
     let made_megabytes = Operator::resident_megabytes(&operator.metrics()?)?;
-    say(format!("S6: {made_megabytes:.0} MB; S7: nothing changes"));
+    let made_peak = operator.peak_megabytes()?;
+    say(format!(
+        "S6: {made_megabytes:.0} MB, {made_peak:.0} MB at the peak; S7: nothing changes"
+    ));
     let idle_percent = idle(&operator).await?;
     drop(operator);
-    let (mut first, mut all, mut megabytes) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut first, mut all) = (Vec::new(), Vec::new());
+    let (mut megabytes, mut peak) = (Vec::new(), Vec::new());
     for _ in 0..runs {
         say("S6: the operator is restarted");
         let (one, every, operator) = restart(place, models).await?;
         first.push(one);
         all.push(every);
+        tokio::time::sleep(RELEASED).await;
+        peak.push(operator.peak_megabytes()?);
         megabytes.push(Operator::resident_megabytes(&operator.metrics()?)?);
     }
     clear(place.cluster, place.client).await?;
@@ -73,6 +82,16 @@ pub async fn rows(place: &Place<'_>, size: Size, runs: usize) -> Result<Vec<Row>
             median(megabytes),
             "MB",
             40.0,
+        ),
+        Row::plain(
+            &format!("S6: operator's memory with {of} at its peak while it made them"),
+            made_peak,
+            "MB",
+        ),
+        Row::plain(
+            &format!("S6: operator's memory with {of} at its peak after a restart"),
+            median(peak),
+            "MB",
         ),
         Row::below(
             &format!("S6: restart with {of} to the first look that changes nothing"),

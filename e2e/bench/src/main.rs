@@ -1,7 +1,7 @@
 //! `make bench-fleet`: how fast the operator plans and acts, beside the limit that a bare client sets.
 //!
 //! Rows are medians of several runs in one process on one machine. Ratios compare with a reference of the same run, so
-//! that a slow machine slows both. Writes `docs/performance/fleet.json`.
+//! that a slow machine slows both. Writes `docs/performance/fleet.json`; a run of some parts keeps the rows of the others.
 
 mod cluster;
 mod large;
@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use bench_report::Report;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use cluster::Part;
 use rivals::Given;
 
@@ -68,6 +68,12 @@ struct Arguments {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let runs = usize::try_from(arguments.runs)?;
+    // Read before anything is measured: a file that is no report is better known now than in an hour.
+    let earlier = Report::read(&arguments.out)?;
+    let is_whole = !arguments.plans_only
+        && Part::value_variants()
+            .iter()
+            .all(|part| arguments.parts.contains(part));
     let mut failed = Vec::new();
     let mut rows = planning::rows(arguments.nodes, arguments.replicas, runs)?;
     if !arguments.plans_only {
@@ -97,6 +103,11 @@ fn main() -> Result<()> {
     }
     let mut report = Report::new(&command(), std::thread::available_parallelism()?.get());
     rows.into_iter().for_each(|row| report.push(row));
+    if let Some(earlier) = earlier
+        && !(is_whole && failed.is_empty())
+    {
+        report.keep(earlier);
+    }
     report.finish(&arguments.out)?;
     if !failed.is_empty() {
         bail!("not measured: {}", failed.join("; "));

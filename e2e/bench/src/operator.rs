@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use e2e::Cluster;
+use e2e::{Cluster, Ending};
 
 /// The newest operator that cargo built.
 pub fn newest_operator() -> Result<PathBuf> {
@@ -22,16 +22,50 @@ pub fn newest_operator() -> Result<PathBuf> {
     )
 }
 
+/// A process that ends when dropped, and with this process.
+pub struct Ended {
+    child: Child,
+    ending: Option<Ending>,
+}
+
+impl Ended {
+    /// Starts it.
+    pub fn start(command: &mut Command) -> Result<Self> {
+        let child = command
+            .spawn()
+            .with_context(|| command.get_program().to_string_lossy().into_owned())?;
+        let ending = Ending::new("kill -9 \"$1\"", &[&child.id().to_string()])?;
+        Ok(Self {
+            child,
+            ending: Some(ending),
+        })
+    }
+
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        // In this order: until it is waited for, its number is nobody else's.
+        drop(self.ending.take());
+        let _ = self.child.wait();
+    }
+}
+
 /// A running operator; stopped when dropped.
 pub struct Operator {
-    child: Child,
+    process: Ended,
     log: PathBuf,
 }
 
 impl Operator {
     /// Starts it without leader election, on a port of its own.
     pub fn start(binary: &Path, cluster: &Cluster, log: &Path) -> Result<Self> {
-        let child = Command::new(binary)
+        let mut command = Command::new(binary);
+        command
             .args(["run", "--engine-image=localhost/cachalot-engine:dev"])
             .args([
                 "--bind=127.0.0.1:0",
@@ -41,11 +75,9 @@ impl Operator {
             .env("KUBECONFIG", cluster.kubeconfig())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(File::create(log)?)
-            .spawn()
-            .with_context(|| binary.display().to_string())?;
+            .stderr(File::create(log)?);
         Ok(Self {
-            child,
+            process: Ended::start(&mut command)?,
             log: log.to_path_buf(),
         })
     }
@@ -86,7 +118,7 @@ impl Operator {
 
     /// Processor seconds that it has used so far.
     pub fn processor_seconds(&self) -> Result<f64> {
-        processor_seconds(self.child.id())
+        processor_seconds(self.process.id())
     }
 
     /// Resident megabytes, as it says itself.
@@ -95,6 +127,11 @@ impl Operator {
             bytes if bytes > 0.0 => Ok(bytes / 1e6),
             _ => bail!("the operator does not say how much memory it takes"),
         }
+    }
+
+    /// The most megabytes that were resident at once.
+    pub fn peak_megabytes(&self) -> Result<f64> {
+        megabytes(self.process.id(), "VmHWM")
     }
 
     /// Its exposition.
@@ -115,6 +152,17 @@ impl Operator {
     }
 }
 
+/// Megabytes of a process by a field of its `/proc/PROCESS/status`.
+pub fn megabytes(process: u32, field: &str) -> Result<f64> {
+    let path = format!("/proc/{process}/status");
+    let text = std::fs::read_to_string(&path).context("it has ended")?;
+    let kibibytes = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+        .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
+    Ok(kibibytes.with_context(|| format!("{path} has no {field}"))? * 1024.0 / 1e6)
+}
+
 /// Processor seconds that a process has used so far, from `/proc`.
 pub fn processor_seconds(process: u32) -> Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
@@ -130,12 +178,4 @@ pub fn processor_seconds(process: u32) -> Result<f64> {
         bail!("/proc/{process}/stat holds no processor times: {stat}");
     }
     Ok(ticks.iter().sum::<f64>() / 100.0)
-}
-
-impl Drop for Operator {
-    fn drop(&mut self) {
-        // Already gone is as good.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }

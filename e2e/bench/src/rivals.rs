@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::cluster::{Place, create_bare};
 use crate::objects::{NAMESPACE, api, clear_pods, count, say};
-use crate::operator::{Operator, processor_seconds};
+use crate::operator::{Ended, Operator, megabytes, processor_seconds};
 use crate::planning::{self, Shape};
 use bench_report::{Row, median};
 
@@ -246,7 +246,7 @@ impl Project {
 }
 
 /// A controller at work; stopped when dropped.
-struct Controller(Child);
+struct Controller(Ended);
 
 impl Controller {
     fn start(rival: &Rival, flags: &[String], kubeconfig: &Path, folder: &Path) -> Result<Self> {
@@ -255,35 +255,16 @@ impl Controller {
         if let Some(given) = rival.project.config() {
             std::fs::write(&config, serde_json::to_string(&given)?)?;
         }
-        let child = Command::new(&rival.binary)
+        let mut command = Command::new(&rival.binary);
+        command
             .args(flags)
             .env("KUBECONFIG", kubeconfig)
             .env("CONFIG_PATH", &config)
             .env("POD_NAMESPACE", NAMESPACE)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(File::create(folder.join(format!("{name}.log")))?)
-            .spawn()
-            .with_context(|| rival.binary.display().to_string())?;
-        Ok(Self(child))
-    }
-
-    /// Resident megabytes.
-    fn resident_megabytes(&self) -> Result<f64> {
-        let path = format!("/proc/{}/status", self.0.id());
-        let text = std::fs::read_to_string(&path).context("it has ended")?;
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kibibytes =
-            line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<f64>().ok());
-        Ok(kibibytes.with_context(|| format!("{path} has no VmRSS"))? * 1024.0 / 1e6)
-    }
-}
-
-impl Drop for Controller {
-    fn drop(&mut self) {
-        // Already gone is as good.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+            .stderr(File::create(folder.join(format!("{name}.log")))?);
+        Ok(Self(Ended::start(&mut command)?))
     }
 }
 
@@ -341,7 +322,7 @@ async fn theirs(place: &Place<'_>, rival: &Rival, flags: &[String], replicas: u3
     let (pods_per_second, there) = rate(&pods, replicas, start).await?;
     let seen = Seen {
         pods_per_second,
-        megabytes: controller.resident_megabytes()?,
+        megabytes: megabytes(controller.0.id(), "VmRSS")?,
         millis_per_pod: 1000.0 * processor_seconds(controller.0.id())? / there,
     };
     if there < 2.0 {

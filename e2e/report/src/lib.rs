@@ -4,6 +4,7 @@
 //! Invariant: `met` follows from the numbers of its own row, so nobody has to believe it. A row without a goal is a figure
 //! and no more.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::process::Command;
 
@@ -34,6 +35,19 @@ pub struct Goal {
     pub most: Option<f64>,
 }
 
+/// Where a figure is from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Processor, threads or cores, memory.
+    pub machine: String,
+    /// What makes it again.
+    pub command: String,
+    /// The tree that was measured.
+    pub commit: String,
+    /// The day.
+    pub date: String,
+}
+
 /// One figure.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -52,6 +66,9 @@ pub struct Row {
     pub goal: Option<Goal>,
     /// Whether it is met.
     pub met: Option<bool>,
+    /// Where it is from, if not from the run that wrote the file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
 }
 
 impl Row {
@@ -65,6 +82,7 @@ impl Row {
             ratio: None,
             goal: None,
             met: None,
+            origin: None,
         }
     }
 
@@ -145,16 +163,12 @@ impl Row {
     }
 }
 
-/// All rows of a run.
+/// All rows of a run, and those of earlier runs that it did not make again.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Report {
-    /// Processor, threads or cores, memory.
-    pub machine: String,
-    /// What makes the report again.
-    pub command: String,
-    /// The tree that was measured.
-    pub commit: String,
+    /// Where its rows are from.
+    #[serde(flatten)]
+    pub origin: Origin,
     /// The figures.
     pub rows: Vec<Row>,
 }
@@ -169,10 +183,42 @@ impl Report {
             "", "value", "", "reference", "ratio"
         );
         Self {
-            machine,
-            command: command.into(),
-            commit: commit(),
+            origin: Origin {
+                machine,
+                command: command.into(),
+                commit: said("git", &["describe", "--always", "--dirty", "--abbrev=12"]),
+                date: said("date", &["--utc", "+%F"]),
+            },
             rows: Vec::new(),
+        }
+    }
+
+    /// What an earlier run wrote; none where there is no file.
+    ///
+    /// # Errors
+    /// When the file is no report.
+    pub fn read(path: &Path) -> anyhow::Result<Option<Self>> {
+        let text = match std::fs::read_to_string(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            text => text.with_context(|| format!("--out {}", path.display()))?,
+        };
+        let report = serde_json::from_str(&text).with_context(|| {
+            format!(
+                "--out {}: not a report of this form; remove it or name another file",
+                path.display()
+            )
+        })?;
+        Ok(Some(report))
+    }
+
+    /// Keeps those rows of `earlier` that this run has not made, each with where it is from.
+    pub fn keep(&mut self, earlier: Self) {
+        let Self { origin, rows } = earlier;
+        for mut row in rows {
+            if self.rows.iter().all(|made| made.name != row.name) {
+                row.origin.get_or_insert_with(|| origin.clone());
+                self.rows.push(row);
+            }
         }
     }
 
@@ -244,10 +290,9 @@ fn machine(threads: usize) -> String {
     )
 }
 
-fn commit() -> String {
-    let output = Command::new("git")
-        .args(["describe", "--always", "--dirty", "--abbrev=12"])
-        .output();
+/// What a program prints; `unknown` when it fails.
+fn said(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).output();
     output
         .ok()
         .filter(|output| output.status.success())
@@ -284,6 +329,50 @@ mod tests {
         assert_eq!(shown, ["0", "0.0123", "1.50", "37.9", "1413"]);
     }
 
+    fn report(commit: &str, rows: &[(&str, f64)]) -> Report {
+        let rows = rows
+            .iter()
+            .map(|(name, value)| Row::plain(name, *value, "s"));
+        Report {
+            origin: Origin {
+                machine: "a machine".into(),
+                command: "make x".into(),
+                commit: commit.into(),
+                date: "2026-01-01".into(),
+            },
+            rows: rows.collect(),
+        }
+    }
+
+    #[test]
+    fn rows_that_a_run_did_not_make_stay_with_where_they_are_from() {
+        let folder = std::env::temp_dir().join(format!("report-{}", std::process::id()));
+        let file = folder.join("report.json");
+        assert!(Report::read(&file).expect("no file").is_none());
+        let mut report_of_two = report("two", &[("a", 2.0), ("b", 2.0)]);
+        report_of_two.keep(report("one", &[("b", 1.0), ("c", 1.0)]));
+        report_of_two.finish(&file).expect("written");
+        let mut report_of_three = report("three", &[("a", 3.0)]);
+        report_of_three.keep(Report::read(&file).expect("a report").expect("a file"));
+        let seen = report_of_three.rows.iter().map(|row| {
+            let commit = row.origin.as_ref().map(|origin| origin.commit.as_str());
+            (row.name.as_str(), row.value, commit)
+        });
+        let wanted = [
+            ("a", 3.0, None),
+            ("b", 2.0, Some("two")),
+            ("c", 1.0, Some("one")),
+        ];
+        assert_eq!(seen.collect::<Vec<_>>(), wanted);
+        std::fs::write(&file, "{}").expect("written");
+        let why = format!("{:#}", Report::read(&file).expect_err("not a report"));
+        assert!(
+            why.contains("report.json: not a report of this form; remove it"),
+            "{why}"
+        );
+        std::fs::remove_dir_all(folder).expect("removed");
+    }
+
     /// What is published has this form, and its verdicts follow from its numbers.
     #[test]
     fn the_published_figures_have_this_form() {
@@ -293,9 +382,9 @@ mod tests {
             let report: Report =
                 serde_json::from_str(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
             assert!(
-                report.command.starts_with("make "),
+                report.origin.command.starts_with("make "),
                 "{name}: {}",
-                report.command
+                report.origin.command
             );
             assert!(!report.rows.is_empty(), "{name} has no rows");
             for row in report.rows {
