@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine_load::FetchSettings;
 use engine_spec::{Device, Dtype, KvCacheDtype, Quantization};
 use engine_text::ToolCallParser;
 use serde::Deserialize;
@@ -81,7 +82,15 @@ pub struct ConfigArguments {
     /// The same in vLLM's form: {"method": "mtp", "num_speculative_tokens": 1}
     #[arg(long, value_name = "JSON")]
     pub speculative_config: Option<SpeculativeConfig>,
-    /// Where models from a hub or object store are kept
+    /// Where fetched models are kept.
+    #[command(flatten)]
+    pub cache: CacheArguments,
+}
+
+/// The directory of fetched models, which engines on one machine may share.
+#[derive(Args, Clone, Debug, Default)]
+pub struct CacheArguments {
+    /// Where models from a hub or object store are kept; processes may share it, and each model is fetched once
     #[arg(
         long,
         value_name = "DIR",
@@ -89,6 +98,44 @@ pub struct ConfigArguments {
         default_value = "/cache"
     )]
     pub cache_dir: PathBuf,
+    /// Most that the cache may hold, such as 500Gi; models that no process uses make room, the longest unused first
+    /// [default: no limit]
+    #[arg(long, value_name = "BYTES", env = "ENGINE_CACHE_LIMIT", value_parser = parse_bytes)]
+    pub cache_limit: Option<u64>,
+}
+
+impl CacheArguments {
+    /// How models are fetched, with the credentials of the environment.
+    pub fn settings(&self) -> FetchSettings {
+        FetchSettings {
+            cache_limit_bytes: self.cache_limit,
+            ..FetchSettings::from_lookup(self.cache_dir.clone(), |name| std::env::var(name).ok())
+        }
+    }
+}
+
+/// Whole bytes, or whole units of them as Kubernetes writes units.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "" => Some(1),
+        "Ki" => Some(1 << 10),
+        "Mi" => Some(1 << 20),
+        "Gi" => Some(1 << 30),
+        "Ti" => Some(1_u64 << 40),
+        "k" => Some(1000),
+        "M" => Some(1_000_000),
+        "G" => Some(1_000_000_000),
+        "T" => Some(1_000_000_000_000),
+        _ => None,
+    };
+    digits
+        .parse::<u64>()
+        .ok()
+        .zip(unit)
+        .and_then(|(number, unit)| number.checked_mul(unit))
+        .filter(|bytes| *bytes > 0)
+        .ok_or_else(|| "expected bytes above 0, such as 500Gi, 2T or 1000000".to_owned())
 }
 
 /// vLLM's `--speculative-config`, of which one method is served.
@@ -297,14 +344,6 @@ pub struct InspectArguments {
     /// File for the report, such as /dev/termination-log; without it the report is printed
     #[arg(long, value_name = "FILE")]
     pub output: Option<PathBuf>,
-    /// Where models from a hub or object store are kept
-    #[arg(
-        long,
-        value_name = "DIR",
-        env = "ENGINE_CACHE_DIR",
-        default_value = "/cache"
-    )]
-    pub cache_dir: PathBuf,
 }
 
 /// Arguments of `engine pack`.
@@ -328,14 +367,9 @@ pub struct PackArguments {
     /// Check the digests of a packed model instead of making one
     #[arg(long, value_name = "DIR", conflicts_with_all = ["model", "output"])]
     pub verify: Option<PathBuf>,
-    /// Where models from a hub or object store are kept
-    #[arg(
-        long,
-        value_name = "DIR",
-        env = "ENGINE_CACHE_DIR",
-        default_value = "/cache"
-    )]
-    pub cache_dir: PathBuf,
+    /// Where fetched models are kept.
+    #[command(flatten)]
+    pub cache: CacheArguments,
 }
 
 /// Arguments of `engine plan`.

@@ -1,8 +1,9 @@
 //! `engine inspect`: what a model is, without its weights, as the operator reads it.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use engine_load::{FetchSettings, LoadError, Progress};
+use engine_load::{FetchSettings, LoadError};
 use engine_spec::{InspectError, InspectReport, ModelFault};
 
 use crate::cli::InspectArguments;
@@ -35,10 +36,7 @@ pub fn run(arguments: &InspectArguments) -> ExitCode {
 }
 
 fn inspect(arguments: &InspectArguments) -> Result<engine_spec::ModelFacts, LoadError> {
-    let settings =
-        FetchSettings::from_lookup(arguments.cache_dir.clone(), |name| std::env::var(name).ok());
-    let revision = arguments.revision.as_deref();
-    let directory =
-        engine_load::resolve(&arguments.model, revision, &settings, &Progress::default())?;
-    engine_load::inspect(&directory)
+    // Nothing is kept.
+    let settings = FetchSettings::from_lookup(PathBuf::new(), |name| std::env::var(name).ok());
+    engine_load::inspect_source(&arguments.model, arguments.revision.as_deref(), &settings)
 }

@@ -10,7 +10,9 @@ use engine_core::{Executor, Limits};
 use engine_cpu::{CpuExecutor, CpuLimits, available_threads};
 use engine_cuda::{CudaExecutor, CudaLimits};
 use engine_group::{Follower, LeadingExecutor, ProcessGroup, TcpGroup};
-use engine_load::{FetchSettings, LoadError, PACKED_FILE, PackedModel, Progress, read_config};
+use engine_load::{
+    FetchSettings, LoadError, Local, PACKED_FILE, PackedModel, Progress, read_config,
+};
 use engine_memory::{MemoryPlan, MemoryRequest, memory_plan};
 use engine_server::{LoadFailure, Loaded, StartupHandle};
 use engine_spec::{Device, EngineConfig, ModelConfig, StartupPhase};
@@ -52,8 +54,8 @@ pub struct Machine {
     pub choice: DeviceChoice,
     /// Driver library of the GPU.
     pub cuda_driver: Option<PathBuf>,
-    /// Where fetched models are kept.
-    pub cache_dir: PathBuf,
+    /// How models are fetched, and where they are kept.
+    pub fetch: FetchSettings,
     /// Whether to check the digests of packed weights.
     pub verify_weights: bool,
     /// This process's place among the ranks.
@@ -90,9 +92,10 @@ fn prepare(
         Weights::Files => fetch(
             &config.model.source,
             config.model.revision.as_deref(),
-            machine.cache_dir.clone(),
+            &machine.fetch,
             &fetched,
-        )?,
+        )?
+        .keep(),
         Weights::Random(_) => dummy::directory(&config)?,
     };
     let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
@@ -206,7 +209,7 @@ pub fn load(
             directory: directory.clone(),
             is_cpu: matches!(found, Found::Cpu(_)),
         },
-        &machine.cache_dir,
+        &machine.fetch,
     );
     Ok(Loaded {
         executor,
@@ -274,11 +277,10 @@ fn load_weights(
 pub(crate) fn fetch(
     source: &str,
     revision: Option<&str>,
-    cache_dir: PathBuf,
+    settings: &FetchSettings,
     fetched: &Progress,
-) -> Result<PathBuf, LoadFailure> {
-    let settings = FetchSettings::from_lookup(cache_dir, |name| std::env::var(name).ok());
-    engine_load::resolve(source, revision, &settings, fetched)
+) -> Result<Local, LoadFailure> {
+    engine_load::resolve(source, revision, settings, fetched)
         .map_err(|error| from_load_error(&error))
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use engine_load::{FetchSettings, PACKED_FILE, PackedModel, Progress, read_config};
+use engine_load::{PACKED_FILE, PackedModel, Progress, read_config};
 use engine_memory::resident_dtype;
 use engine_spec::{Device, ModelConfig, Packing};
 use serde_json::Value;
@@ -42,8 +42,7 @@ fn verify(dir: &Path) -> anyhow::Result<()> {
 }
 
 fn pack(arguments: &PackArguments, model: &str, output: &Path) -> anyhow::Result<()> {
-    let settings =
-        FetchSettings::from_lookup(arguments.cache_dir.clone(), |name| std::env::var(name).ok());
+    let settings = arguments.cache.settings();
     let revision = arguments.revision.as_deref();
     let dir = engine_load::resolve(model, revision, &settings, &Progress::default())?;
     let original = read_config(&dir)?;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use engine_cuda::Gpu;
-use engine_load::{FetchSettings, Progress, read_config};
+use engine_load::{Progress, read_config};
 use engine_memory::{MemoryRequest, memory_plan};
 use engine_spec::{Device, EngineConfig, ModelConfig};
 
@@ -39,9 +39,7 @@ fn model_config(arguments: &PlanArguments, config: &EngineConfig) -> anyhow::Res
             .with_context(|| format!("--model {source} cannot be read"))?;
         return ModelConfig::from_hf_json(&text).with_context(|| format!("--model {source}"));
     }
-    let settings = FetchSettings::from_lookup(arguments.engine.cache_dir.clone(), |name| {
-        std::env::var(name).ok()
-    });
+    let settings = arguments.engine.cache.settings();
     let revision = config.model.revision.as_deref();
     let directory = engine_load::resolve(source, revision, &settings, &Progress::default())?;
     Ok(read_config(&directory)?)

@@ -63,7 +63,7 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
         let machine = load::Machine {
             choice: configure::device(&arguments.engine, &config),
             cuda_driver: arguments.engine.cuda_driver.clone(),
-            cache_dir: arguments.engine.cache_dir.clone(),
+            fetch: arguments.engine.cache.settings(),
             verify_weights: arguments.verify_weights,
             world: world.clone(),
         };

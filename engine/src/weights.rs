@@ -5,12 +5,12 @@
 //! memory: the second version waits there and the exchange swaps both.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use engine_core::StagedWeights;
 use engine_cpu::{CpuExecutor, CpuLimits};
 use engine_cuda::{CudaExecutor, CudaLimits};
-use engine_load::{LoadError, Progress, content_digest, read_config};
+use engine_load::{FetchSettings, LoadError, Local, Progress, content_digest, read_config};
 use engine_memory::MemoryPlan;
 use engine_server::{
     LoadFailure, LoadedWeights, UpdateHandle, WeightsLoader, WeightsOrigin, WeightsSource,
@@ -32,7 +32,7 @@ pub fn origin(
     config: &EngineConfig,
     weights: Weights,
     serving: Serving,
-    cache_dir: &Path,
+    settings: &FetchSettings,
 ) -> WeightsOrigin {
     let source = WeightsSource {
         source: config.model.source.clone(),
@@ -52,9 +52,16 @@ pub fn origin(
                 true => Backend::Cpu(CpuLimits::from_plan(plan, sequences, tokens)),
                 false => Backend::Cuda(CudaLimits::from_plan(model, plan, sequences, tokens)),
             };
-            let cache_dir = cache_dir.to_owned();
-            let loader: WeightsLoader =
-                Arc::new(move |source, update| load(&serving, &limits, &cache_dir, source, update));
+            let settings = settings.clone();
+            // The last replacement stays in the cache; those before it need not.
+            let replacement = Mutex::new(None);
+            let loader: WeightsLoader = Arc::new(move |source, update| {
+                let (local, loaded) = load(&serving, &limits, &settings, source, update)?;
+                if let Ok(mut replacement) = replacement.lock() {
+                    *replacement = Some(local);
+                }
+                Ok(loaded)
+            });
             Ok(loader)
         }
     };
@@ -84,14 +91,14 @@ impl Backend {
 fn load(
     serving: &Serving,
     backend: &Backend,
-    cache_dir: &Path,
+    settings: &FetchSettings,
     source: &WeightsSource,
     update: &UpdateHandle,
-) -> Result<LoadedWeights, LoadFailure> {
+) -> Result<(Local, LoadedWeights), LoadFailure> {
     let progress = Arc::new(Progress::default());
     update.enter("fetching", bytes_of(&progress));
     let revision = source.revision.as_deref();
-    let directory = fetch(&source.source, revision, cache_dir.to_owned(), &progress)?;
+    let directory = fetch(&source.source, revision, settings, &progress)?;
     let model = read_config(&directory).map_err(|error| from_load_error(&error))?;
     check_same_model(serving, &model, &directory)?;
     check_room(serving.plan.per_rank.weights_bytes, free_bytes())?;
@@ -112,7 +119,7 @@ fn load(
     let weights = backend
         .stage(&directory, &serving.model, &progress)
         .map_err(|error| from_load_error(&error))?;
-    Ok(LoadedWeights { weights, digest })
+    Ok((directory, LoadedWeights { weights, digest }))
 }
 
 /// The same shapes, and the same meaning of every token.

@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use operator_core::NodeCache;
+use operator_core::node_cache::NodeCacheRefused;
 use thiserror::Error;
 
 /// Flags of `operator run`; each can also come from the environment.
@@ -23,6 +25,25 @@ pub struct Arguments {
         default_value = "IfNotPresent"
     )]
     pub engine_image_pull_policy: PullPolicy,
+
+    /// Directory of every node in which replicas share fetched weights, for its user (65532) to write; empty: each pod
+    /// fetches its own.
+    #[arg(
+        long,
+        env = "CACHALOT_NODE_CACHE",
+        value_name = "PATH",
+        default_value = ""
+    )]
+    pub node_cache: String,
+
+    /// What the models in that directory may take together, such as 500Gi; empty: no limit.
+    #[arg(
+        long,
+        env = "CACHALOT_NODE_CACHE_LIMIT",
+        value_name = "QUANTITY",
+        default_value = ""
+    )]
+    pub node_cache_limit: String,
 
     /// Serve the ModelDeployments of this namespace only; empty: of all.
     #[arg(
@@ -178,6 +199,8 @@ pub struct Config {
     pub engine_image: String,
     /// See [`Arguments::engine_image_pull_policy`].
     pub engine_image_pull_policy: PullPolicy,
+    /// Where replicas share weights, when they do.
+    pub node_cache: Option<NodeCache>,
     /// The one namespace served; none: all.
     pub namespace: Option<String>,
     /// See [`Arguments::resource_claims`].
@@ -233,6 +256,8 @@ impl TryFrom<Arguments> for Config {
         let Arguments {
             engine_image,
             engine_image_pull_policy,
+            node_cache,
+            node_cache_limit,
             namespace,
             resource_claims,
             prometheus_url,
@@ -255,6 +280,7 @@ impl TryFrom<Arguments> for Config {
                 "give the name of an image, such as localhost/cachalot-engine:dev",
             );
         }
+        let node_cache = read_node_cache(node_cache, node_cache_limit)?;
         if !namespace.is_empty() && !is_dns_label(&namespace) {
             return refuse(
                 "namespace",
@@ -304,6 +330,7 @@ impl TryFrom<Arguments> for Config {
         Ok(Config {
             engine_image,
             engine_image_pull_policy,
+            node_cache,
             namespace: (!namespace.is_empty()).then_some(namespace),
             resource_claims,
             prometheus_url: (!prometheus_url.is_empty()).then_some(prometheus_url),
@@ -318,6 +345,26 @@ impl TryFrom<Arguments> for Config {
             scrape_timeout,
             workers: usize::from(workers),
         })
+    }
+}
+
+/// The directory for weights and its limit.
+fn read_node_cache(path: String, limit: String) -> Result<Option<NodeCache>, Refused> {
+    if path.is_empty() && limit.is_empty() {
+        return Ok(None);
+    }
+    match NodeCache::new(&path, &limit) {
+        Ok(cache) => Ok(Some(cache)),
+        Err(NodeCacheRefused::Path) => refuse(
+            "node-cache",
+            path,
+            "give the absolute path of a directory for nothing else, two levels deep or more, such as /var/lib/cachalot",
+        ),
+        Err(NodeCacheRefused::Limit) => refuse(
+            "node-cache-limit",
+            limit,
+            "give a quantity above 0, such as 500Gi, or nothing for no limit",
+        ),
     }
 }
 

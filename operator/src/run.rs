@@ -133,6 +133,7 @@ pub async fn run(config: Config) -> Result<()> {
         settings: Settings {
             engine_image: config.engine_image,
             image_pull_policy: config.engine_image_pull_policy.as_str().to_string(),
+            node_cache: config.node_cache,
         },
     };
     controller

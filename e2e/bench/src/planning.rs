@@ -97,6 +97,7 @@ fn settings() -> Settings {
     Settings {
         engine_image: "cachalot-engine".into(),
         image_pull_policy: "IfNotPresent".into(),
+        node_cache: None,
     }
 }
 

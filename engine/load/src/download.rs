@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 use ureq::http::Response;
 use ureq::{Agent, Body};
 
+use crate::cache::wait_for;
 use crate::{LoadError, Progress};
 
 /// Bytes of one range request.
@@ -175,17 +176,23 @@ impl Client {
         dir: &Path,
         progress: &Progress,
     ) -> Result<(), LoadError> {
-        std::fs::create_dir_all(dir).map_err(|source| write_error(dir, 0, source))?;
-        // Two writers of one unfinished file would mix their bytes. The lock goes with the process.
+        // Two writers of one unfinished file would mix their bytes. The lock goes with the process, and the next one
+        // continues where it ended.
         let lock_path = dir.join(LOCK_FILE);
         let lock = File::create(&lock_path).map_err(|source| write_error(&lock_path, 0, source))?;
-        if lock.try_lock().is_err() {
-            return Err(LoadError::Backend(format!(
-                "{} is being filled by another process; give each engine its own cache directory",
-                dir.display()
-            )));
-        }
-        progress.begin(files.iter().map(|file| file.bytes).sum());
+        let total = files.iter().map(|file| file.bytes).sum();
+        let Patience {
+            attempts,
+            piece_timeout,
+            ..
+        } = self.patience;
+        wait_for(&lock, &lock_path, piece_timeout * attempts, || {
+            let done = files.iter().map(|file| bytes_there(dir, file)).sum();
+            progress.begin(total);
+            progress.add(done);
+            done
+        })?;
+        progress.begin(total);
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
         let first_error = Mutex::new(None);
@@ -228,7 +235,7 @@ impl Client {
             progress.add(file.bytes);
             return Ok(());
         }
-        let part = dir.join(format!("{}.part", file.name));
+        let part = part_path(dir, file);
         let mut download = Download::resume(&part, file)?;
         progress.add(download.done);
         let what = format!("{} of {}", file.name, origin.describe());
@@ -358,6 +365,17 @@ impl Client {
     }
 }
 
+fn part_path(dir: &Path, file: &RemoteFile) -> PathBuf {
+    dir.join(format!("{}.part", file.name))
+}
+
+/// Bytes of a file that are there, finished or not.
+fn bytes_there(dir: &Path, file: &RemoteFile) -> u64 {
+    let part = || part_path(dir, file).metadata();
+    let found = dir.join(&file.name).metadata().or_else(|_| part());
+    found.map_or(0, |found| found.len())
+}
+
 /// The size the server now states must be the announced one.
 fn check_total(response: &Response<Body>, file: &RemoteFile, whole: bool) -> Result<(), LoadError> {
     let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok());
@@ -458,7 +476,7 @@ impl Download {
 }
 
 /// A failed write as the fault it is.
-fn write_error(path: &Path, needed_bytes: u64, source: std::io::Error) -> LoadError {
+pub(crate) fn write_error(path: &Path, needed_bytes: u64, source: std::io::Error) -> LoadError {
     match source.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => LoadError::DiskFull {
             path: path.into(),

@@ -80,6 +80,31 @@ pub enum LoadError {
         /// What was still missing.
         needed_bytes: u64,
     },
+    /// The models in use leave too little of the cache's limit.
+    #[error(
+        "the model cache holds {in_use} bytes of models in use and {folder} takes {bytes}, its limit is {limit} bytes; raise the limit (--cache-limit), or stop a model on this machine"
+    )]
+    CacheFull {
+        /// What was to be fetched.
+        folder: String,
+        /// What it takes.
+        bytes: u64,
+        /// What cannot be removed.
+        in_use: u64,
+        /// The limit.
+        limit: u64,
+    },
+    /// This user may not write the cache.
+    #[error(
+        "{path} may not be written by this user; give the cache directory to it (chown 65532:65532 for the images' user)"
+    )]
+    CacheDenied {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        #[source]
+        source: std::io::Error,
+    },
     /// The hub or object store refused the credentials.
     #[error("{0}")]
     AccessDenied(String),
@@ -114,7 +139,7 @@ impl LoadError {
             Self::Malformed { .. } | Self::Mismatch { .. } | Self::Corrupt { .. } => {
                 ModelFault::WeightsMismatch
             }
-            Self::DiskFull { .. } => ModelFault::DiskFull,
+            Self::DiskFull { .. } | Self::CacheFull { .. } => ModelFault::DiskFull,
             Self::AccessDenied(_) => ModelFault::AccessDenied,
             Self::Unreachable(_) => ModelFault::SourceUnreachable,
             Self::Read { source, .. } => match source.kind() {
@@ -122,7 +147,7 @@ impl LoadError {
                 std::io::ErrorKind::PermissionDenied => ModelFault::AccessDenied,
                 _ => return None,
             },
-            Self::Write { .. } | Self::Backend(_) => return None,
+            Self::Write { .. } | Self::CacheDenied { .. } | Self::Backend(_) => return None,
         })
     }
 

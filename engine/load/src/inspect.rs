@@ -13,7 +13,7 @@ use crate::checkpoint::{
     CONFIG_FILE, INDEX_FILE, Index, SINGLE_FILE, Shard, check, local_shards, parse_config,
 };
 use crate::download::{Client, Origin, RemoteFile, hex};
-use crate::packed::{PACKED_FILE, PackedModel};
+use crate::packed::{self, PACKED_FILE, PackedHeader, PackedModel};
 use crate::source::{FetchSettings, Place, locate};
 use crate::{LoadError, header, read_config};
 
@@ -31,7 +31,7 @@ pub fn inspect(dir: &Path) -> Result<ModelFacts, LoadError> {
     let config = read_config(dir)?;
     let packed = dir.join(PACKED_FILE);
     if packed.is_file() {
-        return packed_facts(config, &PackedModel::open(&packed)?);
+        return packed_facts(config, PackedModel::open(&packed)?.header());
     }
     let shards = local_shards(dir)?;
     facts(config, &shards)
@@ -60,6 +60,11 @@ pub fn inspect_source(
                 files: &files,
             };
             let config = parse_config(&remote.text(CONFIG_FILE)?, PathBuf::from(CONFIG_FILE))?;
+            if let Some(file) = remote.find(PACKED_FILE) {
+                let start = remote.start(file, packed::header_end)?;
+                let (header, _) = packed::read_header(&start, file.bytes)?;
+                return packed_facts(config, &header);
+            }
             let shards = remote.shards()?;
             facts(config, &shards)
         }
@@ -67,21 +72,16 @@ pub fn inspect_source(
 }
 
 /// Facts of a packed model: those of its header.
-fn packed_facts(config: ModelConfig, packed: &PackedModel) -> Result<ModelFacts, LoadError> {
-    let header = serde_json::to_vec(packed.header())
-        .map_err(|error| LoadError::Backend(error.to_string()))?;
+fn packed_facts(config: ModelConfig, packed: &PackedHeader) -> Result<ModelFacts, LoadError> {
+    let header =
+        serde_json::to_vec(packed).map_err(|error| LoadError::Backend(error.to_string()))?;
     Ok(ModelFacts {
         weight_dtype: config.stored_dtype,
         weight_bytes: packed.bytes(),
         parameters: config.parameters(),
         digest: format!("sha256:{}", hex(&Sha256::digest(header))),
         shards: 1,
-        tensors: packed
-            .header()
-            .sections
-            .len()
-            .try_into()
-            .unwrap_or_default(),
+        tensors: packed.sections.len().try_into().unwrap_or_default(),
         config,
     })
 }
@@ -168,18 +168,29 @@ impl Remote<'_> {
         }
     }
 
-    fn shard(&self, file: &RemoteFile) -> Result<Shard, LoadError> {
+    /// The bytes of a file up to the end of its header, which `end` tells from the first of them.
+    fn start(
+        &self,
+        file: &RemoteFile,
+        end: impl FnOnce(&[u8]) -> Result<u64, LoadError>,
+    ) -> Result<Vec<u8>, LoadError> {
         let RemoteFile { name, bytes, .. } = file;
-        let guess = HEADER_GUESS_BYTES.min(*bytes);
-        let mut start = match guess {
+        let mut start = match HEADER_GUESS_BYTES.min(*bytes) {
             0 => Vec::new(),
             guess => self.client.range(self.origin, name, 0, guess)?,
         };
-        let end = 8 + header::header_bytes(name, &start, *bytes)?;
-        let have = start.len() as u64;
+        let (have, end) = (start.len() as u64, end(&start)?);
         if have < end {
             start.extend(self.client.range(self.origin, name, have, end)?);
         }
+        Ok(start)
+    }
+
+    fn shard(&self, file: &RemoteFile) -> Result<Shard, LoadError> {
+        let RemoteFile { name, bytes, .. } = file;
+        let header_end = |start: &[u8]| Ok(8 + header::header_bytes(name, start, *bytes)?);
+        let start = self.start(file, header_end)?;
+        let end = header_end(&start)?;
         let Some(json) = start.get(8..end as usize) else {
             return Err(LoadError::Truncated {
                 file: name.clone(),

@@ -7,6 +7,7 @@
 //! Invariant: nothing here reads the environment or waits without a limit; what a caller wants known (credentials,
 //! limits) comes in as a value. Every error names the file, the tensor or field, what was found and what was expected.
 
+mod cache;
 mod checkpoint;
 mod content;
 pub mod convert;
@@ -21,6 +22,7 @@ mod progress;
 mod sample;
 mod source;
 
+pub use cache::Local;
 pub use checkpoint::{Checkpoint, Scales, StoredTensor, TensorSource, read_config};
 pub use content::content_digest;
 pub use download::Patience;

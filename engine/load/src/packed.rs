@@ -81,6 +81,11 @@ impl PackedHeader {
         }
         Some((offsets, at))
     }
+
+    /// Bytes of all sections.
+    pub fn bytes(&self) -> u64 {
+        self.sections.iter().map(|section| section.bytes).sum()
+    }
 }
 
 /// Writes a packed file under another name and moves it into place when it is whole.
@@ -224,19 +229,7 @@ impl PackedModel {
         // SAFETY: the map is only read; see the note on files that shrink in `checkpoint`.
         #[allow(unsafe_code)]
         let map = unsafe { Mmap::map(&file) }.map_err(read_error)?;
-        let (header, header_bytes) = parse(&map)?;
-        let (offsets, end) = header
-            .offsets(header_bytes)
-            .ok_or_else(|| malformed("the sections' lengths overflow".into()))?;
-        if map.len() as u64 != end {
-            return Err(LoadError::Truncated {
-                file: PACKED_FILE.into(),
-                problem: format!(
-                    "{} bytes, its header describes {end}; pack the model again",
-                    map.len()
-                ),
-            });
-        }
+        let (header, offsets) = read_header(&map, map.len() as u64)?;
         // A hint; without it pages come one fault at a time.
         let _ = map.advise(Advice::WillNeed);
         Ok(Self {
@@ -253,11 +246,7 @@ impl PackedModel {
 
     /// Bytes of all sections.
     pub fn bytes(&self) -> u64 {
-        self.header
-            .sections
-            .iter()
-            .map(|section| section.bytes)
-            .sum()
+        self.header.bytes()
     }
 
     /// The bytes of a section.
@@ -298,18 +287,61 @@ fn malformed(problem: String) -> LoadError {
     }
 }
 
-/// The header, and its length in the file.
-fn parse(bytes: &[u8]) -> Result<(PackedHeader, u64), LoadError> {
-    let truncated = |problem| LoadError::Truncated {
+fn truncated(problem: String) -> LoadError {
+    LoadError::Truncated {
         file: PACKED_FILE.into(),
         problem,
-    };
-    let Some((prelude, rest)) = bytes.split_first_chunk::<PRELUDE>() else {
+    }
+}
+
+/// The header in the first bytes of a file of `file_bytes`, which must be as long as it says, and where each section
+/// begins.
+pub(crate) fn read_header(
+    start: &[u8],
+    file_bytes: u64,
+) -> Result<(PackedHeader, Vec<u64>), LoadError> {
+    let (prelude, rest) = split_prelude(start)?;
+    let length = header_bytes(prelude)?;
+    let Some(json) = rest.get(..length as usize) else {
         return Err(truncated(format!(
-            "{} bytes, too short for a header",
-            bytes.len()
+            "header of {length} bytes in a file of {file_bytes} bytes"
         )));
     };
+    let (found, expected) = (hex(&Sha256::digest(json)), hex(&prelude[24..]));
+    if found != expected {
+        return Err(LoadError::Corrupt {
+            file: PACKED_FILE.into(),
+            problem: format!(
+                "the header has the digest {found}, expected {expected}; pack the model again"
+            ),
+        });
+    }
+    let header: PackedHeader = serde_json::from_slice(json)
+        .map_err(|error| malformed(format!("header is not valid: {error}")))?;
+    let (offsets, end) = header
+        .offsets(length)
+        .ok_or_else(|| malformed("the sections' lengths overflow".into()))?;
+    if file_bytes != end {
+        return Err(truncated(format!(
+            "{file_bytes} bytes, its header describes {end}; pack the model again"
+        )));
+    }
+    Ok((header, offsets))
+}
+
+/// Where the header ends, told from the first bytes of a file.
+pub(crate) fn header_end(start: &[u8]) -> Result<u64, LoadError> {
+    let (prelude, _) = split_prelude(start)?;
+    Ok(PRELUDE as u64 + header_bytes(prelude)?)
+}
+
+fn split_prelude(start: &[u8]) -> Result<(&[u8; PRELUDE], &[u8]), LoadError> {
+    let short = || truncated(format!("{} bytes, too short for a header", start.len()));
+    start.split_first_chunk().ok_or_else(short)
+}
+
+/// Length of the header.
+fn header_bytes(prelude: &[u8; PRELUDE]) -> Result<u64, LoadError> {
     if prelude[..8] != MAGIC {
         return Err(malformed("does not begin as a packed model does".into()));
     }
@@ -326,22 +358,5 @@ fn parse(bytes: &[u8]) -> Result<(PackedHeader, u64), LoadError> {
             "header length {length} exceeds the limit of {HEADER_BYTES_MAX} bytes"
         )));
     }
-    let Some(json) = rest.get(..length as usize) else {
-        return Err(truncated(format!(
-            "header of {length} bytes in a file of {} bytes",
-            bytes.len()
-        )));
-    };
-    let (found, expected) = (hex(&Sha256::digest(json)), hex(&prelude[24..]));
-    if found != expected {
-        return Err(LoadError::Corrupt {
-            file: PACKED_FILE.into(),
-            problem: format!(
-                "the header has the digest {found}, expected {expected}; pack the model again"
-            ),
-        });
-    }
-    let header = serde_json::from_slice(json)
-        .map_err(|error| malformed(format!("header is not valid: {error}")))?;
-    Ok((header, length))
+    Ok(length)
 }

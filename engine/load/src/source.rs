@@ -11,6 +11,7 @@ use rusty_s3::{Bucket, Credentials, UrlStyle};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use crate::cache::{self, Local};
 use crate::download::{Client, Origin, Patience, RemoteFile, hex};
 use crate::{LoadError, Progress};
 
@@ -28,6 +29,8 @@ const FILES_MAX: usize = 10_000;
 pub struct FetchSettings {
     /// Where fetched models are kept.
     pub cache_dir: PathBuf,
+    /// Bytes that they may take together; no limit without it.
+    pub cache_limit_bytes: Option<u64>,
     /// `HF_ENDPOINT`.
     pub hf_endpoint: Option<String>,
     /// `HF_TOKEN`.
@@ -52,6 +55,7 @@ impl FetchSettings {
         let get = |name: &str| lookup(name).filter(|value| !value.trim().is_empty());
         Self {
             cache_dir,
+            cache_limit_bytes: None,
             hf_endpoint: get("HF_ENDPOINT"),
             hf_token: get("HF_TOKEN"),
             s3_endpoint: get("AWS_ENDPOINT_URL_S3").or_else(|| get("AWS_ENDPOINT_URL")),
@@ -78,25 +82,32 @@ pub(crate) enum Place {
     },
 }
 
-/// The local directory of a model, fetched first where it has to be. `progress` counts fetched bytes.
+/// The local directory of a model, fetched first where it has to be. `progress` counts fetched bytes, those that
+/// another process fetches into the same cache among them.
 ///
 /// # Errors
-/// When the source names nothing, cannot be reached, refuses, or does not fit on the disk.
+/// When the source names nothing, cannot be reached, refuses, or does not fit on the disk or into the cache's limit.
 pub fn resolve(
     source: &str,
     revision: Option<&str>,
     settings: &FetchSettings,
     progress: &Progress,
-) -> Result<PathBuf, LoadError> {
+) -> Result<Local, LoadError> {
     match locate(source, revision, settings)? {
-        Place::Local(dir) => Ok(dir),
+        Place::Local(dir) => Ok(Local::outside(dir)),
         Place::Remote {
             origin,
             client,
             files,
             folder,
         } => {
-            let dir = settings.cache_dir.join(folder);
+            let bytes = files.iter().map(|file| file.bytes).sum();
+            let FetchSettings {
+                cache_dir,
+                cache_limit_bytes,
+                ..
+            } = settings;
+            let dir = cache::enter(cache_dir, &folder, bytes, *cache_limit_bytes)?;
             client.fetch_all(&*origin, &files, &dir, progress)?;
             Ok(dir)
         }

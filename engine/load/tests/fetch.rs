@@ -6,196 +6,27 @@
 mod support;
 
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use engine_load::{FetchSettings, LoadError, Patience, Progress, inspect, inspect_source, resolve};
+use engine_load::{
+    FetchSettings, LoadError, Local, PACKED_FILE, PackedHeader, PackedWriter, Patience, Progress,
+    Section, inspect, inspect_source, resolve,
+};
 use engine_spec::ModelFault;
-use serde_json::json;
-use sha2::{Digest, Sha256};
+use support::hub::{COMMIT, Mood, Server};
 use support::{config, file, tensors};
 use tempfile::TempDir;
 
-const COMMIT: &str = "0123456789abcdef";
-
-/// What the server does to requests for the weight file.
-#[derive(Clone, Copy, PartialEq)]
-enum Mood {
-    Good,
-    /// The first so many answers break off after 100 bytes.
-    Breaks(usize),
-    /// The first so many answers are 503.
-    Busy(usize),
-    /// Ignores ranges, and breaks off once.
-    NoRanges,
-    /// Other bytes than announced.
-    Wrong,
-    /// 403 for everything.
-    Denies,
-    /// 404 for everything.
-    KnowsNothing,
-}
-
-struct Server {
-    address: String,
-    requests: Arc<Mutex<Vec<String>>>,
-}
-
-struct State {
-    files: HashMap<String, Vec<u8>>,
-    mood: Mood,
-    answered: AtomicUsize,
-    requests: Arc<Mutex<Vec<String>>>,
-}
-
-impl Server {
-    fn start(mood: Mood) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
-        let requests = Arc::new(Mutex::new(Vec::new()));
-        let files = HashMap::from([
-            ("config.json".to_owned(), config().to_string().into_bytes()),
-            ("model.safetensors".to_owned(), file(&tensors(&config()))),
-            ("README.md".to_owned(), b"not for serving".to_vec()),
-        ]);
-        let state = Arc::new(State {
-            files,
-            mood,
-            answered: AtomicUsize::new(0),
-            requests: Arc::clone(&requests),
-        });
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let state = Arc::clone(&state);
-                std::thread::spawn(move || state.answer(stream));
-            }
-        });
-        Self { address, requests }
-    }
-
-    fn count(&self, part: &str) -> usize {
-        let requests = self.requests.lock().unwrap();
-        requests.iter().filter(|line| line.contains(part)).count()
-    }
-}
-
-impl State {
-    fn answer(&self, mut stream: TcpStream) -> Option<()> {
-        let mut reader = BufReader::new(stream.try_clone().ok()?);
-        let mut head = String::new();
-        while reader.read_line(&mut head).ok()? > 2 {}
-        self.requests.lock().ok()?.push(head.clone());
-        let path = head.split_whitespace().nth(1)?.to_owned();
-        let name = path.split('?').next()?.rsplit('/').next()?.to_owned();
-        match self.mood {
-            Mood::Denies => return plain(&mut stream, "403 Forbidden", ""),
-            Mood::KnowsNothing => return plain(&mut stream, "404 Not Found", ""),
-            _ => (),
-        }
-        if path.starts_with("/api/models/") {
-            return plain(&mut stream, "200 OK", &self.hub_listing());
-        }
-        if path.contains("list-type=2") {
-            return plain(&mut stream, "200 OK", &self.store_listing());
-        }
-        let Some(mut body) = self.files.get(&name).cloned() else {
-            return plain(&mut stream, "404 Not Found", "");
-        };
-        let range = head
-            .lines()
-            .find_map(|line| {
-                line.to_ascii_lowercase()
-                    .strip_prefix("range: bytes=")
-                    .map(str::to_owned)
-            })
-            .and_then(|range| {
-                let (start, end) = range.trim().split_once('-')?;
-                Some(start.parse::<usize>().ok()?..end.parse::<usize>().ok()? + 1)
-            })
-            .unwrap_or(0..body.len());
-        let mut sent = usize::MAX;
-        if name == "model.safetensors" {
-            let earlier = self.answered.fetch_add(1, Ordering::SeqCst);
-            match self.mood {
-                Mood::Busy(times) if earlier < times => {
-                    return plain(&mut stream, "503 Service Unavailable", "");
-                }
-                Mood::Breaks(times) if earlier < times => sent = 100,
-                Mood::NoRanges if earlier == 0 => sent = 100,
-                Mood::Wrong => *body.last_mut()? ^= 1,
-                _ => (),
-            }
-        }
-        let total = body.len();
-        let (status, part) = if self.mood == Mood::NoRanges {
-            ("200 OK".to_owned(), &body[..])
-        } else {
-            let [start, end] = [range.start, range.end];
-            let status = format!(
-                "206 Partial Content\r\nContent-Range: bytes {start}-{}/{total}",
-                end - 1
-            );
-            (status, &body[range])
-        };
-        let length = part.len();
-        write!(
-            stream,
-            "HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
-        )
-        .ok()?;
-        stream.write_all(&part[..length.min(sent)]).ok()
-    }
-
-    fn hub_listing(&self) -> String {
-        let siblings: Vec<_> = self
-            .files
-            .iter()
-            .map(|(name, bytes)| {
-                let hash: String = Sha256::digest(bytes)
-                    .iter()
-                    .map(|b| format!("{b:02x}"))
-                    .collect();
-                let lfs = name
-                    .ends_with(".safetensors")
-                    .then(|| json!({"sha256": hash}));
-                json!({"rfilename": name, "size": bytes.len(), "lfs": lfs})
-            })
-            .collect();
-        json!({"sha": COMMIT, "siblings": siblings}).to_string()
-    }
-
-    fn store_listing(&self) -> String {
-        let objects: String = self
-            .files
-            .iter()
-            .map(|(name, bytes)| {
-                format!(
-                    "<Contents><Key>models/tiny/{name}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>\
-                     <ETag>\"tag\"</ETag><Size>{}</Size><StorageClass>STANDARD</StorageClass></Contents>",
-                    bytes.len()
-                )
-            })
-            .collect();
-        format!(
-            "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\
-             <ListBucketResult xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Name>bucket</Name>\
-             <Prefix>models/tiny/</Prefix><KeyCount>3</KeyCount><MaxKeys>1000</MaxKeys><Delimiter>/</Delimiter>\
-             <EncodingType>url</EncodingType><IsTruncated>false</IsTruncated>{objects}</ListBucketResult>"
-        )
-    }
-}
-
-fn plain(stream: &mut TcpStream, status: &str, body: &str) -> Option<()> {
-    write!(
-        stream,
-        "HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
-        body.len()
-    )
-    .ok()
+/// A hub with a small model, and a file that is not for serving.
+fn start(mood: Mood) -> Server {
+    let files = HashMap::from([
+        ("config.json".to_owned(), config().to_string().into_bytes()),
+        ("model.safetensors".to_owned(), file(&tensors(&config()))),
+        ("README.md".to_owned(), b"not for serving".to_vec()),
+    ]);
+    Server::start(mood, files)
 }
 
 fn settings(server: &Server, cache: &Path) -> FetchSettings {
@@ -216,7 +47,7 @@ fn settings(server: &Server, cache: &Path) -> FetchSettings {
     }
 }
 
-fn fetch(server: &Server, cache: &TempDir) -> Result<std::path::PathBuf, LoadError> {
+fn fetch(server: &Server, cache: &TempDir) -> Result<Local, LoadError> {
     let progress = Progress::default();
     let outcome = resolve(
         "hf://org/tiny",
@@ -238,7 +69,7 @@ fn cache() -> TempDir {
 #[test]
 fn a_model_comes_whole_from_a_hub_whatever_breaks_on_the_way() {
     for mood in [Mood::Good, Mood::Breaks(3), Mood::Busy(3), Mood::NoRanges] {
-        let (server, cache) = (Server::start(mood), cache());
+        let (server, cache) = (start(mood), cache());
         let dir = fetch(&server, &cache).unwrap_or_else(|e| panic!("{}", e.chain()));
         assert!(dir.ends_with(format!("hf--org--tiny--{COMMIT}")));
         inspect(&dir).unwrap();
@@ -256,7 +87,7 @@ fn a_model_comes_whole_from_a_hub_whatever_breaks_on_the_way() {
 
 #[test]
 fn a_second_start_fetches_nothing_again_and_an_interrupted_one_continues() {
-    let (server, cache) = (Server::start(Mood::Good), cache());
+    let (server, cache) = (start(Mood::Good), cache());
     let dir = fetch(&server, &cache).unwrap();
     fetch(&server, &cache).unwrap();
     assert_eq!(server.count("/model.safetensors"), 1);
@@ -283,7 +114,7 @@ fn faults_of_a_hub_have_their_reasons() {
         (Mood::Wrong, ModelFault::WeightsMismatch, "sha256"),
     ];
     for (mood, fault, word) in cases {
-        let (server, cache) = (Server::start(mood), cache());
+        let (server, cache) = (start(mood), cache());
         let error = fetch(&server, &cache).unwrap_err();
         let text = error.chain();
         assert_eq!(error.fault(), Some(fault), "{text}");
@@ -300,10 +131,7 @@ fn a_hub_that_is_not_there_is_unreachable() {
         .local_addr()
         .unwrap()
         .port();
-    let server = Server {
-        address: format!("http://127.0.0.1:{port}"),
-        requests: Arc::default(),
-    };
+    let server = Server::absent(format!("http://127.0.0.1:{port}"));
     let error = fetch(&server, &cache()).unwrap_err();
     assert_eq!(
         error.fault(),
@@ -316,7 +144,7 @@ fn a_hub_that_is_not_there_is_unreachable() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_full_disk_is_said_to_be_full() {
-    let (server, cache) = (Server::start(Mood::Good), cache());
+    let (server, cache) = (start(Mood::Good), cache());
     let dir = cache.path().join(format!("hf--org--tiny--{COMMIT}"));
     std::fs::create_dir_all(&dir).unwrap();
     // Every write to /dev/full fails the way a full file system does.
@@ -335,20 +163,97 @@ fn a_full_disk_is_said_to_be_full() {
 }
 
 #[test]
-fn two_processes_do_not_fill_the_same_folder() {
-    let (server, cache) = (Server::start(Mood::Good), cache());
+fn one_that_holds_a_model_and_does_nothing_is_not_waited_for_for_ever() {
+    let (server, cache) = (start(Mood::Good), cache());
     let dir = fetch(&server, &cache).unwrap();
     let lock = std::fs::File::create(dir.join(".lock")).unwrap();
     lock.try_lock().unwrap();
-    let error = fetch(&server, &cache).unwrap_err();
-    assert!(error.to_string().contains("another process"), "{error}");
+    let mut settings = settings(&server, cache.path());
+    settings.patience.piece_timeout = Duration::from_millis(20);
+    let progress = Progress::default();
+    let error = resolve("hf://org/tiny", None, &settings, &progress).unwrap_err();
+    assert!(error.to_string().contains("does nothing"), "{error}");
+    // What is there was counted all the same.
+    assert_eq!(progress.done(), progress.total());
     drop(lock);
     fetch(&server, &cache).unwrap();
 }
 
+/// Fetches `hf://org/NAME` into a cache of so many bytes.
+fn fetch_within(
+    server: &Server,
+    cache: &TempDir,
+    name: &str,
+    limit: u64,
+) -> Result<Local, LoadError> {
+    let mut settings = settings(server, cache.path());
+    settings.cache_limit_bytes = Some(limit);
+    let source = format!("hf://org/{name}");
+    resolve(&source, None, &settings, &Progress::default())
+}
+
+/// The models in a cache.
+fn models(cache: &TempDir) -> Vec<String> {
+    let entries = std::fs::read_dir(cache.path()).unwrap();
+    let mut models: Vec<String> = entries
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.path().is_dir())
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .map(|name| name.split("--").nth(2).unwrap().to_owned())
+        .collect();
+    models.sort();
+    models
+}
+
+#[test]
+fn the_longest_unused_model_makes_room_and_one_in_use_never_does() {
+    let (server, cache) = (start(Mood::Good), cache());
+    let bytes = file(&tensors(&config())).len() as u64 + config().to_string().len() as u64;
+    let limit = 3 * bytes;
+    let fetch = |name: &str| fetch_within(&server, &cache, name, limit);
+    let first = fetch("first").unwrap();
+    for (name, age) in [("second", 200), ("third", 100)] {
+        let dir = fetch(name).unwrap();
+        let lock = std::fs::File::options()
+            .write(true)
+            .open(dir.with_added_extension("lock"));
+        let used = SystemTime::now() - Duration::from_secs(age);
+        lock.unwrap().set_modified(used).unwrap();
+    }
+    assert_eq!(models(&cache), ["first", "second", "third"]);
+    // The first is older, and in use.
+    fetch("fourth").unwrap();
+    assert_eq!(models(&cache), ["first", "fourth", "third"]);
+    inspect(&first).unwrap();
+    // Used again, the third is no longer the oldest.
+    fetch("third").unwrap();
+    let fifth = fetch("fifth").unwrap();
+    assert_eq!(models(&cache), ["fifth", "first", "third"]);
+    // What is asked for does not make room for itself.
+    fetch_within(&server, &cache, "third", limit).unwrap();
+    assert_eq!(models(&cache), ["fifth", "first", "third"]);
+
+    let error = fetch_within(&server, &cache, "sixth", 2 * bytes).unwrap_err();
+    let text = error.chain();
+    assert_eq!(error.fault(), Some(ModelFault::DiskFull), "{text}");
+    for word in [
+        &format!("{} bytes of models in use", 2 * bytes),
+        &format!("limit is {}", 2 * bytes),
+        "--cache-limit",
+        "org--sixth",
+    ] {
+        assert!(text.contains(word), "\"{word}\" is not in: {text}");
+    }
+    // What cannot be enough is not done.
+    assert_eq!(models(&cache), ["fifth", "first", "third"]);
+    drop(fifth);
+    fetch_within(&server, &cache, "sixth", 2 * bytes).unwrap();
+    assert_eq!(models(&cache), ["first", "sixth"]);
+}
+
 #[test]
 fn a_model_comes_from_an_object_store_with_signed_urls() {
-    let (server, cache) = (Server::start(Mood::Breaks(1)), cache());
+    let (server, cache) = (start(Mood::Breaks(1)), cache());
     let progress = Progress::default();
     let settings = settings(&server, cache.path());
     let dir = resolve("s3://bucket/models/tiny", None, &settings, &progress)
@@ -363,7 +268,7 @@ fn a_remote_model_is_inspected_without_its_weights() {
     let local = tempfile::tempdir().unwrap();
     support::write(local.path(), &config(), &tensors(&config()));
     let expected = inspect(local.path()).unwrap();
-    let (server, cache) = (Server::start(Mood::Good), cache());
+    let (server, cache) = (start(Mood::Good), cache());
     let settings = settings(&server, cache.path());
     for source in ["hf://org/tiny", "s3://bucket/models/tiny"] {
         let found = inspect_source(source, None, &settings)
@@ -377,7 +282,7 @@ fn a_remote_model_is_inspected_without_its_weights() {
         (Mood::KnowsNothing, ModelFault::ModelNotFound),
         (Mood::Busy(100), ModelFault::SourceUnreachable),
     ] {
-        let server = Server::start(mood);
+        let server = start(mood);
         let settings = self::settings(&server, cache.path());
         let error = inspect_source("hf://org/tiny", None, &settings).unwrap_err();
         assert_eq!(error.fault(), Some(fault), "{}", error.chain());
@@ -385,8 +290,53 @@ fn a_remote_model_is_inspected_without_its_weights() {
 }
 
 #[test]
+fn a_remote_packed_model_is_inspected_by_its_header() {
+    let local = tempfile::tempdir().unwrap();
+    let section = Section {
+        name: "t".into(),
+        form: "bytes".into(),
+        shape: [1, 1 << 20, 1],
+        bytes: 1 << 20,
+        sha256: String::new(),
+    };
+    let header = PackedHeader {
+        layout: "test-1".into(),
+        config: "0".repeat(64),
+        form: "bytes".into(),
+        sections: vec![section],
+    };
+    let path = local.path().join(PACKED_FILE);
+    let mut writer = PackedWriter::create(&path, header).unwrap();
+    writer.put(&vec![7; 1 << 20]).unwrap();
+    writer.finish().unwrap();
+    let text = config().to_string();
+    std::fs::write(local.path().join("config.json"), &text).unwrap();
+    let packed = std::fs::read(&path).unwrap();
+    let hub = |packed: &[u8]| {
+        let files = [("config.json", text.as_bytes()), (PACKED_FILE, packed)];
+        Server::start(
+            Mood::Good,
+            files
+                .map(|(name, bytes)| (name.to_owned(), bytes.to_vec()))
+                .into(),
+        )
+    };
+    let cache = cache();
+    let look = |packed: &[u8]| {
+        let server = hub(packed);
+        let found = inspect_source("hf://org/tiny", None, &settings(&server, cache.path()));
+        (found, server.count(PACKED_FILE))
+    };
+    let (found, requests) = look(&packed);
+    assert_eq!(found.unwrap(), inspect(local.path()).unwrap());
+    assert_eq!(requests, 1, "one piece has the header");
+    let (cut, _) = look(&packed[..packed.len() - 64]);
+    assert_eq!(cut.unwrap_err().fault(), Some(ModelFault::WeightsTruncated));
+}
+
+#[test]
 fn sources_that_cannot_be_are_refused_before_any_request() {
-    let (server, cache) = (Server::start(Mood::Good), cache());
+    let (server, cache) = (start(Mood::Good), cache());
     let settings = settings(&server, cache.path());
     for (source, revision) in [
         ("hf://org", None),

@@ -94,6 +94,10 @@ impl Drop for Engine {
 impl Engine {
     /// Listens; the model may still be loading.
     pub fn begin(arguments: &[&str]) -> Self {
+        Self::begin_with(&[], arguments)
+    }
+
+    pub fn begin_with(environment: &[(&str, &str)], arguments: &[&str]) -> Self {
         let device: &[&str] = match arguments.contains(&"--device") {
             true => &[],
             false => &["--device", "cpu"],
@@ -104,6 +108,7 @@ impl Engine {
             .args(device)
             .args(arguments)
             .env_remove("RUST_LOG")
+            .envs(environment.iter().copied())
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
@@ -132,14 +137,18 @@ impl Engine {
 
     pub fn start(arguments: &[&str]) -> Self {
         let mut engine = Self::begin(arguments);
+        engine.wait_ready();
+        engine
+    }
+
+    pub fn wait_ready(&mut self) {
         let deadline = Instant::now() + PATIENCE;
-        while engine.ask("GET", "/readyz", "", None).0 != 200 {
+        while self.ask("GET", "/readyz", "", None).0 != 200 {
             assert!(Instant::now() < deadline, "the engine did not become ready");
-            let ended = engine.child.try_wait().unwrap();
-            assert_eq!(ended, None, "{}", engine.log());
+            let ended = self.child.try_wait().unwrap();
+            assert_eq!(ended, None, "{}", self.log());
             std::thread::sleep(Duration::from_millis(20));
         }
-        engine
     }
 
     /// What it said since the last call.

@@ -73,6 +73,10 @@ pub struct ModelDeploymentStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<AutoscalingStatus>,
 
+    /// Nodes that hold the weights, where the replicas of a node share them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node_cache: Option<NodeCacheStatus>,
+
     /// What the operator remembers of rollouts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollout: Option<RolloutStatus>,
@@ -218,6 +222,17 @@ pub struct AutoscalingStatus {
     /// A wish for fewer replicas that has not lasted long enough yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending_down: Option<PendingScale>,
+}
+
+/// Nodes that hold the weights; kept here so that a restart forgets nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeCacheStatus {
+    /// Hash of the source and revision of the weights.
+    pub model: String,
+    /// Nodes where a replica has answered with them: those where one does now, then earlier ones.
+    #[schemars(length(max = 64))]
+    pub nodes: Vec<String>,
 }
 
 /// What the operator remembers of rollouts; kept here so that a restart forgets nothing.

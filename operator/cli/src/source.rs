@@ -112,11 +112,13 @@ impl Source {
         let seen = inventory.settings();
         let image = self.engine_image.clone();
         let policy = seen.as_ref().map(|seen| seen.image_pull_policy.clone());
+        let node_cache = seen.as_ref().and_then(|seen| seen.node_cache.clone());
         Settings {
             engine_image: image
                 .or(seen.map(|seen| seen.engine_image))
                 .unwrap_or_else(|| ENGINE_IMAGE_DEFAULT.into()),
             image_pull_policy: policy.unwrap_or_else(|| "IfNotPresent".into()),
+            node_cache,
         }
     }
 

@@ -159,6 +159,7 @@ fn nodes(groups: &[NodeGroup]) -> String {
         };
         let words = match group.standing {
             Standing::InUse => "in use by this ModelDeployment".to_owned(),
+            Standing::Holds => "holds the weights, and could take another replica".to_owned(),
             Standing::Fits => "could take another replica".to_owned(),
             Standing::DoesNotFit => group.why.clone().unwrap_or_default(),
         };

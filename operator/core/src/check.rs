@@ -9,7 +9,7 @@ use std::fmt;
 use k8s_openapi::api::core::v1::Pod;
 
 use crate::names;
-use crate::plan::{Action, Kind, Object, Plan};
+use crate::plan::{Action, Kind, Object, Plan, Settings};
 use crate::priority::{Priority, Rival};
 use crate::replicas::{GroupKey, Replica, State, observe};
 use crate::resources::Resources;
@@ -87,10 +87,10 @@ impl fmt::Display for Flaw {
 }
 
 /// All rules a plan breaks.
-pub fn check(plan: &Plan, snapshot: &Snapshot) -> Vec<Flaw> {
+pub fn check(plan: &Plan, snapshot: &Snapshot, settings: &Settings) -> Vec<Flaw> {
     let mut flaws = Vec::new();
     check_writes(plan, snapshot, &mut flaws);
-    check_objects(plan, snapshot, &mut flaws);
+    check_objects(plan, snapshot, settings, &mut flaws);
     check_replicas(plan, snapshot, &mut flaws);
     check_room(plan, snapshot, &mut flaws);
     check_claims(plan, snapshot, &mut flaws);
@@ -156,7 +156,7 @@ fn check_writes(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
     }
 }
 
-fn check_objects(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
+fn check_objects(plan: &Plan, snapshot: &Snapshot, settings: &Settings, flaws: &mut Vec<Flaw>) {
     let owner = snapshot
         .deployment
         .metadata
@@ -187,15 +187,16 @@ fn check_objects(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
             flaws.push(Flaw::Malformed(object.name().to_owned()));
         }
         if let Object::Pod(pod) = object
-            && !is_restricted(pod)
+            && !is_restricted(pod, settings)
         {
             flaws.push(Flaw::Unrestricted(object.name().to_owned()));
         }
     }
 }
 
-/// The restricted pod security standard, as far as our pods could break it.
-fn is_restricted(pod: &Pod) -> bool {
+/// The restricted pod security standard, as far as our pods could break it, but for the one directory of nodes that the
+/// operator's administrator chose.
+fn is_restricted(pod: &Pod, settings: &Settings) -> bool {
     let Some(spec) = &pod.spec else { return false };
     let Some(security) = &spec.security_context else {
         return false;
@@ -209,7 +210,11 @@ fn is_restricted(pod: &Pod) -> bool {
         .volumes
         .iter()
         .flatten()
-        .all(|volume| volume.host_path.is_none());
+        .filter_map(|volume| volume.host_path.as_ref())
+        .all(|host| {
+            let chosen = settings.node_cache.as_ref();
+            chosen.is_some_and(|chosen| chosen.path == host.path)
+        });
     let containers_are = spec.containers.iter().all(|container| {
         container.security_context.as_ref().is_some_and(|security| {
             let drops = security.capabilities.as_ref().and_then(|c| c.drop.as_ref());

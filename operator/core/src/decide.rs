@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use engine_spec::ModelFacts;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use operator_api::{ConditionStatus, ConditionType, Reason, RolloutStatus};
+use operator_api::{ConditionStatus, ConditionType, NodeCacheStatus, Reason, RolloutStatus};
 
 use crate::check::check;
 use crate::fit::{self, Layout, NoLayout};
 use crate::gang::{self, Asked};
 use crate::inspect::{self, Facts, source_hash};
 use crate::names::{self, Revision};
+use crate::node_cache;
 use crate::objects;
 use crate::placement::{self, Room, Wish};
 use crate::plan::{Action, Kind, Object, Plan, Settings};
@@ -44,7 +45,7 @@ pub fn plan(snapshot: &Snapshot, settings: &Settings) -> Plan {
         };
     }
     let mut plan = decide(snapshot, settings);
-    let flaws = check(&plan, snapshot);
+    let flaws = check(&plan, snapshot, settings);
     if let Some(flaw) = flaws.first() {
         plan = rejected(snapshot, &flaw.to_string());
     }
@@ -115,6 +116,7 @@ fn blocked(snapshot: &Snapshot, replicas: &[Replica<'_>], verdict: Verdict, move
         moves: &moves,
         digest: None,
         autoscaling: stored.and_then(|status| status.autoscaling.clone()),
+        node_cache: stored.and_then(|status| status.node_cache.clone()),
     };
     let (status, events) = report.finish();
     Plan {
@@ -206,6 +208,8 @@ impl<'a> Decided<'a> {
         };
         let mut chosen: Option<Side> = None;
         let mut course = None;
+        let status = self.snapshot.deployment.status.as_ref();
+        let mut node_cache = status.and_then(|status| status.node_cache.clone());
         let mut old_configs = Vec::new();
         // The address exists before anything answers there, so that clients can be pointed at it.
         actions.extend(front.iter().flatten().cloned());
@@ -225,7 +229,15 @@ impl<'a> Decided<'a> {
                     let record = || objects::record(spec, &layout, settings, facts);
                     actions.extend(self.engine_config(&layout, &revision, record));
                     actions.extend(self.claim_template(&layout, &revision));
-                    let (steering, sides) = self.steer(revision, layout, settings);
+                    node_cache = node_cache::remember(
+                        self.valid,
+                        settings,
+                        revision.as_str(),
+                        self.replicas,
+                        self.snapshot,
+                    );
+                    let (steering, sides) =
+                        self.steer(revision, layout, settings, node_cache.as_ref());
                     // One that stands may have lost its template.
                     for side in sides.iter().skip(1) {
                         actions.extend(self.claim_template(&side.layout, &side.revision));
@@ -268,6 +280,7 @@ impl<'a> Decided<'a> {
             moves: &moves,
             digest: facts.map(|facts| facts.digest),
             autoscaling: self.autoscaling,
+            node_cache,
         };
         let (status, events) = report.finish();
         Plan {
@@ -392,6 +405,7 @@ impl<'a> Decided<'a> {
                 placement: &self.valid.placement,
                 own: Default::default(),
                 avoid: Vec::new(),
+                holders: Default::default(),
             };
             let room = Room::new(&self.snapshot.cluster);
             if layout.pods > 1 {
@@ -425,11 +439,12 @@ impl<'a> Decided<'a> {
         revision: Revision,
         layout: Layout,
         settings: &Settings,
+        node_cache: Option<&NodeCacheStatus>,
     ) -> (Steering, Vec<Side>) {
         let status = self.snapshot.deployment.status.as_ref();
         let before = status.and_then(|status| status.rollout.as_ref());
         let stable = rollout::origin(before, &revision)
-            .and_then(|stable| objects::recorded(self.snapshot, self.valid, &stable));
+            .and_then(|stable| objects::recorded(self.snapshot, self.valid, settings, &stable));
         let steering = rollout::steer(rollout::Given {
             rollout: &self.valid.rollout,
             target: &revision,
@@ -447,10 +462,12 @@ impl<'a> Decided<'a> {
             revision,
             settings: settings.clone(),
             wanted,
+            holders: node_cache::holders(node_cache, self.valid, settings),
         };
         let sides = match stable {
             Some(mut stable) if wanted < self.wanted => {
                 stable.wanted = self.wanted - wanted;
+                stable.holders = node_cache::holders(node_cache, &stable.valid, &stable.settings);
                 if wanted == 0 && steering.memory.failure.is_some() {
                     vec![stable]
                 } else {

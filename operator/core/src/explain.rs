@@ -12,6 +12,7 @@ use crate::decide::chosen;
 use crate::fit::{Layout, layout_words, parallelism_words};
 use crate::gang::{self, Asked};
 use crate::names;
+use crate::node_cache;
 use crate::objects;
 use crate::placement::{self, Room, WhyNot, Wish};
 use crate::plan::{Action, Object, Plan, Settings};
@@ -131,6 +132,8 @@ pub struct Place {
 pub enum Standing {
     /// A replica of this ModelDeployment is there or planned there, and no further one fits.
     InUse,
+    /// Another replica fits, and the weights are there.
+    Holds,
     /// Another replica fits.
     Fits,
     /// No replica fits.
@@ -165,12 +168,14 @@ pub fn explain(snapshot: &Snapshot, settings: &Settings, plan: &Plan) -> Explana
     let planned = plan.status.conditions.iter().find(is_planned);
     let nodes = choice.as_ref().map(|(valid, _, layout)| {
         let requests = objects::engine_requests(valid, layout);
+        let holders = node_cache::holders(plan.status.node_cache.as_ref(), valid, settings);
         let wish = Wish {
             layout,
             requests,
             placement: &valid.placement,
             own: own_nodes(snapshot, plan),
             avoid: Vec::new(),
+            holders: holders.iter().map(String::as_str).collect(),
         };
         node_groups(snapshot, plan, &wish)
     });
@@ -346,6 +351,9 @@ fn node_groups(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Vec<NodeGro
             Some(reason) => reasons.push((&node.name, reason)),
         }
     }
+    let (holding, fitting): (Vec<String>, Vec<String>) = fitting
+        .into_iter()
+        .partition(|name| wish.holders.contains(name.as_str()));
     let simple = |standing, nodes: Vec<String>| NodeGroup {
         standing,
         count: nodes.len(),
@@ -355,6 +363,7 @@ fn node_groups(snapshot: &Snapshot, plan: &Plan, wish: &Wish<'_>) -> Vec<NodeGro
     };
     let mut groups = vec![
         simple(Standing::InUse, in_use),
+        simple(Standing::Holds, holding),
         simple(Standing::Fits, fitting),
     ];
     groups.retain(|group| group.count > 0);

@@ -19,6 +19,7 @@ use operator_api::ModelDeployment;
 use crate::devices::{self, AllocationView, ClaimNews, NodeDevices, SliceView};
 use crate::inspect::source_hash;
 use crate::names;
+use crate::objects;
 use crate::plan::Settings;
 use crate::priority::{self, Contest, PriorityClassView, Rival};
 use crate::snapshot::{
@@ -145,25 +146,34 @@ impl Inventory {
         self.priority_classes.extend(priority_classes);
     }
 
-    /// The operator's configuration as its youngest pod shows it; none while it has made no pod.
+    /// The operator's configuration as its youngest pods show it; none while it has made no pod.
     /// Pods with an image of their own (`podTemplate.image`) say nothing about it.
     pub fn settings(&self) -> Option<Settings> {
-        let has_own_image = |pod: &Pod| {
+        let owner = |pod: &Pod| {
             let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-            let labels = pod.metadata.labels.as_ref();
-            let owner = labels.and_then(|labels| labels.get(names::MODEL_DEPLOYMENT));
-            let owner = owner.and_then(|name| self.deployment(namespace, name));
-            owner.is_none_or(|owner| owner.spec.pod_template.image.is_some())
+            let labels = pod.metadata.labels.as_ref()?;
+            let owner = self.deployment(namespace, labels.get(names::MODEL_DEPLOYMENT)?)?;
+            (owner.spec.pod_template.image.is_none()).then_some(owner)
         };
-        let youngest = self
-            .pods
-            .iter()
-            .filter(|pod| !has_own_image(pod))
-            .max_by_key(|pod| pod.metadata.creation_timestamp.clone())?;
+        let age = |pod: &&Pod| pod.metadata.creation_timestamp.clone();
+        let pods = || self.pods.iter().filter(|pod| owner(pod).is_some());
+        let youngest = pods().max_by_key(age)?;
         let container = youngest.spec.as_ref()?.containers.first()?;
+        // Pods that fetch nothing say nothing about the cache.
+        let fetches = |pod: &&Pod| {
+            let labels = pod.metadata.labels.as_ref();
+            let component = labels.and_then(|labels| labels.get(names::COMPONENT));
+            let valid = owner(pod).and_then(|owner| validate(owner).ok());
+            component.is_some_and(|component| component == names::ENGINE)
+                && valid.is_some_and(|valid| valid.source.is_fetched())
+        };
         Some(Settings {
             engine_image: container.image.clone()?,
             image_pull_policy: container.image_pull_policy.clone()?,
+            node_cache: pods()
+                .filter(fetches)
+                .max_by_key(age)
+                .and_then(objects::node_cache),
         })
     }
 

@@ -24,7 +24,7 @@ use crate::plan::Settings;
 use crate::validate::ValidDeployment;
 
 pub use inspection::{inspect_inputs, inspect_pod};
-pub use pod::{Slot, engine_pod, engine_requests, preferred_nodes};
+pub use pod::{Slot, engine_pod, engine_requests, node_cache, preferred_nodes};
 pub use record::{record, recorded};
 
 /// Hash of all that forces new pods: the engine's configuration and the pod without its place.

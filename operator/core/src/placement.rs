@@ -95,6 +95,8 @@ pub struct Wish<'a> {
     pub own: BTreeMap<String, usize>,
     /// Nodes where a replica of this deployment failed not long ago.
     pub avoid: Vec<String>,
+    /// Nodes that hold the weights.
+    pub holders: BTreeSet<&'a str>,
 }
 
 /// Why a node cannot take a replica; none when it can.
@@ -324,8 +326,8 @@ pub fn fault(node: &NodeView, gpus: u32, placement: &ValidPlacement) -> Option<S
 }
 
 /// Order of nodes of one domain: those without recent failures, spot nodes where they are preferred,
-/// and those without taints to avoid come first; GPU replicas are packed so that whole nodes stay free, CPU replicas go where most is free
-/// and away from GPUs.
+/// those without taints to avoid and those that hold the weights come first; GPU replicas are packed so that whole nodes
+/// stay free, CPU replicas go where most is free and away from GPUs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
     failed_here: bool,
@@ -333,6 +335,7 @@ pub struct Rank {
     pricey: bool,
     tainted: bool,
     own: usize,
+    lacks_weights: bool,
     first: u64,
     second: u64,
     name: String,
@@ -352,6 +355,7 @@ pub fn rank(node: &NodeView, wish: &Wish<'_>, room: &Room<'_>) -> Rank {
         pricey: wish.placement.on_demand_min.is_some() && !crate::spot::is_spot(node),
         tainted: !node.taints.is_empty(),
         own,
+        lacks_weights: !wish.holders.contains(node.name.as_str()),
         first,
         second: u64::MAX - free.memory_bytes,
         name: node.name.clone(),

@@ -12,6 +12,8 @@ use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use operator_api::ModelDeploymentStatus;
 use std::collections::BTreeMap;
 
+use crate::node_cache::NodeCache;
+
 /// The operator's own configuration, the same for every deployment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -19,6 +21,8 @@ pub struct Settings {
     pub engine_image: String,
     /// `Always`, `IfNotPresent` or `Never`.
     pub image_pull_policy: String,
+    /// Where the replicas of a node share fetched weights; each fetches its own without it.
+    pub node_cache: Option<NodeCache>,
 }
 
 /// What follows from a snapshot.

@@ -124,6 +124,8 @@ pub struct Side {
     pub settings: Settings,
     /// Replicas that are to run it.
     pub wanted: u32,
+    /// Nodes that hold its weights.
+    pub holders: Vec<String>,
 }
 
 /// Everything [`moves`] decides from.
@@ -263,6 +265,7 @@ fn wish<'a>(side: &'a Side, replicas: &[Replica<'_>]) -> Wish<'a> {
         placement: &side.valid.placement,
         own,
         avoid,
+        holders: side.holders.iter().map(String::as_str).collect(),
     }
 }
 

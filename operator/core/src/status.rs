@@ -12,8 +12,8 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use operator_api::condition::condition;
 use operator_api::{
-    AutoscalingStatus, ConditionStatus, ConditionType, ModelDeploymentStatus, Phase, PlanSummary,
-    RankBytes, Reason,
+    AutoscalingStatus, ConditionStatus, ConditionType, ModelDeploymentStatus, NodeCacheStatus,
+    Phase, PlanSummary, RankBytes, Reason,
 };
 
 use crate::fit::{Layout, parallelism_words};
@@ -102,6 +102,8 @@ pub struct Report<'a> {
     pub digest: Option<String>,
     /// What autoscaling remembers.
     pub autoscaling: Option<AutoscalingStatus>,
+    /// Nodes that hold the weights.
+    pub node_cache: Option<NodeCacheStatus>,
 }
 
 #[derive(Debug, Default)]
@@ -179,6 +181,7 @@ impl Report<'_> {
                 before.performance.as_ref(),
             ),
             autoscaling: self.autoscaling.clone(),
+            node_cache: self.node_cache.clone(),
             rollout: self
                 .steering
                 .map(|steering| steering.memory.clone())

@@ -253,7 +253,7 @@ fn the_checker_refuses_a_pod_whose_claim_has_no_template() {
     let mut plan = story.plan();
     plan.actions
         .retain(|action| !matches!(action, Action::Apply(Object::ResourceClaimTemplate(_))));
-    let flaws = check(&plan, &story.snapshot);
+    let flaws = check(&plan, &story.snapshot, &story.settings);
     assert!(
         matches!(flaws.as_slice(), [Flaw::NoTemplate(pod)] if pod.starts_with("r1-0-")),
         "{flaws:?}"

@@ -349,7 +349,7 @@ fn a_plan_that_breaks_a_rule_is_told_of() {
     for (expected, harm) in broken {
         let mut plan = story.plan();
         harm(&mut plan);
-        let flaws = check(&plan, &story.snapshot);
+        let flaws = check(&plan, &story.snapshot, &settings());
         assert!(
             flaws.iter().any(|flaw| flaw.to_string().contains(expected)),
             "{expected}: {flaws:?}"
@@ -362,7 +362,7 @@ fn a_plan_that_takes_too_many_away_is_told_of() {
     let story = three().running();
     let mut plan = story.clone().edited(json!({"replicas": 0})).plan();
     plan.status = story.plan().status;
-    let flaws = check(&plan, &story.snapshot);
+    let flaws = check(&plan, &story.snapshot, &settings());
     assert_eq!(
         flaws,
         [Flaw::TooFew {
@@ -381,10 +381,10 @@ fn a_plan_beyond_a_quota_is_told_of() {
         Arc::new(QuotaView::of(&serde_json::from_value(quota).unwrap()).unwrap())
     };
     story.snapshot.quotas = vec![quota("8")];
-    assert_eq!(check(&plan, &story.snapshot), []);
+    assert_eq!(check(&plan, &story.snapshot, &settings()), []);
     story.snapshot.quotas = vec![quota("7")];
     assert_eq!(
-        check(&plan, &story.snapshot),
+        check(&plan, &story.snapshot, &settings()),
         [Flaw::OverQuota("gpus".into())]
     );
 }

@@ -415,7 +415,7 @@ fn part_of_a_group_is_no_plan() {
     let story = pair_on(json!({}), 2);
     let mut plan = story.plan();
     plan.actions.pop();
-    let flaws = check(&plan, &story.snapshot);
+    let flaws = check(&plan, &story.snapshot, &story.settings);
     assert_eq!(flaws, [operator_core::Flaw::PartGroup(0)]);
     let story = story.running();
     let mut plan = story.clone().edited(json!({"replicas": 0})).plan();
@@ -426,7 +426,7 @@ fn part_of_a_group_is_no_plan() {
         uid: pod.uid.clone(),
         if_silent: None,
     }];
-    let flaws = check(&plan, &story.snapshot);
+    let flaws = check(&plan, &story.snapshot, &story.settings);
     assert!(
         flaws.contains(&operator_core::Flaw::PartGroup(0)),
         "{flaws:?}"

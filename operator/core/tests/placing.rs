@@ -363,6 +363,7 @@ proptest! {
             placement: &valid.placement,
             own: Default::default(),
             avoid: Vec::new(),
+            holders: Default::default(),
         };
         let refused: Vec<String> = refused.iter().map(|index| format!("n{index:02}")).collect();
         let mut room = Room::new(cluster);

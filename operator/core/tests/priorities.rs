@@ -465,6 +465,7 @@ fn chosen(fleet: &Fleet) -> Option<(String, Vec<String>)> {
         placement: &valid.placement,
         own: Default::default(),
         avoid: Vec::new(),
+        holders: Default::default(),
     };
     let room = Room::new(&fleet.cluster);
     assert!(placement::offer(&wish, &room).is_err(), "there is room");
@@ -599,7 +600,7 @@ fn a_plan_that_takes_the_place_of_an_equal_is_refused() {
     };
     for (priority, flaws) in [(999, 0), (1000, 1)] {
         story.snapshot.contest.rivals = vec![uid(priority)];
-        let found = operator_core::check(&plan, &story.snapshot);
+        let found = operator_core::check(&plan, &story.snapshot, &story.settings);
         assert_eq!(found.len(), flaws, "{priority}: {found:?}");
     }
 }

@@ -106,6 +106,7 @@ fn planned() -> (ModelDeployment, Plan) {
     let settings = Settings {
         engine_image: "registry.example/cachalot-engine:1.0.0".into(),
         image_pull_policy: "IfNotPresent".into(),
+        node_cache: None,
     };
     let plan = operator_core::plan(&snapshot, &settings);
     (wish, plan)

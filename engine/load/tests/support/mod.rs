@@ -3,6 +3,8 @@
 // Not every test file uses every helper; a helper is no test, and may unwrap all the same.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod hub;
+
 use std::path::Path;
 
 use engine_load::{Checkpoint, LoadError, read_config};

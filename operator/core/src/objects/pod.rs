@@ -8,12 +8,12 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
     Affinity, Capabilities, ConfigMapKeySelector, ConfigMapVolumeSource, Container, ContainerPort,
-    EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction, Lifecycle, LifecycleHandler,
-    LocalObjectReference, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm,
-    PersistentVolumeClaimVolumeSource, Pod, PodSchedulingGate, PodSecurityContext, PodSpec,
-    PreferredSchedulingTerm, Probe, ResourceClaim, ResourceRequirements, SeccompProfile,
-    SecretKeySelector, SecretVolumeSource, SecurityContext, SleepAction, Toleration, Volume,
-    VolumeMount,
+    EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction, HostPathVolumeSource, Lifecycle,
+    LifecycleHandler, LocalObjectReference, NodeAffinity, NodeSelector, NodeSelectorRequirement,
+    NodeSelectorTerm, PersistentVolumeClaimVolumeSource, Pod, PodSchedulingGate,
+    PodSecurityContext, PodSpec, PreferredSchedulingTerm, Probe, ResourceClaim,
+    ResourceRequirements, SeccompProfile, SecretKeySelector, SecretVolumeSource, SecurityContext,
+    SleepAction, Toleration, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -23,6 +23,7 @@ use super::rank::Member;
 use crate::devices;
 use crate::fit::Layout;
 use crate::names::{self, Revision};
+use crate::node_cache::NodeCache;
 use crate::plan::Settings;
 use crate::priority::GATE;
 use crate::resources::{NVIDIA_GPU, Resources};
@@ -58,6 +59,9 @@ const GPU_HOST_BYTES_EACH: u64 = 4 << 30;
 /// fragmentation is not in the plan.
 const LIMIT_MARGIN_PERCENT: u64 = 10;
 const LIMIT_MARGIN_BYTES: u64 = 64 << 20;
+
+/// What the engine is told the limit of its cache with.
+const CACHE_LIMIT: &str = "--cache-limit";
 
 /// A pod to be: which replica it is, and where it may run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -211,7 +215,9 @@ pub fn engine_pod(
     };
     metadata.annotations = Some(annotations);
 
+    let node_cache = NodeCache::of(valid, settings);
     let mut volumes = common_volumes(valid);
+    volumes.push(cache_volume(node_cache));
     volumes.push(Volume {
         name: "config".into(),
         config_map: Some(ConfigMapVolumeSource {
@@ -221,6 +227,7 @@ pub fn engine_pod(
         ..Volume::default()
     });
     let mut mounts = common_mounts(valid);
+    mounts.push(mount("cache", "/cache", false));
     mounts.push(mount("config", "/etc/cachalot", true));
     if layout.gpus_per_pod() > 1 {
         volumes.push(Volume {
@@ -233,9 +240,15 @@ pub fn engine_pod(
         });
         mounts.push(mount("shm", "/dev/shm", false));
     }
+    let mut command = vec!["/engine", "serve", "--config", "/etc/cachalot/engine.json"];
+    let limit = node_cache.and_then(|cache| cache.limit_bytes);
+    let limit = limit.map(|bytes| bytes.to_string());
+    if let Some(limit) = &limit {
+        command.extend([CACHE_LIMIT, limit]);
+    }
     let mut container = Container {
         name: names::ENGINE.into(),
-        command: words(&["/engine", "serve", "--config", "/etc/cachalot/engine.json"]),
+        command: words(&command),
         ports: Some(vec![port("http", names::ENGINE_PORT)]),
         startup_probe: Some(probe("/startupz", 1, STARTUP_SECONDS)),
         readiness_probe: Some(probe("/readyz", 2, 2)),
@@ -399,13 +412,31 @@ fn environment(valid: &ValidDeployment) -> Vec<EnvVar> {
     from_secret.chain(from_template).collect()
 }
 
-pub(super) fn common_volumes(valid: &ValidDeployment) -> Vec<Volume> {
-    let scratch = |name: &str| Volume {
+fn scratch(name: &str) -> Volume {
+    Volume {
         name: name.to_owned(),
         empty_dir: Some(EmptyDirVolumeSource::default()),
         ..Volume::default()
-    };
-    let mut volumes = vec![scratch("tmp"), scratch("cache")];
+    }
+}
+
+/// Where fetched weights are kept.
+fn cache_volume(node_cache: Option<&NodeCache>) -> Volume {
+    match node_cache {
+        None => scratch("cache"),
+        Some(cache) => Volume {
+            name: "cache".into(),
+            host_path: Some(HostPathVolumeSource {
+                path: cache.path.clone(),
+                type_: Some("DirectoryOrCreate".into()),
+            }),
+            ..Volume::default()
+        },
+    }
+}
+
+pub(super) fn common_volumes(valid: &ValidDeployment) -> Vec<Volume> {
+    let mut volumes = vec![scratch("tmp")];
     if let Source::Claim { claim, .. } = &valid.source {
         volumes.push(claim_volume("models", claim, true));
     }
@@ -461,7 +492,7 @@ fn claim_volume(name: &str, claim: &str, read_only: bool) -> Volume {
 }
 
 pub(super) fn common_mounts(valid: &ValidDeployment) -> Vec<VolumeMount> {
-    let mut mounts = vec![mount("tmp", "/tmp", false), mount("cache", "/cache", false)];
+    let mut mounts = vec![mount("tmp", "/tmp", false)];
     if matches!(valid.source, Source::Claim { .. }) {
         mounts.push(mount("models", crate::validate::CLAIM_MOUNT, true));
     }
@@ -552,6 +583,19 @@ fn affinity(nodes: &[String]) -> Option<Affinity> {
                 .then_some(preferred),
         }),
         ..Affinity::default()
+    })
+}
+
+/// The cache that an engine pod shares with others of its node; none where it has its own.
+pub fn node_cache(pod: &Pod) -> Option<NodeCache> {
+    let spec = pod.spec.as_ref()?;
+    let mut volumes = spec.volumes.iter().flatten();
+    let cache = volumes.find(|volume| volume.name == "cache")?;
+    let command = spec.containers.first()?.command.as_ref()?;
+    let mut words = command.iter().skip_while(|word| *word != CACHE_LIMIT);
+    Some(NodeCache {
+        path: cache.host_path.as_ref()?.path.clone(),
+        limit_bytes: words.nth(1).and_then(|bytes| bytes.parse().ok()),
     })
 }
 

@@ -69,7 +69,12 @@ pub fn record(
 
 /// The side of a revision that was recorded; none when there is no record, or it makes another one.
 /// `current` is the wish as it is now: what forces no new pods is taken from it.
-pub fn recorded(snapshot: &Snapshot, current: &ValidDeployment, revision: &str) -> Option<Side> {
+pub fn recorded(
+    snapshot: &Snapshot,
+    current: &ValidDeployment,
+    settings: &Settings,
+    revision: &str,
+) -> Option<Side> {
     let name = format!("{}-{revision}", current.name);
     let map = snapshot.config_maps.iter().find(|map| map.name == name)?;
     let text = map.data.get(names::REVISION_JSON)?;
@@ -90,6 +95,8 @@ pub fn recorded(snapshot: &Snapshot, current: &ValidDeployment, revision: &str) 
     let settings = Settings {
         engine_image: record.engine_image,
         image_pull_policy: record.image_pull_policy,
+        // Users may write config maps, and must not name directories of nodes.
+        node_cache: settings.node_cache.clone(),
     };
     let layout = fit::layout_on(&valid, &record.facts, record.device, record.parallelism)
         .ok()?
@@ -101,5 +108,6 @@ pub fn recorded(snapshot: &Snapshot, current: &ValidDeployment, revision: &str) 
         revision: made,
         settings,
         wanted: 0,
+        holders: Vec::new(),
     })
 }

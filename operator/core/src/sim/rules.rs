@@ -456,7 +456,7 @@ fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), Str
     let fits = explanation
         .nodes
         .iter()
-        .find(|group| group.standing == Standing::Fits);
+        .find(|group| matches!(group.standing, Standing::Fits | Standing::Holds));
     match fits {
         Some(group) => Err(format!("{words}, though {:?} would fit", group.nodes)),
         None => nobody_else_can_leave(&snapshot, settings, &replicas, wanted)
@@ -490,6 +490,7 @@ fn nobody_else_can_leave(
         placement: &valid.placement,
         own: BTreeMap::new(),
         avoid: Vec::new(),
+        holders: Default::default(),
     };
     let mut room = Room::new(&snapshot.cluster);
     for pod in snapshot.contest.rivals.iter().flat_map(Rival::pods) {

@@ -4,8 +4,8 @@
 use k8s_openapi::api::core::v1::{Node, ResourceQuota};
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use operator_api::ModelDeployment;
-use operator_core::Inventory;
 use operator_core::sim::{Faults, Seed, Story};
+use operator_core::{Inventory, NodeCache, Settings};
 use serde_json::{Value, json};
 
 use super::{
@@ -54,9 +54,13 @@ pub fn story_of(seed: u64) -> Story {
         seed,
         inventory,
         report: small_report(),
-        settings: settings(),
         faults: random_faults(&mut dice),
         steps: usize::try_from(30 + dice.below(50)).unwrap(),
+        settings: Settings {
+            node_cache: (dice.below(2) == 0)
+                .then(|| NodeCache::new("/var/lib/cachalot", "1Gi").unwrap()),
+            ..settings()
+        },
     }
 }
 
@@ -184,6 +188,9 @@ fn random_wish(dice: &mut Seed, index: u64, on_gpus: bool) -> ModelDeployment {
     if dice.below(2) == 0 {
         let class = *dice.of(&["high", "meek", "low"]).unwrap();
         spec["placement"]["priorityClassName"] = json!(class);
+    }
+    if dice.below(2) == 0 {
+        spec["model"] = json!({"source": "hf://org/small"});
     }
     let name = format!("m{index}");
     with(

@@ -34,6 +34,7 @@ pub fn settings() -> Settings {
     Settings {
         engine_image: "registry.example/cachalot-engine:1".into(),
         image_pull_policy: "IfNotPresent".into(),
+        node_cache: None,
     }
 }
 
@@ -230,6 +231,7 @@ pub fn with<T: serde::Serialize + serde::de::DeserializeOwned>(object: T, patch:
 #[derive(Clone)]
 pub struct Story {
     pub snapshot: Snapshot,
+    pub settings: Settings,
     nodes: Vec<Node>,
     claims: Vec<Claim>,
     slices: Vec<SliceView>,
@@ -255,6 +257,7 @@ pub fn story(deployment: ModelDeployment) -> Story {
             samples: Default::default(),
             demand: None,
         },
+        settings: settings(),
         nodes: Vec::new(),
         claims: Vec::new(),
         slices: Vec::new(),
@@ -363,8 +366,12 @@ impl Story {
     }
 
     pub fn plan(&self) -> Plan {
-        let plan = plan(&self.snapshot, &settings());
-        assert_eq!(check(&plan, &self.snapshot), vec![], "{plan}");
+        let plan = plan(&self.snapshot, &self.settings);
+        assert_eq!(
+            check(&plan, &self.snapshot, &self.settings),
+            vec![],
+            "{plan}"
+        );
         plan
     }
 
