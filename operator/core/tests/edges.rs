@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use common::*;
@@ -12,7 +13,9 @@ use engine_spec::LoadReport;
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::Pod;
 use operator_core::snapshot::{PodView, QuotaView, Scheduled, Terminated};
-use operator_core::{Action, Flaw, Kind, Object, Plan, check, names, replicas};
+use operator_core::{
+    Action, Contest, Flaw, Kind, Object, Plan, PriorityClassView, Rival, check, names, replicas,
+};
 use serde_json::{Value, json};
 
 fn busy(running: u32, waiting: u32) -> LoadReport {
@@ -271,6 +274,56 @@ fn the_second_restart_in_place_is_failing() {
             "{restarts}"
         );
     }
+}
+
+#[test]
+fn a_configuration_that_someone_changed_is_written_again() {
+    let mut story = of(json!({"replicas": 1})).running();
+    for map in &mut story.snapshot.config_maps {
+        let map = Arc::make_mut(map);
+        let data = map.data.iter().map(|(key, value)| match key {
+            names::ENGINE_JSON => (key.to_owned(), "{}".to_owned()),
+            _ => (key.to_owned(), value.to_owned()),
+        });
+        map.data = (&data.collect::<BTreeMap<_, _>>()).into();
+    }
+    let written = actions(&story.plan());
+    assert_eq!(written.len(), 1, "{written:?}");
+    assert!(written[0].starts_with("apply ConfigMap m-"), "{written:?}");
+}
+
+#[test]
+fn a_status_is_of_the_generation_that_was_decided_on() {
+    let story = three().running().edited(json!({"replicas": 2}));
+    let generation = story.snapshot.deployment.metadata.generation;
+    assert_eq!(generation, Some(2));
+    assert_eq!(story.plan().status.observed_generation, generation);
+}
+
+/// The scheduler would refuse it, and others would see a pod that is due where none can be.
+#[test]
+fn a_pod_that_takes_a_place_is_held_back_until_the_place_is_free() {
+    let spec = json!({"replicas": 1, "placement": {"priorityClassName": "high"}});
+    let mut story = story(r1(spec)).on([h200x8("a")]).taken("a", 8);
+    let high = json!({"metadata": {"name": "high"}, "value": 1000});
+    let high = PriorityClassView::of(&serde_json::from_value(high).unwrap());
+    let lower = json!({
+        "metadata": {"name": "other-0", "uid": "u",
+            "labels": {names::MODEL_DEPLOYMENT: "other", names::COMPONENT: names::ENGINE}},
+        "spec": {"nodeName": "a", "containers": [
+            {"name": "engine", "resources": {"requests": {"nvidia.com/gpu": "8"}}}]},
+    });
+    let lower = Rival {
+        namespace: "default".into(),
+        pod: Arc::new(PodView::of(&serde_json::from_value(lower).unwrap())),
+    };
+    let classes = vec![Arc::new(high)];
+    story.snapshot.contest = Contest::of(("default", "r1"), Some("high"), classes, [lower], |_| 0);
+    let plan = story.plan();
+    assert_eq!(pod_actions(&plan), ["create Pod r1-0-0"]);
+    let waiting = story.after(&plan, |pod| pod.node = None).plan();
+    assert_eq!(actions(&waiting), nothing());
+    assert_eq!(condition(&waiting, "Planned").1, "Preempting");
 }
 
 /// Changes the first pod that a plan creates.

@@ -248,6 +248,10 @@ fn every_way_a_node_says_that_its_gpus_are_at_fault_is_understood() {
     }
     for harmless in [
         condition_true("DiskPressure"),
+        json!({"status": {"conditions": [
+            {"type": "Ready", "status": "True", "lastTransitionTime": "2026-11-24T00:00:00Z"},
+            {"type": "GpuMemWatch", "status": "False"},
+        ]}}),
         json!({"metadata": {"labels": {"dgxc.nvidia.com/nvsentinel-state": "remediation-succeeded"}}}),
     ] {
         let before = story(r1(json!({})))

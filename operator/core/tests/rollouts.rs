@@ -133,7 +133,8 @@ fn a_partition_keeps_replicas_on_the_revision_before_and_replaces_them_there() {
 
 #[test]
 fn steps_are_watched_for_as_long_as_they_say() {
-    let steps = json!([{"percent": 25, "holdSeconds": 100}, {"percent": 50, "holdSeconds": 60}]);
+    // A share is rounded up, so that a step is never empty.
+    let steps = json!([{"percent": 20, "holdSeconds": 100}, {"percent": 50, "holdSeconds": 60}]);
     let story = four(json!({"steps": steps}));
     let new = target(&story);
     let story = pass(story, 30, &new, answers);
@@ -219,6 +220,26 @@ fn a_revision_that_crashes_is_rolled_back_and_not_tried_again() {
     );
     assert_eq!(of(&back, &old), 5);
     assert_eq!(condition(&back.plan(), "Ready").1, "AllReplicasReady");
+}
+
+#[test]
+fn three_failures_in_a_row_are_enough_but_not_those_that_kubernetes_has_a_reason_for() {
+    let has_failed = |story: &Story| story.plan().status.rollout.unwrap().failure.is_some();
+    for (reason, is_its_fault) in [("", true), ("Evicted", false)] {
+        let story = four(json!({"restartBudget": 10}));
+        let new = target(&story);
+        let ends = |pod: &mut PodView| {
+            fails(pod, ago(1000));
+            pod.reason = reason.into();
+        };
+        let story = pass(story, 6, &new, ends);
+        assert_eq!(has_failed(&story), is_its_fault, "{reason}");
+    }
+    let story = four(json!({"restartBudget": 10}));
+    let new = target(&story);
+    let story = pass(story, 2, &new, crashes);
+    assert!(!has_failed(&story));
+    assert!(has_failed(&pass(story, 1, &new, crashes)));
 }
 
 #[test]

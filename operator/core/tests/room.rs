@@ -106,9 +106,13 @@ fn a_toleration_accepts_what_kubernetes_says_it_does() {
 }
 
 #[test]
-fn sixteen_nodes_are_offered_at_most() {
-    let nodes = (0..20).map(|index| node(&format!("n{index:02}"), "8", "16Gi"));
-    assert_eq!(offered(&small(json!({}), nodes)).len(), 16);
+fn sixteen_nodes_are_offered_at_most_in_all_zones_together() {
+    let nodes = (0..20).map(|index| {
+        let zone = json!({"metadata": {"labels": {"zone": (index % 2).to_string()}}});
+        with(node(&format!("n{index:02}"), "8", "16Gi"), zone)
+    });
+    let spread = json!({"placement": {"topology": {"spreadBy": "zone"}}});
+    assert_eq!(offered(&small(spread, nodes)).len(), 16);
 }
 
 #[test]
@@ -132,13 +136,23 @@ fn a_replica_on_the_cpu_goes_where_most_is_free_and_away_from_gpus_and_taints() 
 }
 
 #[test]
-fn a_gpu_that_computes_as_much_as_is_needed_is_enough() {
-    let of = |major: &str| {
-        let label = json!({"metadata": {"labels": {"nvidia.com/gpu.compute.major": major}}});
-        story(r1(json!({}))).on([with(h200x8("a"), label)])
+fn a_gpu_that_is_just_good_enough_and_not_shared_is_used() {
+    let label = |key: &str, value: &str| {
+        let label = json!({"metadata": {"labels": {format!("nvidia.com/gpu.{key}"): value}}});
+        offered(&story(r1(json!({}))).on([with(h200x8("a"), label)]))
     };
-    assert_eq!(offered(&of("8")), ["a"]);
-    assert!(offered(&of("7")).is_empty());
+    let nothing: [&str; 0] = [];
+    assert_eq!(label("compute.major", "8"), ["a"]);
+    assert_eq!(label("compute.major", "7"), nothing);
+    assert_eq!(label("sharing-strategy", "none"), ["a"]);
+    assert_eq!(label("sharing-strategy", "mps"), nothing);
+    assert_eq!(label("product", "NVIDIA-H200-SHARED"), nothing);
+    let least = |memory: &str| {
+        let spec = json!({"accelerator": {"minMemory": memory}});
+        offered(&story(r1(spec)).on([h200x8("a")]))
+    };
+    assert_eq!(least("143771Mi"), ["a"]);
+    assert_eq!(least("143772Mi"), nothing);
 }
 
 #[test]

@@ -372,6 +372,10 @@ impl Story {
             vec![],
             "{plan}"
         );
+        // One that broke a rule was replaced by one that does nothing, and that looks like caution.
+        let mut conditions = plan.status.conditions.iter();
+        let rejected = conditions.find(|condition| condition.reason == "PlanRejected");
+        assert_eq!(rejected, None);
         plan
     }
 

@@ -1,0 +1,151 @@
+//! Who may be asked to leave and for whom, and where the ranks of a group go beside others.
+#![allow(clippy::unwrap_used)] // helpers of tests
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use common::*;
+use k8s_openapi::api::core::v1::Node;
+use operator_core::gang::{self, Asked};
+use operator_core::placement::{Room, Wish};
+use operator_core::priority::floor;
+use operator_core::{Contest, PodView, PriorityClassView, Rival, fit, names, objects, validate};
+use serde_json::{Value, json};
+
+/// An engine pod of another ModelDeployment, of no priority, changed by a patch.
+fn rival(patch: Value) -> Rival {
+    let pod = json!({
+        "metadata": {"name": "p", "uid": "u",
+            "labels": {names::MODEL_DEPLOYMENT: "other", names::COMPONENT: names::ENGINE}},
+        "spec": {"nodeName": "n", "priority": 0, "containers": []},
+    });
+    let pod = serde_json::from_value(with(pod, patch)).unwrap();
+    Rival {
+        namespace: "d".into(),
+        pod: Arc::new(PodView::of(&pod)),
+    }
+}
+
+fn contest(pods: Vec<Rival>) -> Contest {
+    let high = json!({"metadata": {"name": "high"}, "value": 1000});
+    let high = PriorityClassView::of(&serde_json::from_value(high).unwrap());
+    Contest::of(
+        ("d", "own"),
+        Some("high"),
+        vec![Arc::new(high)],
+        pods,
+        |_| 0,
+    )
+}
+
+#[test]
+fn whole_replicas_of_others_that_are_worth_less_may_be_asked_to_leave() {
+    let label = |key: &str, value: &str| json!({"metadata": {"labels": {key: value}}});
+    for (patch, may_leave) in [
+        (json!({}), true),
+        (json!({"spec": {"priority": 999}}), true),
+        (json!({"spec": {"priority": 1000}}), false),
+        (json!({"spec": {"nodeName": null}}), false),
+        (json!({"status": {"phase": "Failed"}}), false),
+        (label(names::MODEL_DEPLOYMENT, "own"), false),
+        (label(names::COMPONENT, names::INSPECT), false),
+        (
+            json!({"metadata": {"annotations": {names::RANKS: "2"}}}),
+            false,
+        ),
+    ] {
+        let found = contest(vec![rival(patch.clone())]).rivals.len();
+        assert_eq!(found == 1, may_leave, "{patch}");
+    }
+}
+
+#[test]
+fn nobody_gives_way_to_an_equal_that_names_it() {
+    let claimant = rival(json!({
+        "metadata": {"uid": "c", "annotations": {names::PREEMPTS: "d/other/u"}},
+        "spec": {"nodeName": null, "priority": 1000},
+    }));
+    let contest = contest(vec![claimant]);
+    let gives_way = |priority: i32| {
+        let pod = rival(json!({"spec": {"priority": priority}})).pod;
+        contest.claimant(&pod).is_some()
+    };
+    assert_eq!((gives_way(999), gives_way(1000)), (true, false));
+}
+
+#[test]
+fn what_is_promised_is_what_may_not_be_missing() {
+    let range = json!({"minReplicas": 2, "maxReplicas": 5});
+    for (spec, least) in [
+        (json!({"replicas": 3}), 3),
+        (json!({"replicas": 3, "rollout": {"maxUnavailable": 1}}), 2),
+        (json!({"replicas": 1, "rollout": {"maxUnavailable": 2}}), 0),
+        (json!({"replicas": null, "autoscaling": range}), 2),
+    ] {
+        assert_eq!(floor(&deployment("m", spec.clone()).spec), least, "{spec}");
+    }
+}
+
+/// Nodes for some ranks of sixteen GPUs, beside what is there.
+fn placed(spec: Value, nodes: Vec<Node>, own: &[(&str, usize)], asked: &Asked<'_>) -> Vec<String> {
+    let mut whole = json!({"parallelism": {"tensor": 16, "expert": 16}});
+    merge(&mut whole, spec);
+    let preview = json!({"metadata": {"annotations": {"cachalot.dev/preview": "groups"}}});
+    let story = story(with(r1(whole), preview)).on(nodes);
+    let valid = validate(&story.snapshot.deployment).unwrap();
+    let cluster = &story.snapshot.cluster;
+    let layouts = fit::layouts(&valid, &facts_of(R1_CONFIG), cluster).unwrap();
+    let own = own.iter().map(|(node, count)| ((*node).to_owned(), *count));
+    let wish = Wish {
+        layout: &layouts[0],
+        requests: objects::engine_requests(&valid, &layouts[0]),
+        placement: &valid.placement,
+        own: own.collect::<BTreeMap<_, _>>(),
+        avoid: Vec::new(),
+    };
+    gang::place(&wish, &Room::new(cluster), asked).unwrap_or_default()
+}
+
+fn labelled(name: &str, key: &str, value: &str) -> Node {
+    with(h100x8(name), json!({"metadata": {"labels": {key: value}}}))
+}
+
+#[test]
+fn a_missing_rank_goes_to_the_domain_of_the_others_and_not_to_their_node() {
+    let clique = |name, value| labelled(name, "nvidia.com/gpu.clique", value);
+    let asked = Asked {
+        ranks: 1,
+        beside: vec!["c"],
+        ..Asked::default()
+    };
+    let nodes = vec![clique("a", "x"), clique("b", "y"), clique("c", "y")];
+    assert_eq!(placed(json!({}), nodes, &[], &asked), ["b"]);
+    let nodes = vec![clique("a", "x"), clique("c", "y")];
+    assert_eq!(placed(json!({}), nodes, &[], &asked), ["a"]);
+}
+
+#[test]
+fn ranks_go_last_to_nodes_that_refused_them_and_first_to_where_fewest_are() {
+    let nodes = || vec![h100x8("a"), h100x8("b"), h100x8("c")];
+    let refused = ["a".to_owned()];
+    let asked = Asked {
+        ranks: 2,
+        refused: &refused,
+        ..Asked::default()
+    };
+    assert_eq!(placed(json!({}), nodes(), &[], &asked), ["b", "c"]);
+    let zone = "topology.kubernetes.io/zone";
+    let nodes = vec![
+        labelled("a", zone, "1"),
+        labelled("c", zone, "2"),
+        labelled("d", zone, "2"),
+    ];
+    let asked = Asked {
+        ranks: 1,
+        ..Asked::default()
+    };
+    let spread = json!({"placement": {"topology": {"spreadBy": zone}}});
+    assert_eq!(placed(spread, nodes, &[("a", 1)], &asked), ["c"]);
+}
