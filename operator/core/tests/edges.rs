@@ -313,10 +313,8 @@ fn a_pod_that_takes_a_place_is_held_back_until_the_place_is_free() {
         "spec": {"nodeName": "a", "containers": [
             {"name": "engine", "resources": {"requests": {"nvidia.com/gpu": "8"}}}]},
     });
-    let lower = Rival {
-        namespace: "default".into(),
-        pod: Arc::new(PodView::of(&serde_json::from_value(lower).unwrap())),
-    };
+    let lower = PodView::of(&serde_json::from_value(lower).unwrap());
+    let lower = Rival::of("default".into(), Arc::new(lower));
     let classes = vec![Arc::new(high)];
     story.snapshot.contest = Contest::of(("default", "r1"), Some("high"), classes, [lower], |_| 0);
     let plan = story.plan();

@@ -22,10 +22,7 @@ fn rival(patch: Value) -> Rival {
         "spec": {"nodeName": "n", "priority": 0, "containers": []},
     });
     let pod = serde_json::from_value(with(pod, patch)).unwrap();
-    Rival {
-        namespace: "d".into(),
-        pod: Arc::new(PodView::of(&pod)),
-    }
+    Rival::of("d".into(), Arc::new(PodView::of(&pod)))
 }
 
 fn contest(pods: Vec<Rival>) -> Contest {
@@ -92,8 +89,7 @@ fn what_is_promised_is_what_may_not_be_missing() {
 fn placed(spec: Value, nodes: Vec<Node>, own: &[(&str, usize)], asked: &Asked<'_>) -> Vec<String> {
     let mut whole = json!({"parallelism": {"tensor": 16, "expert": 16}});
     merge(&mut whole, spec);
-    let preview = json!({"metadata": {"annotations": {"cachalot.dev/preview": "groups"}}});
-    let story = story(with(r1(whole), preview)).on(nodes);
+    let story = story(r1(whole)).on(nodes);
     let valid = validate(&story.snapshot.deployment).unwrap();
     let cluster = &story.snapshot.cluster;
     let layouts = fit::layouts(&valid, &facts_of(R1_CONFIG), cluster).unwrap();
@@ -104,6 +100,7 @@ fn placed(spec: Value, nodes: Vec<Node>, own: &[(&str, usize)], asked: &Asked<'_
         placement: &valid.placement,
         own: own.collect::<BTreeMap<_, _>>(),
         avoid: Vec::new(),
+        holders: Default::default(),
     };
     gang::place(&wish, &Room::new(cluster), asked).unwrap_or_default()
 }
