@@ -455,6 +455,18 @@ mod tests {
                 "--engine-image is \"a b\": give the name of an image",
             ),
             (&["--namespace", "No_Such"], "--namespace is \"No_Such\""),
+            (
+                &["--node-cache", "/etc"],
+                "--node-cache is \"/etc\": give the absolute path",
+            ),
+            (
+                &["--node-cache-limit", "500Gi"],
+                "--node-cache is \"\": give the absolute path",
+            ),
+            (
+                &["--node-cache", "/var/lib/c", "--node-cache-limit", "much"],
+                "--node-cache-limit is \"much\": give a quantity",
+            ),
             (&["--prometheus-url", "prom:9090"], "http://HOST:PORT"),
             (
                 &["--drain-poll", "1ms"],
