@@ -50,12 +50,41 @@ fn whole_replicas_of_others_that_are_worth_less_may_be_asked_to_leave() {
         (label(names::COMPONENT, names::INSPECT), false),
         (
             json!({"metadata": {"annotations": {names::RANKS: "2"}}}),
-            false,
+            true,
         ),
     ] {
         let found = contest(vec![rival(patch.clone())]).rivals.len();
         assert_eq!(found == 1, may_leave, "{patch}");
     }
+}
+
+/// It leaves whole: one rival, counted on every node that it holds.
+#[test]
+fn the_pods_of_a_group_are_one_rival() {
+    let rank = |rank: &str, index: &str, node: &str| {
+        rival(json!({
+            "metadata": {"uid": format!("u{index}{rank}"), "annotations": {names::RANKS: "2"},
+                "labels": {names::RANK: rank, names::REPLICA: index}},
+            "spec": {"nodeName": node},
+        }))
+    };
+    let pods = vec![
+        rank("1", "0", "b"),
+        rank("0", "1", "c"),
+        rank("0", "0", "a"),
+    ];
+    let contest = contest(pods);
+    let found: Vec<_> = contest
+        .rivals
+        .iter()
+        .map(|rival| {
+            (
+                &*rival.pod.uid,
+                rival.nodes().into_iter().collect::<Vec<_>>(),
+            )
+        })
+        .collect();
+    assert_eq!(found, [("u00", vec!["a", "b"]), ("u10", vec!["c"])]);
 }
 
 #[test]
