@@ -18,11 +18,13 @@ const ZONE: &str = "topology.kubernetes.io/zone";
 fn planned(tensor: u32, topology: Value, nodes: &[(&str, Value)]) -> Plan {
     let spec = json!({
         "parallelism": {"tensor": tensor, "expert": tensor},
+        // FP8 blocks are too few for 32.
+        "precision": "bfloat16",
         "placement": {"topology": topology},
     });
     let nodes = nodes.iter().map(|(name, labels)| {
         with(
-            h100x8(name),
+            h200x8(name),
             json!({"metadata": {"labels": labels.clone()}}),
         )
     });

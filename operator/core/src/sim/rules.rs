@@ -199,9 +199,10 @@ pub(super) fn write(
                 .is_none_or(|node| world.is_node_ready(node));
             !pod.deleting && !pod.is_finished() && answers
         };
-        // A group whose first rank is being ended leaves: the others stay until its requests are finished.
-        let is_leaving =
-            |pods: &[(&Key, &PodView)]| pods.iter().any(|(_, pod)| pod.rank() == 0 && pod.deleting);
+        // A group whose first rank is being ended, or gone, leaves: the others stay until its requests are finished, and
+        // until that was seen. The first rank of a group is made first.
+        let is_first = |pod: &PodView| pod.rank() == 0 && !pod.deleting;
+        let is_leaving = |pods: &[(&Key, &PodView)]| !pods.iter().any(|(_, pod)| is_first(pod));
         let pods = groups(engines(world, key))
             .into_values()
             .filter(|pods| pods.iter().any(|(_, pod)| is_counted(pod)) && !is_leaving(pods))

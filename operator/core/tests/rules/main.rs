@@ -522,7 +522,7 @@ fn table() -> Vec<(&'static str, Refused, &'static str, Value)> {
         (
             "a pipeline",
             Everywhere,
-            "not served yet",
+            "not served above 1",
             gpu(json!({"parallelism": {"pipeline": 2}})),
         ),
         (
