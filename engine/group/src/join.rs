@@ -190,12 +190,9 @@ fn receive_guest(
     let broken = |error: io::Error| format!("its greeting could not be read: {error}");
     stream.set_nonblocking(false).map_err(broken)?;
     stream
-        .set_read_timeout(Some(GREETING_TIMEOUT))
-        .map_err(broken)?;
-    stream
         .set_write_timeout(Some(GREETING_TIMEOUT))
         .map_err(broken)?;
-    let hello: Hello = read(&mut stream).map_err(broken)?;
+    let hello: Hello = read(&mut Greeted::new(&mut stream)).map_err(broken)?;
     let refusal = refusal(joining, &hello).or_else(|| {
         let earlier = guests.get(hello.rank.index())?.as_ref()?;
         is_open(&earlier.stream).then(|| {
@@ -374,8 +371,7 @@ fn accept_higher(
         };
         let greet = |stream: &mut TcpStream| {
             stream.set_nonblocking(false)?;
-            stream.set_read_timeout(Some(GREETING_TIMEOUT))?;
-            read::<Greeting>(stream)
+            read::<Greeting>(&mut Greeted::new(stream))
         };
         match greet(&mut stream) {
             Ok(greeting) if greeting.key == key && missing.contains(&(greeting.rank as usize)) => {
@@ -430,7 +426,30 @@ fn write(stream: &mut TcpStream, message: &impl Serialize) -> io::Result<()> {
     stream.write_all(&[&length.to_le_bytes(), text.as_slice()].concat())
 }
 
-fn read<T: DeserializeOwned>(stream: &mut TcpStream) -> io::Result<T> {
+/// A connection that has so long to say what it is: a stranger may send a byte now and then.
+struct Greeted<'a> {
+    stream: &'a mut TcpStream,
+    until: Instant,
+}
+
+impl<'a> Greeted<'a> {
+    fn new(stream: &'a mut TcpStream) -> Self {
+        let until = Instant::now() + GREETING_TIMEOUT;
+        Self { stream, until }
+    }
+}
+
+impl Read for Greeted<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if Instant::now() >= self.until {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.stream.set_read_timeout(Some(left(self.until)))?;
+        self.stream.read(buffer)
+    }
+}
+
+fn read<T: DeserializeOwned>(stream: &mut impl Read) -> io::Result<T> {
     let mut length = [0; 4];
     stream.read_exact(&mut length)?;
     let length = u32::from_le_bytes(length);

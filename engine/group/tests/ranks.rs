@@ -341,9 +341,18 @@ fn strangers_neither_join_nor_stop_the_group() {
     let mut endless = connect();
     endless.write_all(&u32::MAX.to_le_bytes()).unwrap();
     let silent = connect();
+    // A byte now and then is no reason to wait on.
+    let mut slow = connect();
+    slow.write_all(&60_000u32.to_le_bytes()).unwrap();
+    let drips = thread::spawn(move || {
+        while slow.write_all(b" ").is_ok() {
+            thread::sleep(Duration::from_millis(200));
+        }
+    });
     let (group, _) = join(&joining(&place, 1, 2)).unwrap();
     assert_eq!(group.rank().count(), 2);
     leads.join().unwrap().unwrap();
+    drips.join().unwrap();
     drop(silent);
 }
 

@@ -181,6 +181,25 @@ fn all_ranks_have_a_place_or_none_has() {
     assert!(message.contains(why), "{message}");
 }
 
+/// How many pods a replica has is seen on pods only; between two of them the budget stays as it was.
+#[test]
+fn the_budget_is_not_rewritten_while_there_are_no_pods() {
+    let writes = |plan: &Plan| {
+        let actions = actions(plan);
+        let budgets = actions.iter().filter(|a| a.contains("PodDisruptionBudget"));
+        budgets.count()
+    };
+    let story = pair_on(json!({"replicas": 2}), 4);
+    let first = story.plan();
+    let story = story.after(&first, |_| {});
+    let second = story.plan();
+    assert_eq!((writes(&first), writes(&second)), (1, 1));
+    let mut story = story.after(&second, |_| {});
+    assert_eq!(writes(&story.plan()), 0);
+    story.snapshot.pods.clear();
+    assert_eq!(writes(&story.plan()), 0);
+}
+
 #[test]
 fn several_nodes_are_used_only_where_no_one_node_would_do() {
     let automatic = || r1(json!({}));
