@@ -144,9 +144,10 @@ impl Executor for Backend {
             for (row, entry) in wanted.enumerate() {
                 let history = self.toy.history(entry, entry.end()).unwrap();
                 let speaker = bytes_tokenizer::id("<｜Assistant｜>");
-                if let Some(at) = history.iter().rposition(|token| token.0 == speaker) {
-                    // The prompt ends with `<｜Assistant｜><think>\n`.
-                    let said = history.len() - at - 3;
+                let asked = history.iter().rposition(|token| token.0 == speaker);
+                // A chat's prompt ends with `<｜Assistant｜><think>\n`; a completion at a high
+                // temperature may sample the first of them.
+                if let Some(said) = asked.and_then(|at| history[at..].len().checked_sub(3)) {
                     let end = bytes_tokenizer::id("<｜end▁of▁sentence｜>");
                     let next = script.get(said).copied().unwrap_or(end);
                     logits.row_mut(row)[next as usize] += 1000.0;
