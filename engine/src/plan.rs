@@ -4,7 +4,6 @@ use std::path::Path;
 
 use anyhow::Context;
 use engine_cuda::Gpu;
-use engine_load::{Progress, read_config};
 use engine_memory::{MemoryRequest, memory_plan};
 use engine_spec::{Device, EngineConfig, ModelConfig};
 
@@ -41,6 +40,5 @@ fn model_config(arguments: &PlanArguments, config: &EngineConfig) -> anyhow::Res
     }
     let settings = arguments.engine.cache.settings();
     let revision = config.model.revision.as_deref();
-    let directory = engine_load::resolve(source, revision, &settings, &Progress::default())?;
-    Ok(read_config(&directory)?)
+    Ok(engine_load::source_config(source, revision, &settings)?)
 }

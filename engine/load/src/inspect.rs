@@ -59,7 +59,7 @@ pub fn inspect_source(
                 client: &client,
                 files: &files,
             };
-            let config = parse_config(&remote.text(CONFIG_FILE)?, PathBuf::from(CONFIG_FILE))?;
+            let config = remote.config()?;
             if let Some(file) = remote.find(PACKED_FILE) {
                 let start = remote.start(file, packed::header_end)?;
                 let (header, _) = packed::read_header(&start, file.bytes)?;
@@ -68,6 +68,31 @@ pub fn inspect_source(
             let shards = remote.shards()?;
             facts(config, &shards)
         }
+    }
+}
+
+/// What `config.json` of a model says, wherever the model is; nothing else is fetched.
+///
+/// # Errors
+/// As [`crate::resolve`] and [`read_config`].
+pub fn source_config(
+    source: &str,
+    revision: Option<&str>,
+    settings: &FetchSettings,
+) -> Result<ModelConfig, LoadError> {
+    match locate(source, revision, settings)? {
+        Place::Local(dir) => read_config(&dir),
+        Place::Remote {
+            origin,
+            client,
+            files,
+            ..
+        } => Remote {
+            origin: &*origin,
+            client: &client,
+            files: &files,
+        }
+        .config(),
     }
 }
 
@@ -135,6 +160,10 @@ struct Remote<'a> {
 }
 
 impl Remote<'_> {
+    fn config(&self) -> Result<ModelConfig, LoadError> {
+        parse_config(&self.text(CONFIG_FILE)?, PathBuf::from(CONFIG_FILE))
+    }
+
     fn find(&self, name: &str) -> Option<&RemoteFile> {
         self.files.iter().find(|file| file.name == name)
     }

@@ -29,7 +29,7 @@ pub use download::Patience;
 pub use dummy::Dummy;
 pub use error::LoadError;
 pub use header::{FloatType, TensorHeader, safetensors_header};
-pub use inspect::{inspect, inspect_source};
+pub use inspect::{inspect, inspect_source, source_config};
 pub use mapped::Mapped;
 pub use packed::{PACKED_FILE, PackedHeader, PackedModel, PackedWriter, Section};
 pub use progress::Progress;

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use engine_load::{
     FetchSettings, LoadError, Local, PACKED_FILE, PackedHeader, PackedWriter, Patience, Progress,
-    Section, inspect, inspect_source, resolve,
+    Section, inspect, inspect_source, resolve, source_config,
 };
 use engine_spec::ModelFault;
 use support::hub::{COMMIT, Mood, Server};
@@ -275,6 +275,14 @@ fn a_remote_model_is_inspected_without_its_weights() {
             .unwrap_or_else(|error| panic!("{source}: {}", error.chain()));
         assert_eq!(found, expected, "{source}");
     }
+    let server = start(Mood::Good);
+    let config = source_config(
+        "hf://org/tiny",
+        None,
+        &self::settings(&server, cache.path()),
+    );
+    assert_eq!(config.unwrap(), expected.config);
+    assert_eq!(server.count("model.safetensors"), 0, "a config needs none");
     assert_eq!(std::fs::read_dir(cache.path()).unwrap().count(), 0);
 
     for (mood, fault) in [
