@@ -67,6 +67,20 @@ pub struct Arguments {
     )]
     pub resource_claims: bool,
 
+    /// Give replicas of several pods a network policy: only pods of the same ModelDeployment reach the ports where their
+    /// ranks meet.
+    #[arg(
+        long,
+        env = "CACHALOT_GROUP_NETWORK_POLICIES",
+        value_name = "BOOL",
+        default_value_t = false,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set
+    )]
+    pub group_network_policies: bool,
+
     /// Base URL of a Prometheus server that autoscaling asks; empty: it asks the engine pods.
     #[arg(
         long,
@@ -205,6 +219,8 @@ pub struct Config {
     pub namespace: Option<String>,
     /// See [`Arguments::resource_claims`].
     pub resource_claims: bool,
+    /// See [`Arguments::group_network_policies`].
+    pub group_network_policies: bool,
     /// Base URL of Prometheus, when it is asked.
     pub prometheus_url: Option<String>,
     /// The lease to hold, when there is an election.
@@ -260,6 +276,7 @@ impl TryFrom<Arguments> for Config {
             node_cache_limit,
             namespace,
             resource_claims,
+            group_network_policies,
             prometheus_url,
             leader_elect,
             lease_name,
@@ -333,6 +350,7 @@ impl TryFrom<Arguments> for Config {
             node_cache,
             namespace: (!namespace.is_empty()).then_some(namespace),
             resource_claims,
+            group_network_policies,
             prometheus_url: (!prometheus_url.is_empty()).then_some(prometheus_url),
             lease: leader_elect.then_some(LeaseName {
                 namespace: lease_namespace,

@@ -115,6 +115,9 @@ pub async fn run(config: Config) -> Result<()> {
     if config.resource_claims {
         world.follow_claims(&mut tasks, &client, config.namespace.as_deref());
     }
+    if config.group_network_policies {
+        world.follow_policies(&mut tasks, &client, config.namespace.as_deref());
+    }
     tasks.spawn(Arc::clone(&sampler).run(leadership.clone()));
     let controller = Controller {
         world: Arc::clone(&world),
@@ -133,6 +136,7 @@ pub async fn run(config: Config) -> Result<()> {
         settings: Settings {
             engine_image: config.engine_image,
             image_pull_policy: config.engine_image_pull_policy.as_str().to_string(),
+            network_policies: config.group_network_policies,
             node_cache: config.node_cache,
         },
     };

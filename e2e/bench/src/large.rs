@@ -64,10 +64,20 @@ pub async fn rows(place: &Place<'_>, size: Size, runs: usize) -> Result<Vec<Row>
         first.push(one);
         all.push(every);
         tokio::time::sleep(RELEASED).await;
-        peak.push(operator.peak_megabytes()?);
-        megabytes.push(Operator::resident_megabytes(&operator.metrics()?)?);
+        let (now, most) = (
+            Operator::resident_megabytes(&operator.metrics()?)?,
+            operator.peak_megabytes()?,
+        );
+        say(format!(
+            "S6: first look after {one:.2} s, all after {every:.2} s, {now:.0} MB, {most:.0} MB at the peak"
+        ));
+        megabytes.push(now);
+        peak.push(most);
     }
-    clear(place.cluster, place.client).await?;
+    // What was measured counts however the rest goes.
+    if let Err(error) = clear(place.cluster, place.client).await {
+        say(format!("S6: not everything could be removed: {error:#}"));
+    }
     let of = format!("{models} models and {total} pods");
     Ok(vec![
         Row::plain(&format!("S6: {of}, created per second"), rate, "pods/s"),

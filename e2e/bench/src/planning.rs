@@ -98,6 +98,7 @@ fn settings() -> Settings {
         engine_image: "cachalot-engine".into(),
         image_pull_policy: "IfNotPresent".into(),
         node_cache: None,
+        network_policies: true,
     }
 }
 

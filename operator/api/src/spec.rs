@@ -178,7 +178,7 @@ pub struct Model {
 }
 
 /// A secret in the same namespace.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SecretReference {
     /// Name of the secret.
@@ -311,6 +311,11 @@ pub struct Parallelism {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 64))]
     pub pipeline: Option<i32>,
+
+    /// Secret in the same namespace whose key `secret` (16 to 4096 bytes) the pods of a replica prove to each other that
+    /// they know; others cannot join. For replicas of several pods. The operator never reads it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group_secret_ref: Option<SecretReference>,
 }
 
 /// Number format the engine computes in.

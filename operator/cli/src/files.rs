@@ -95,6 +95,9 @@ pub fn add(inventory: &mut Inventory, paths: &[String], namespace: &str) -> Resu
                 "ConfigMap" => inventory.config_maps.push(typed(path, &kind, document)?),
                 "Service" => inventory.services.push(typed(path, &kind, document)?),
                 "PodDisruptionBudget" => inventory.budgets.push(typed(path, &kind, document)?),
+                "NetworkPolicy" => inventory
+                    .network_policies
+                    .push(typed(path, &kind, document)?),
                 "ResourceQuota" => inventory.quotas.push(typed(path, &kind, document)?),
                 "ResourceSlice" => inventory.slices.push(typed(path, &kind, document)?),
                 "ResourceClaim" => inventory.claims.push(typed(path, &kind, document)?),

@@ -114,6 +114,7 @@ impl Source {
         let policy = seen.as_ref().map(|seen| seen.image_pull_policy.clone());
         let node_cache = seen.as_ref().and_then(|seen| seen.node_cache.clone());
         Settings {
+            network_policies: seen.as_ref().is_none_or(|seen| seen.network_policies),
             engine_image: image
                 .or(seen.map(|seen| seen.engine_image))
                 .unwrap_or_else(|| ENGINE_IMAGE_DEFAULT.into()),

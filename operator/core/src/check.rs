@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use crate::names;
 use crate::plan::{Action, Kind, Object, Plan, Settings};
@@ -147,13 +148,36 @@ fn check_writes(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
                 .claim_templates
                 .iter()
                 .any(|t| t.name == name && t.uid == *uid),
-            Action::Delete { .. } => false,
+            Action::Delete {
+                kind: Kind::Service,
+                uid,
+                ..
+            } => {
+                let found = snapshot.ranks_service.as_ref();
+                found.is_some_and(|it| is_that(&it.metadata, name, uid))
+            }
+            Action::Delete {
+                kind: Kind::NetworkPolicy,
+                uid,
+                ..
+            } => {
+                let found = snapshot.ranks_policy.as_ref();
+                found.is_some_and(|it| is_that(&it.metadata, name, uid))
+            }
+            Action::Delete {
+                kind: Kind::PodDisruptionBudget,
+                ..
+            } => false,
             Action::Create(_) | Action::Apply(_) => true,
         };
         if !is_observed {
             flaws.push(Flaw::Unobserved(format!("{} {name}", kind.as_str())));
         }
     }
+}
+
+fn is_that(metadata: &ObjectMeta, name: &str, uid: &str) -> bool {
+    metadata.name.as_deref() == Some(name) && metadata.uid.as_deref() == Some(uid)
 }
 
 fn check_objects(plan: &Plan, snapshot: &Snapshot, settings: &Settings, flaws: &mut Vec<Flaw>) {
@@ -173,6 +197,7 @@ fn check_objects(plan: &Plan, snapshot: &Snapshot, settings: &Settings, flaws: &
             Object::Service(object) => &object.metadata,
             Object::PodDisruptionBudget(object) => &object.metadata,
             Object::ResourceClaimTemplate(object) => &object.metadata,
+            Object::NetworkPolicy(object) => &object.metadata,
         };
         let labels = metadata.labels.clone().unwrap_or_default();
         let owners = metadata.owner_references.as_deref().unwrap_or_default();

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use engine_spec::ModelFacts;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use operator_api::{ConditionStatus, ConditionType, NodeCacheStatus, Reason, RolloutStatus};
 
 use crate::check::check;
+use crate::children::Children;
 use crate::fit::{self, Layout, NoLayout};
 use crate::gang::{self, Asked};
 use crate::inspect::{self, Facts, source_hash};
@@ -197,7 +197,7 @@ impl<'a> Decided<'a> {
     fn plan(self, settings: &Settings) -> Plan {
         let inspection = inspect::inspect(self.valid, self.snapshot, settings);
         let mut actions = inspection.actions;
-        let front = self.front_door();
+        let front = self.children().front_door();
         let (facts, inspected) = match inspection.facts {
             Facts::Known(facts) => {
                 let words = facts_words(&facts);
@@ -223,8 +223,8 @@ impl<'a> Decided<'a> {
             ),
             (Ok(_), Some(facts)) => match self.chosen_with_ranks(facts, settings) {
                 Err(NoLayout { reason, message }) => Verdict::no(reason, message),
-                Ok((revision, layout, ranks_service)) => {
-                    actions.extend(ranks_service);
+                Ok((revision, layout, shared)) => {
+                    actions.extend(shared);
                     let spec = &self.snapshot.deployment.spec;
                     let record = || objects::record(spec, &layout, settings, facts);
                     actions.extend(self.engine_config(&layout, &revision, record));
@@ -291,87 +291,24 @@ impl<'a> Decided<'a> {
         }
     }
 
-    /// The Service and the budget, where they differ from what is wanted.
-    fn front_door(&self) -> Result<Vec<Action>, String> {
-        let service = objects::service(self.valid);
-        let ranks = self.replicas.iter().map(|replica| replica.pod.ranks());
-        let ranks = ranks.min();
-        let budget = objects::disruption_budget(self.valid, self.wanted, ranks.unwrap_or(1));
-        let owners = [
-            (
-                "Service",
-                self.snapshot.service.as_ref().map(|s| &s.metadata),
-            ),
-            (
-                "PodDisruptionBudget",
-                self.snapshot
-                    .disruption_budget
-                    .as_ref()
-                    .map(|b| &b.metadata),
-            ),
-        ];
-        for (kind, metadata) in owners {
-            if metadata.is_some_and(|metadata| self.is_foreign(metadata)) {
-                return Err(format!(
-                    "metadata.name = {}: a {kind} of that name belongs to someone else; delete it or choose another name",
-                    self.valid.name
-                ));
-            }
+    fn children(&self) -> Children<'_> {
+        Children {
+            valid: self.valid,
+            snapshot: self.snapshot,
+            replicas: self.replicas,
+            wanted: self.wanted,
         }
-        let mut actions = Vec::new();
-        let is_same = |actual: serde_json::Value, desired: serde_json::Value| {
-            objects::covers(&actual, &desired)
-        };
-        let found = self.snapshot.service.as_deref();
-        if !found.is_some_and(|found| is_same(serde_json::json!(found), serde_json::json!(service)))
-        {
-            actions.push(Action::Apply(Object::Service(Box::new(service))));
-        }
-        let found = self.snapshot.disruption_budget.as_deref();
-        let is_right =
-            |found| is_same(serde_json::json!(found), serde_json::json!(budget)) || ranks.is_none();
-        // Without pods there is nothing to keep, and nothing says how many the next replica has.
-        if !found.is_some_and(is_right) {
-            actions.push(Action::Apply(Object::PodDisruptionBudget(Box::new(budget))));
-        }
-        Ok(actions)
     }
 
-    fn is_foreign(&self, metadata: &ObjectMeta) -> bool {
-        let mut owners = metadata.owner_references.iter().flatten();
-        !owners.any(|owner| owner.uid == self.valid.uid)
-    }
-
-    /// The Service that gives ranks their host names, where there are groups and it differs from what is
-    /// wanted.
-    fn ranks_service(&self, layout: &Layout) -> Result<Option<Action>, String> {
-        if layout.pods == 1 {
-            return Ok(None);
-        }
-        let wanted = objects::ranks_service(self.valid);
-        let Some(found) = self.snapshot.ranks_service.as_deref() else {
-            return Ok(Some(Action::Apply(Object::Service(Box::new(wanted)))));
-        };
-        if self.is_foreign(&found.metadata) {
-            return Err(format!(
-                "metadata.name = {}: a Service named {} belongs to someone else, and replicas of several pods need it; delete it or choose another name",
-                self.valid.name,
-                names::ranks_service(&self.valid.name),
-            ));
-        }
-        let is_same = objects::covers(&serde_json::json!(found), &serde_json::json!(wanted));
-        Ok((!is_same).then(|| Action::Apply(Object::Service(Box::new(wanted)))))
-    }
-
-    /// The layout to use, and what it needs of a Service for its ranks.
+    /// The layout to use, and what its groups need.
     fn chosen_with_ranks(
         &self,
         facts: &ModelFacts,
         settings: &Settings,
-    ) -> Result<(Revision, Layout, Option<Action>), NoLayout> {
+    ) -> Result<(Revision, Layout, Vec<Action>), NoLayout> {
         let (revision, layout) = self.choose(facts, settings)?;
-        match self.ranks_service(&layout) {
-            Ok(service) => Ok((revision, layout, service)),
+        match self.children().of_groups(layout.pods > 1, settings) {
+            Ok(actions) => Ok((revision, layout, actions)),
             Err(message) => Err(NoLayout {
                 reason: Reason::NameTaken,
                 message,

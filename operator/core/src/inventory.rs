@@ -10,6 +10,7 @@ use std::sync::Arc;
 use engine_spec::ModelFacts;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, ResourceQuota, Service};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceClaimTemplate, ResourceSlice};
 use k8s_openapi::api::scheduling::v1::PriorityClass;
@@ -40,6 +41,8 @@ pub struct Inventory {
     pub services: Vec<Service>,
     /// Disruption budgets.
     pub budgets: Vec<PodDisruptionBudget>,
+    /// Network policies.
+    pub network_policies: Vec<NetworkPolicy>,
     /// Quotas.
     pub quotas: Vec<ResourceQuota>,
     /// What DRA drivers publish.
@@ -106,6 +109,7 @@ impl Inventory {
             config_maps,
             services,
             budgets,
+            network_policies,
             quotas,
             slices,
             claims,
@@ -138,6 +142,7 @@ impl Inventory {
         self.pods.extend(pods);
         self.services.extend(services);
         self.budgets.extend(budgets);
+        self.network_policies.extend(network_policies);
         self.quotas.extend(quotas);
         self.slices.extend(slices);
         self.claims.extend(claims);
@@ -167,7 +172,17 @@ impl Inventory {
             component.is_some_and(|component| component == names::ENGINE)
                 && valid.is_some_and(|valid| valid.source.is_fetched())
         };
+        // Where there are groups, what they have says whether they get one.
+        let is_shared = |metadata: &ObjectMeta| {
+            let labels = metadata.labels.as_ref();
+            let name = metadata.name.as_deref().unwrap_or_default();
+            names::owner_of_ranks(name).is_some()
+                && labels.is_some_and(|labels| labels.contains_key(names::MODEL_DEPLOYMENT))
+        };
+        let has_groups = self.services.iter().any(|it| is_shared(&it.metadata));
+        let policies = &self.network_policies;
         Some(Settings {
+            network_policies: !has_groups || policies.iter().any(|it| is_shared(&it.metadata)),
             engine_image: container.image.clone()?,
             image_pull_policy: container.image_pull_policy.clone()?,
             node_cache: pods()
@@ -255,10 +270,13 @@ impl Inventory {
             ranks_service: self
                 .services
                 .iter()
-                .find(|service| {
-                    is_named(&service.metadata, &namespace, &names::ranks_service(&name))
-                })
+                .find(|service| is_named(&service.metadata, &namespace, &names::ranks(&name)))
                 .map(|service| Arc::new(service.clone())),
+            ranks_policy: self
+                .network_policies
+                .iter()
+                .find(|policy| is_named(&policy.metadata, &namespace, &names::ranks(&name)))
+                .map(|policy| Arc::new(policy.clone())),
             disruption_budget: self
                 .budgets
                 .iter()

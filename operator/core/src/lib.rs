@@ -5,6 +5,7 @@
 //! clock, no environment, no randomness, no client (`clippy.toml` bans them).
 
 pub mod check;
+mod children;
 mod decide;
 pub mod devices;
 pub mod explain;

@@ -130,19 +130,20 @@ pub fn rank_pod(
     format!("{group}-{rank}")
 }
 
-/// Name of the headless Service that gives the pods of groups their host names.
-pub fn ranks_service(deployment: &str) -> String {
+/// Name of what all groups of a deployment share: the headless Service that gives their pods host names, and the
+/// network policy that keeps others from them.
+pub fn ranks(deployment: &str) -> String {
     format!("{deployment}-ranks")
 }
 
-/// The deployment that a Service of that name would be the headless one of.
-pub fn owner_of_ranks_service(service: &str) -> Option<&str> {
-    service.strip_suffix("-ranks")
+/// The deployment whose groups would share an object of that name.
+pub fn owner_of_ranks(name: &str) -> Option<&str> {
+    name.strip_suffix("-ranks")
 }
 
 /// Where the ranks of a group find the first: known before any of them exists.
 pub fn leader_address(deployment: &str, namespace: &str, leader: &str) -> String {
-    let service = ranks_service(deployment);
+    let service = ranks(deployment);
     format!("{leader}.{service}.{namespace}.svc:{LEADER_PORT}")
 }
 
@@ -196,7 +197,7 @@ mod tests {
         // A host name is one label of at most 63 characters as well.
         let rank = rank_pod(&name, 9999, &revision, 99_999, 63);
         assert!(rank.len() <= 63, "{rank} has {} characters", rank.len());
-        assert!(ranks_service(&name).len() <= 63);
+        assert!(ranks(&name).len() <= 63);
         assert!(inspect_pod(&name, &short_hash("x"), 99).len() <= 63);
         assert!(facts_config_map(&name, &short_hash("x")).len() <= 63);
     }

@@ -12,6 +12,10 @@ use std::collections::BTreeMap;
 
 use engine_spec::ModelFacts;
 use k8s_openapi::api::core::v1::{ConfigMap, Service, ServicePort, ServiceSpec};
+use k8s_openapi::api::networking::v1::{
+    NetworkPolicy, NetworkPolicyIngressRule, NetworkPolicyPeer, NetworkPolicyPort,
+    NetworkPolicySpec,
+};
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
@@ -140,7 +144,7 @@ pub fn ranks_service(valid: &ValidDeployment) -> Service {
         (names::COMPONENT, names::ENGINE),
     ];
     Service {
-        metadata: metadata(valid, names::ranks_service(&valid.name), names::ENGINE),
+        metadata: metadata(valid, names::ranks(&valid.name), names::ENGINE),
         spec: Some(ServiceSpec {
             cluster_ip: Some("None".into()),
             publish_not_ready_addresses: Some(true),
@@ -154,6 +158,42 @@ pub fn ranks_service(valid: &ValidDeployment) -> Service {
             ..ServiceSpec::default()
         }),
         ..Service::default()
+    }
+}
+
+/// Lets everyone reach the HTTP port of the pods of groups, and only pods of the same deployment any other: what ranks tell
+/// each other is neither encrypted nor signed, and ranks after the first listen at ports that the system chooses.
+pub fn ranks_policy(valid: &ValidDeployment) -> NetworkPolicy {
+    let selector = LabelSelector {
+        match_labels: Some(owned([
+            (names::MODEL_DEPLOYMENT, valid.name.as_str()),
+            (names::COMPONENT, names::ENGINE),
+        ])),
+        ..LabelSelector::default()
+    };
+    let anyone = NetworkPolicyIngressRule {
+        ports: Some(vec![NetworkPolicyPort {
+            port: Some(IntOrString::Int(names::ENGINE_PORT)),
+            protocol: Some("TCP".into()),
+            ..NetworkPolicyPort::default()
+        }]),
+        ..NetworkPolicyIngressRule::default()
+    };
+    let ranks = NetworkPolicyIngressRule {
+        from: Some(vec![NetworkPolicyPeer {
+            pod_selector: Some(selector.clone()),
+            ..NetworkPolicyPeer::default()
+        }]),
+        ..NetworkPolicyIngressRule::default()
+    };
+    NetworkPolicy {
+        metadata: metadata(valid, names::ranks(&valid.name), names::ENGINE),
+        spec: Some(NetworkPolicySpec {
+            pod_selector: Some(selector),
+            policy_types: Some(vec!["Ingress".into()]),
+            ingress: Some(vec![anyone, ranks]),
+            ..NetworkPolicySpec::default()
+        }),
     }
 }
 

@@ -7,6 +7,7 @@ use std::fmt;
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use operator_api::ModelDeploymentStatus;
@@ -23,6 +24,8 @@ pub struct Settings {
     pub image_pull_policy: String,
     /// Where the replicas of a node share fetched weights; each fetches its own without it.
     pub node_cache: Option<NodeCache>,
+    /// Whether groups get a network policy of their own.
+    pub network_policies: bool,
 }
 
 /// What follows from a snapshot.
@@ -90,6 +93,8 @@ pub enum Object {
     PodDisruptionBudget(Box<PodDisruptionBudget>),
     /// A template of resource claims.
     ResourceClaimTemplate(Box<ResourceClaimTemplate>),
+    /// A network policy.
+    NetworkPolicy(Box<NetworkPolicy>),
 }
 
 /// Kind of an object that is deleted.
@@ -105,6 +110,8 @@ pub enum Kind {
     PodDisruptionBudget,
     /// ResourceClaimTemplate.
     ResourceClaimTemplate,
+    /// NetworkPolicy.
+    NetworkPolicy,
 }
 
 impl Kind {
@@ -116,6 +123,7 @@ impl Kind {
             Self::Service => "Service",
             Self::PodDisruptionBudget => "PodDisruptionBudget",
             Self::ResourceClaimTemplate => "ResourceClaimTemplate",
+            Self::NetworkPolicy => "NetworkPolicy",
         }
     }
 }
@@ -129,6 +137,7 @@ impl Object {
             Self::Service(_) => Kind::Service,
             Self::PodDisruptionBudget(_) => Kind::PodDisruptionBudget,
             Self::ResourceClaimTemplate(_) => Kind::ResourceClaimTemplate,
+            Self::NetworkPolicy(_) => Kind::NetworkPolicy,
         }
     }
 
@@ -140,6 +149,7 @@ impl Object {
             Self::Service(object) => &object.metadata,
             Self::PodDisruptionBudget(object) => &object.metadata,
             Self::ResourceClaimTemplate(object) => &object.metadata,
+            Self::NetworkPolicy(object) => &object.metadata,
         };
         metadata.name.as_deref().unwrap_or_default()
     }

@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     ConfigMap, ContainerStatus, Node, Pod, PodStatus, Service, Taint as NodeTaint,
 };
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use operator_api::ModelDeployment;
@@ -48,6 +49,8 @@ pub struct Snapshot {
     pub service: Option<Arc<Service>>,
     /// The headless Service of its groups, whoever made it.
     pub ranks_service: Option<Arc<Service>>,
+    /// The network policy of its groups, whoever made it.
+    pub ranks_policy: Option<Arc<NetworkPolicy>>,
     /// The PodDisruptionBudget of its name, whoever made it.
     pub disruption_budget: Option<Arc<PodDisruptionBudget>>,
     /// Quotas on GPUs in its namespace.

@@ -254,9 +254,11 @@ impl Report<'_> {
         let Some((first, message)) = failing.first() else {
             return Verdict::no(Reason::AsExpected, "nothing is wrong");
         };
-        let is_new = self
-            .layout
-            .is_some_and(|(revision, _)| first.revision() == revision.as_str());
+        // A pod with a reason of its own was evicted or refused, which says nothing about its revision.
+        let is_new = first.pod.reason.is_empty()
+            && self
+                .layout
+                .is_some_and(|(revision, _)| first.revision() == revision.as_str());
         let old_serve = counts.ready > counts.updated_ready;
         let words = format!(
             "{} of {} pods fail; {}: {message}",

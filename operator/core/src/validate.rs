@@ -92,6 +92,8 @@ pub struct ValidDeployment {
     pub accelerator: ValidAccelerator,
     /// Given parallelism; none for automatic.
     pub parallelism: Option<Parallelism>,
+    /// Secret that the pods of a replica know.
+    pub group_secret: Option<String>,
     /// Number format.
     pub dtype: Dtype,
     /// Integer weights.
@@ -221,6 +223,13 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
     );
     let source = model::source(&mut rules, model);
     let accelerator = accelerator::valid_accelerator(&mut rules, accelerator);
+    let group_secret = parallelism
+        .as_ref()
+        .and_then(|it| it.group_secret_ref.as_ref());
+    let group_secret = rules.name(
+        "spec.parallelism.groupSecretRef.name",
+        group_secret.map(|r| r.name.as_str()),
+    );
     let parallelism = valid_parallelism(&mut rules, parallelism.as_ref(), &accelerator);
     let quantization = match quantization {
         operator_api::Quantization::None => Quantization::None,
@@ -288,6 +297,7 @@ pub fn validate(deployment: &ModelDeployment) -> Result<ValidDeployment, Violati
         config_map,
         accelerator,
         parallelism,
+        group_secret,
         dtype: match precision {
             Precision::Auto => Dtype::Auto,
             Precision::Float32 => Dtype::Float32,
@@ -311,11 +321,12 @@ fn valid_parallelism(
     accelerator: &ValidAccelerator,
 ) -> Option<Parallelism> {
     let given = given?;
-    let operator_api::Parallelism {
+    let &operator_api::Parallelism {
         tensor,
         expert,
         pipeline,
-    } = *given;
+        group_secret_ref: _,
+    } = given;
     if tensor.is_none() && expert.is_none() && pipeline.is_none() {
         return None;
     }

@@ -274,6 +274,7 @@ fn objects_are_as_agreed() {
             operator_core::Object::Service(object) => serde_yaml::to_string(object),
             operator_core::Object::PodDisruptionBudget(object) => serde_yaml::to_string(object),
             operator_core::Object::ResourceClaimTemplate(object) => serde_yaml::to_string(object),
+            operator_core::Object::NetworkPolicy(object) => serde_yaml::to_string(object),
         };
         objects.push_str(&format!("# {action}\n{}", text.unwrap()));
     }

@@ -232,6 +232,9 @@ fn three_failures_in_a_row_are_enough_but_not_those_that_kubernetes_has_a_reason
             fails(pod, ago(1000));
             pod.reason = reason.into();
         };
+        let once = pass(story.clone(), 2, &new, ends).plan();
+        let is_blamed = condition(&once, "Progressing").1 == "RolloutHalted";
+        assert_eq!(is_blamed, is_its_fault, "{reason}");
         let story = pass(story, 6, &new, ends);
         assert_eq!(has_failed(&story), is_its_fault, "{reason}");
     }

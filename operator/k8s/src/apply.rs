@@ -19,6 +19,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use kube::Resource;
@@ -427,6 +428,11 @@ impl Applier {
                 let kind = "PodDisruptionBudget";
                 world.wrote_budget(self.bring(kind, namespace, budget.as_ref(), known).await?);
             }
+            Object::NetworkPolicy(policy) => {
+                let known = world.policies.get(&key).is_some();
+                let kind = "NetworkPolicy";
+                world.wrote_policy(self.bring(kind, namespace, policy.as_ref(), known).await?);
+            }
             Object::ResourceClaimTemplate(template) => {
                 let kind = "ResourceClaimTemplate";
                 let template = self
@@ -523,6 +529,11 @@ impl Applier {
             Kind::PodDisruptionBudget => {
                 writer
                     .delete::<PodDisruptionBudget>(word, namespace, name, uid)
+                    .await?
+            }
+            Kind::NetworkPolicy => {
+                writer
+                    .delete::<NetworkPolicy>(word, namespace, name, uid)
                     .await?
             }
             Kind::ResourceClaimTemplate => {

@@ -76,6 +76,11 @@ pub async fn inventory(
     for (namespace, name) in named {
         config_maps.extend(config_map(client, namespace, name).await?);
     }
+    // Who may plan need not have rights on them either.
+    let policies = match all(&scoped(client, namespace), "NetworkPolicy", "").await {
+        Err(error) if error.category() == Category::Forbidden => Vec::new(),
+        other => other?,
+    };
     let claimed = claimed(client, namespace).await;
     let (claimed, claims_unread) = match claimed {
         Ok(claimed) => (claimed, None),
@@ -95,6 +100,7 @@ pub async fn inventory(
         config_maps,
         services: all(&scoped(client, namespace), "Service", "").await?,
         budgets: all(&scoped(client, namespace), "PodDisruptionBudget", "").await?,
+        network_policies: policies,
         quotas: all(&scoped(client, namespace), "ResourceQuota", "").await?,
         priority_classes: classes,
         deployments,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use operator_api::ModelDeployment;
@@ -95,6 +96,22 @@ pub(crate) fn trim_service(mut service: Service) -> Result<Option<Packed<Service
         service.metadata.annotations = None;
     }
     Packed::of(&service).map(Some)
+}
+
+pub(crate) fn trim_policy(
+    mut policy: NetworkPolicy,
+) -> Result<Option<Packed<NetworkPolicy>>, String> {
+    // Others' policies matter by name only, and only where a group might want that name.
+    let name = policy.metadata.name.as_deref().unwrap_or_default();
+    if names::owner_of_ranks(name).is_none() {
+        return Ok(None);
+    }
+    trim_metadata(&mut policy.metadata);
+    if deployment_label(&policy.metadata).is_none() {
+        policy.spec = None;
+        policy.metadata.annotations = None;
+    }
+    Packed::of(&policy).map(Some)
 }
 
 pub(crate) fn trim_budget(

@@ -5,10 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, ResourceQuota, Service};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use kube::api::Api;
@@ -29,7 +31,8 @@ use crate::packed::Packed;
 use crate::rivals::{self, Reservations};
 pub use crate::trim::{ChildConfigMap, Wish};
 use crate::trim::{
-    child_config_map, child_pod, key_of, other_claim, trim_budget, trim_deployment, trim_service,
+    child_config_map, child_pod, key_of, other_claim, trim_budget, trim_deployment, trim_policy,
+    trim_service,
 };
 use crate::wakes::{Wakes, lock};
 use crate::watch::{self, Change, Entry, Key, Malformed, Mirror};
@@ -51,6 +54,9 @@ pub struct World {
     pub services: Arc<Mirror<Packed<Service>>>,
     /// Disruption budgets, of everyone.
     pub budgets: Arc<Mirror<Packed<PodDisruptionBudget>>>,
+    /// Network policies of everyone that have the name of a group's; empty where none are written.
+    pub policies: Arc<Mirror<Packed<NetworkPolicy>>>,
+    policies_followed: AtomicBool,
     /// Quotas that limit GPUs.
     pub quotas: Arc<Mirror<QuotaView>>,
     /// Resource claims, where they are followed.
@@ -87,6 +93,8 @@ impl World {
             config_maps: Mirror::new("ConfigMap"),
             services: Mirror::new("Service"),
             budgets: Mirror::new("PodDisruptionBudget"),
+            policies: Mirror::new("NetworkPolicy"),
+            policies_followed: AtomicBool::default(),
             quotas: Mirror::new("ResourceQuota"),
             claims: Claims::default(),
             classes: Mirror::new("PriorityClass"),
@@ -98,9 +106,10 @@ impl World {
 
     /// The kinds whose first list is not complete; nobody plans before this is empty.
     pub fn waiting_for(&self) -> Vec<&'static str> {
-        self.each()
-            .into_iter()
-            .take(NEEDED)
+        let needed = self.each().into_iter().take(NEEDED);
+        let policies = self.follows_policies().then(|| Self::state(&self.policies));
+        needed
+            .chain(policies)
             .filter(|(_, ready, ..)| !ready)
             .map(|(kind, ..)| kind)
             .collect()
@@ -108,34 +117,42 @@ impl World {
 
     /// Kind, readiness, watch errors and size of every mirror.
     pub fn each(&self) -> Vec<(&'static str, bool, u64, usize)> {
-        fn of<V>(mirror: &Mirror<V>) -> (&'static str, bool, u64, usize) {
-            (
-                mirror.kind,
-                mirror.is_ready(),
-                mirror.errors(),
-                mirror.read().len(),
-            )
-        }
         let mut all = vec![
-            of(&self.deployments),
-            of(&self.pods),
-            of(&self.others),
-            of(&self.nodes),
-            of(&self.config_maps),
-            of(&self.services),
-            of(&self.budgets),
-            of(&self.quotas),
-            of(&self.classes),
+            Self::state(&self.deployments),
+            Self::state(&self.pods),
+            Self::state(&self.others),
+            Self::state(&self.nodes),
+            Self::state(&self.config_maps),
+            Self::state(&self.services),
+            Self::state(&self.budgets),
+            Self::state(&self.quotas),
+            Self::state(&self.classes),
         ];
         if self.claims.is_followed() {
             let claims = &self.claims;
             all.extend([
-                of(&claims.slices),
-                of(&claims.others),
-                of(&claims.templates),
+                Self::state(&claims.slices),
+                Self::state(&claims.others),
+                Self::state(&claims.templates),
             ]);
         }
+        if self.follows_policies() {
+            all.push(Self::state(&self.policies));
+        }
         all
+    }
+
+    fn state<V>(mirror: &Mirror<V>) -> (&'static str, bool, u64, usize) {
+        (
+            mirror.kind,
+            mirror.is_ready(),
+            mirror.errors(),
+            mirror.read().len(),
+        )
+    }
+
+    fn follows_policies(&self) -> bool {
+        self.policies_followed.load(Ordering::Relaxed)
     }
 
     /// ModelDeployments that something happened to since the last call.
@@ -212,7 +229,8 @@ impl World {
             config_maps,
             model_config,
             service: unpacked(&self.services, key),
-            ranks_service: self.ranks_service(key),
+            ranks_service: unpacked(&self.services, &ranks_key(key)),
+            ranks_policy: unpacked(&self.policies, &ranks_key(key)),
             disruption_budget: unpacked(&self.budgets, key),
             quotas: self.quotas_of(&key.namespace),
             claim_templates: children(&self.claims.templates, key, |template| {
@@ -222,12 +240,6 @@ impl World {
             samples,
             demand,
         }
-    }
-
-    fn ranks_service(&self, key: &Key) -> Option<Arc<Service>> {
-        let name = names::ranks_service(&key.name);
-        let key = Key::new(Arc::clone(&key.namespace), name);
-        unpacked(&self.services, &key)
     }
 
     /// Nodes and what is taken on them.
@@ -310,6 +322,11 @@ impl World {
     /// Takes in the API server's answer to a write of ours.
     pub fn wrote_budget(&self, budget: PodDisruptionBudget) {
         watch::write_through(&self.budgets, budget, trim_budget);
+    }
+
+    /// Takes in the API server's answer to a write of ours.
+    pub fn wrote_policy(&self, policy: NetworkPolicy) {
+        watch::write_through(&self.policies, policy, trim_policy);
     }
 
     /// Takes in the API server's answer to a write of ours.
@@ -401,10 +418,7 @@ impl World {
         let world = Arc::clone(self);
         let changed = move |change: Change<'_, Packed<Service>>| {
             world.wake_if_deployment(change.key);
-            if let Some(owner) = names::owner_of_ranks_service(&change.key.name) {
-                let namespace = Arc::clone(&change.key.namespace);
-                world.wake_if_deployment(&Key::new(namespace, owner));
-            }
+            world.wake_owner_of_ranks(change.key);
         };
         tasks.spawn(watch::follow(
             Arc::clone(&self.services),
@@ -448,6 +462,33 @@ impl World {
             trim,
             changed,
         ));
+    }
+
+    /// Starts the watch of network policies; to be called before anyone plans.
+    pub fn follow_policies(
+        self: &Arc<Self>,
+        tasks: &mut JoinSet<()>,
+        client: &Client,
+        namespace: Option<&str>,
+    ) {
+        self.policies_followed.store(true, Ordering::Relaxed);
+        let world = Arc::clone(self);
+        let changed = move |change: Change<'_, Packed<NetworkPolicy>>| {
+            world.wake_owner_of_ranks(change.key);
+        };
+        tasks.spawn(watch::follow(
+            Arc::clone(&self.policies),
+            api(client, namespace),
+            watcher::Config::default(),
+            trim_policy,
+            changed,
+        ));
+    }
+
+    fn wake_owner_of_ranks(&self, key: &Key) {
+        if let Some(owner) = names::owner_of_ranks(&key.name) {
+            self.wake_if_deployment(&Key::new(Arc::clone(&key.namespace), owner));
+        }
     }
 
     fn class_changed(&self, _: Change<'_, PriorityClassView>) {
@@ -546,6 +587,10 @@ fn owner<V>(entry: Option<&Entry<V>>, name: impl Fn(&V) -> String) -> Option<Str
     entry
         .and_then(|entry| entry.as_ref().ok())
         .map(|value| name(value))
+}
+
+fn ranks_key(key: &Key) -> Key {
+    Key::new(Arc::clone(&key.namespace), names::ranks(&key.name))
 }
 
 fn unpacked<K>(mirror: &Mirror<Packed<K>>, key: &Key) -> Option<Arc<K>>

@@ -107,6 +107,7 @@ fn planned() -> (ModelDeployment, Plan) {
         engine_image: "registry.example/cachalot-engine:1.0.0".into(),
         image_pull_policy: "IfNotPresent".into(),
         node_cache: None,
+        network_policies: true,
     };
     let plan = operator_core::plan(&snapshot, &settings);
     (wish, plan)

@@ -268,6 +268,7 @@ pub fn engine_pod(
     };
     if let Some(member) = &member {
         member.join(&mut container);
+        volumes.extend(member.volume());
     }
     let drain = i64::from(valid.rollout.drain_timeout_seconds);
     Pod {
@@ -290,7 +291,7 @@ pub fn engine_pod(
             node_selector: node_selector(valid),
             tolerations: tolerations(valid, layout.gpus() > 0),
             hostname: member.as_ref().map(|member| member.name.clone()),
-            subdomain: member.map(|_| names::ranks_service(&valid.name)),
+            subdomain: member.map(|_| names::ranks(&valid.name)),
             ..pod_spec(valid)
         }),
         status: None,
@@ -505,7 +506,7 @@ pub(super) fn common_mounts(valid: &ValidDeployment) -> Vec<VolumeMount> {
     mounts
 }
 
-fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
+pub(super) fn mount(name: &str, path: &str, read_only: bool) -> VolumeMount {
     VolumeMount {
         name: name.to_owned(),
         mount_path: path.to_owned(),

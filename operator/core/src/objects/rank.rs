@@ -3,12 +3,18 @@
 //! The address of the first rank is a function of names, so that every pod of a group can be made before
 //! any of them has an address.
 
-use k8s_openapi::api::core::v1::Container;
+use k8s_openapi::api::core::v1::{Container, KeyToPath, SecretVolumeSource, Volume};
 
-use super::pod::{STARTUP_SECONDS, Slot, port, probe};
+use super::pod::{STARTUP_SECONDS, Slot, mount, port, probe};
 use crate::fit::Layout;
 use crate::names::{self, Revision};
 use crate::validate::ValidDeployment;
+
+/// Name of the volume with what ranks prove to each other, and where it is mounted.
+const SECRET: &str = "group-secret";
+const SECRET_MOUNT: &str = "/etc/cachalot-group";
+/// Key of the secret, and name of its file.
+const SECRET_KEY: &str = "secret";
 
 /// One rank of a group.
 pub(super) struct Member {
@@ -18,6 +24,8 @@ pub(super) struct Member {
     ranks: u32,
     /// Where the first rank waits.
     leader: String,
+    /// Name of the secret that all ranks know.
+    secret: Option<String>,
 }
 
 impl Member {
@@ -34,6 +42,28 @@ impl Member {
             rank: slot.rank,
             ranks: layout.pods,
             leader: names::leader_address(&valid.name, &valid.namespace, &name(0)),
+            secret: valid.group_secret.clone(),
+        })
+    }
+
+    /// The secret that all ranks know.
+    pub(super) fn volume(&self) -> Option<Volume> {
+        let secret = self.secret.clone()?;
+        Some(Volume {
+            name: SECRET.into(),
+            secret: Some(SecretVolumeSource {
+                secret_name: Some(secret),
+                // Other keys are not the engine's, and without this one the kubelet says which is missing.
+                items: Some(vec![KeyToPath {
+                    key: SECRET_KEY.into(),
+                    path: SECRET_KEY.into(),
+                    mode: None,
+                }]),
+                // The engine reads it by the group of its volumes.
+                default_mode: Some(0o440),
+                ..SecretVolumeSource::default()
+            }),
+            ..Volume::default()
         })
     }
 
@@ -47,6 +77,12 @@ impl Member {
             ("--leader", self.leader.clone()),
         ] {
             command.extend([flag.to_owned(), value]);
+        }
+        if self.secret.is_some() {
+            let file = format!("{SECRET_MOUNT}/{SECRET_KEY}");
+            command.extend(["--group-secret-file".to_owned(), file]);
+            let mounts = container.volume_mounts.get_or_insert_default();
+            mounts.push(mount(SECRET, SECRET_MOUNT, true));
         }
         if self.rank == 0 {
             let ports = container.ports.get_or_insert_default();

@@ -97,6 +97,7 @@ pub fn recorded(
         image_pull_policy: record.image_pull_policy,
         // Users may write config maps, and must not name directories of nodes.
         node_cache: settings.node_cache.clone(),
+        network_policies: settings.network_policies,
     };
     let layout = fit::layout_on(&valid, &record.facts, record.device, record.parallelism)
         .ok()?

@@ -249,7 +249,7 @@ impl World {
         match (pick, map) {
             (0, _) => wish.service = None,
             (1, _) => wish.budget = None,
-            (2, _) => wish.ranks_service = None,
+            (2, _) => (wish.ranks_service, wish.ranks_policy) = (None, None),
             (_, Some(map)) => {
                 self.config_maps.remove(&map);
             }

@@ -59,10 +59,12 @@ pub(super) fn plan(world: &World, plan: &Plan) -> Result<(), Box<Broken>> {
     }
     for action in &plan.actions {
         let is_foreign = match action {
-            Action::Delete { kind, .. } => !matches!(
-                kind,
-                Kind::Pod | Kind::ConfigMap | Kind::ResourceClaimTemplate
-            ),
+            Action::Delete { kind, name, .. } => match kind {
+                Kind::Pod | Kind::ConfigMap | Kind::ResourceClaimTemplate => false,
+                // What groups shared goes when there are none.
+                Kind::Service | Kind::NetworkPolicy => names::owner_of_ranks(name).is_none(),
+                Kind::PodDisruptionBudget => true,
+            },
             Action::Create(object) => !matches!(object, Object::Pod(_)),
             _ => false,
         };

@@ -89,6 +89,20 @@ impl World {
                 .claim_templates
                 .remove(&(namespace, name.clone()))
                 .is_some(),
+            Action::Delete {
+                kind: Kind::Service,
+                ..
+            } => self
+                .wishes
+                .get_mut(wish)
+                .is_some_and(|wish| wish.ranks_service.take().is_some()),
+            Action::Delete {
+                kind: Kind::NetworkPolicy,
+                ..
+            } => self
+                .wishes
+                .get_mut(wish)
+                .is_some_and(|wish| wish.ranks_policy.take().is_some()),
             Action::Delete { name, .. } => self
                 .config_maps
                 .remove(&(namespace, name.clone()))
@@ -192,6 +206,7 @@ impl World {
                 };
                 *place = Some(Arc::new(*service));
             }
+            Object::NetworkPolicy(policy) => wish.ranks_policy = Some(Arc::new(*policy)),
             Object::PodDisruptionBudget(budget) => wish.budget = Some(Arc::new(*budget)),
             Object::Pod(_) => return false,
         }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use operator_api::ModelDeployment;
 
@@ -92,6 +93,7 @@ pub(super) struct Wish {
     pub(super) deployment: Arc<ModelDeployment>,
     pub(super) service: Option<Arc<Service>>,
     pub(super) ranks_service: Option<Arc<Service>>,
+    pub(super) ranks_policy: Option<Arc<NetworkPolicy>>,
     pub(super) budget: Option<Arc<PodDisruptionBudget>>,
     pub(super) samples: BTreeMap<String, PodSamples>,
     /// When the operator looks again by itself.
@@ -160,6 +162,7 @@ impl World {
             config_maps,
             services: _,
             budgets: _,
+            network_policies: _,
             quotas,
             slices: _,
             claims: _,
@@ -284,6 +287,7 @@ impl World {
                     deployment: Arc::new(deployment),
                     service: None,
                     ranks_service: None,
+                    ranks_policy: None,
                     budget: None,
                     samples: BTreeMap::new(),
                     due: None,
@@ -414,6 +418,7 @@ impl World {
             model_config,
             service: wish.service.clone(),
             ranks_service: wish.ranks_service.clone(),
+            ranks_policy: wish.ranks_policy.clone(),
             disruption_budget: wish.budget.clone(),
             quotas: view.quotas.get(namespace).cloned().unwrap_or_default(),
             contest: view.contest(self, &wish.deployment),

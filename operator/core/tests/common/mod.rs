@@ -35,6 +35,7 @@ pub fn settings() -> Settings {
         engine_image: "registry.example/cachalot-engine:1".into(),
         image_pull_policy: "IfNotPresent".into(),
         node_cache: None,
+        network_policies: true,
     }
 }
 
@@ -250,6 +251,7 @@ pub fn story(deployment: ModelDeployment) -> Story {
             model_config: None,
             service: None,
             ranks_service: None,
+            ranks_policy: None,
             disruption_budget: None,
             quotas: Vec::new(),
             contest: Default::default(),
@@ -426,12 +428,19 @@ impl Story {
             }
             Action::Apply(Object::Service(service)) => {
                 let is_front = service.metadata.name == self.snapshot.deployment.metadata.name;
-                let service = Some(Arc::new((**service).clone()));
+                let mut service = (**service).clone();
+                service.metadata.uid = Some("uid-of-service".into());
+                let service = Some(Arc::new(service));
                 if is_front {
                     self.snapshot.service = service;
                 } else {
                     self.snapshot.ranks_service = service;
                 }
+            }
+            Action::Apply(Object::NetworkPolicy(policy)) => {
+                let mut policy = (**policy).clone();
+                policy.metadata.uid = Some("uid-of-policy".into());
+                self.snapshot.ranks_policy = Some(Arc::new(policy));
             }
             Action::Apply(Object::PodDisruptionBudget(budget)) => {
                 self.snapshot.disruption_budget = Some(Arc::new((**budget).clone()));
@@ -463,6 +472,8 @@ impl Story {
                         .claim_templates
                         .retain(|one| one.name != *name);
                 }
+                operator_core::Kind::Service => self.snapshot.ranks_service = None,
+                operator_core::Kind::NetworkPolicy => self.snapshot.ranks_policy = None,
                 _ => self.snapshot.config_maps.retain(|map| map.name != *name),
             },
         }
