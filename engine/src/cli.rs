@@ -312,6 +312,9 @@ pub struct GroupArguments {
         default_value_t = 30
     )]
     pub group_timeout_seconds: u32,
+    /// File with 16 to 4096 bytes that all ranks know: one without them cannot join
+    #[arg(long, value_name = "FILE", env = "ENGINE_GROUP_SECRET_FILE")]
+    pub group_secret_file: Option<PathBuf>,
 }
 
 /// Where the weights come from.

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
-use engine_group::{Alone, GroupError, Joining, ProcessGroup, TcpGroup, Terms, join, lead_at};
+use engine_group::{
+    Alone, GroupError, Joining, ProcessGroup, Secret, TcpGroup, Terms, join, lead_at,
+};
 use engine_load::sample_digest;
 use engine_memory::MemoryPlan;
 use engine_server::LoadFailure;
@@ -28,6 +30,8 @@ pub struct World {
     pub patience: Duration,
     /// Silence after which a rank counts as gone.
     pub timeout: Duration,
+    /// What all processes know.
+    secret: Option<Secret>,
 }
 
 /// The ranks of this process: one, or one for each of its GPUs.
@@ -84,6 +88,7 @@ impl World {
             leader,
             join_timeout_seconds,
             group_timeout_seconds,
+            group_secret_file,
         } = arguments;
         ensure!(
             (1..=WORLD_SIZE_MAX).contains(world_size),
@@ -106,12 +111,18 @@ impl World {
                 bail!("--world-size {world_size} needs --leader HOST:PORT, the address of rank 0")
             }
         };
+        ensure!(
+            group_secret_file.is_none() || !process.is_alone(),
+            "--group-secret-file is for several processes; give --world-size too, or leave it out"
+        );
+        let secret = group_secret_file.as_deref().map(Secret::read);
         let seconds = |seconds: u32| Duration::from_secs(seconds.into());
         Ok(Self {
             process,
             leader,
             patience: seconds(*join_timeout_seconds),
             timeout: seconds(*group_timeout_seconds),
+            secret: secret.transpose().context("--group-secret-file")?,
         })
     }
 
@@ -200,6 +211,7 @@ impl World {
             terms,
             patience: self.patience,
             timeout: self.timeout,
+            secret: self.secret.clone(),
         };
         tracing::info!(
             rank = rank.index(),
@@ -279,6 +291,7 @@ mod tests {
             leader: leader.map(str::to_owned),
             join_timeout_seconds: 5,
             group_timeout_seconds: 5,
+            group_secret_file: None,
         }
     }
 
@@ -295,7 +308,19 @@ mod tests {
             group_timeout_seconds: 0,
             ..arguments(2, 1, Some("a:1"))
         };
+        let with_secret = |arguments: GroupArguments| GroupArguments {
+            group_secret_file: Some("/no/such/file".into()),
+            ..arguments
+        };
         for (arguments, words) in [
+            (
+                with_secret(arguments(1, 0, None)),
+                "--group-secret-file is for several processes",
+            ),
+            (
+                with_secret(arguments(2, 1, Some("a:1"))),
+                "--group-secret-file: /no/such/file cannot be read",
+            ),
             (arguments(2, 0, None), "--world-size 2 needs --leader"),
             (
                 arguments(2, 2, Some("a:1")),
@@ -305,7 +330,7 @@ mod tests {
             (arguments(65, 0, None), "--world-size 65: expected 1 to 64"),
             (silent, "--group-timeout-seconds"),
         ] {
-            let error = World::new(&arguments).map(|_| ()).unwrap_err().to_string();
+            let error = format!("{:#}", World::new(&arguments).map(|_| ()).unwrap_err());
             assert!(error.contains(words), "{error}");
         }
     }

@@ -63,6 +63,7 @@ impl Ranks {
                 terms: Terms::default(),
                 patience: PATIENCE,
                 timeout: PATIENCE,
+                secret: None,
             };
             let (group, _) = join(&joining).unwrap();
             let group: Arc<dyn ProcessGroup> = Arc::new(group);

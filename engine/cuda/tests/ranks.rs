@@ -53,6 +53,7 @@ fn rank_of_group(leader: &str, index: u32, count: u32) -> Arc<dyn ProcessGroup> 
         terms: Terms::default(),
         patience: PATIENCE,
         timeout: PATIENCE,
+        secret: None,
     };
     Arc::new(join(&joining).unwrap().0)
 }

@@ -1,30 +1,24 @@
 //! How ranks find each other: every rank tells rank 0 what it is, rank 0 tells every rank where the others are.
 //!
-//! Rank 0 listens; a rank that comes says its place, what it is about to serve and how much its cache would hold. Rank 0
-//! refuses one that differs and goes on waiting, since the right one may yet come. When all are there it sends the
-//! addresses, each rank connects to those of lower number, and a barrier ends it. Messages are a length and JSON.
+//! Rank 0 listens; a rank that comes is let in at the [`crate::door`], says its place, what it is about to serve and how
+//! much its cache would hold. Rank 0 refuses one that differs and goes on waiting, since the right one may yet come. When
+//! all are there it sends the addresses, each rank connects to those of lower number, and a barrier ends it.
 //!
-//! Invariant: whoever connects and says nothing, or something else, costs seconds and changes nothing.
+//! Invariant: whoever connects and says nothing, or something else, changes nothing and delays nobody else.
 
-use std::hash::{BuildHasher, RandomState};
-use std::io::{self, Read, Write};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
 use engine_spec::Rank;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::door::{Arrival, Door, GREETING_TIMEOUT, Shut, enter, read_until, write};
 use crate::error::GroupError;
 use crate::group::ProcessGroup;
+use crate::secret::{Nonce, Secret, nonce};
 use crate::tcp::{TcpGroup, listed};
 
-/// Of the messages below; a rank of another version is refused.
-const PROTOCOL: u32 = 1;
-/// Longest message.
-const MESSAGE_BYTES_MAX: u32 = 64 << 10;
-/// How long a connection may take to say what it is.
-const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two attempts to find somebody.
 const RETRY: Duration = Duration::from_millis(100);
 
@@ -50,12 +44,13 @@ pub struct Joining {
     pub patience: Duration,
     /// Silence after which a rank of the complete group counts as gone.
     pub timeout: Duration,
+    /// What only ranks of this group know; without one, whoever reaches the ports can join.
+    pub secret: Option<Secret>,
 }
 
 /// From a rank to rank 0.
 #[derive(Debug, Serialize, Deserialize)]
 struct Hello {
-    protocol: u32,
     rank: Rank,
     terms: Terms,
     /// Where ranks of higher number find it.
@@ -75,14 +70,14 @@ struct Welcome {
     /// By rank; rank 0's is not used.
     addresses: Vec<SocketAddr>,
     /// Proof between two ranks that both were welcome.
-    key: u64,
+    key: Nonce,
     kv_blocks: u32,
 }
 
 /// From a rank to one of lower number.
 #[derive(Debug, Serialize, Deserialize)]
 struct Greeting {
-    key: u64,
+    key: Nonce,
     rank: u32,
 }
 
@@ -131,30 +126,23 @@ fn lead(
     listener: TcpListener,
     deadline: Instant,
 ) -> Result<Connected, GroupError> {
-    listener.set_nonblocking(true)?;
+    let mut door = Door::new(&listener, joining.secret.clone())?;
     let mut guests: Vec<Option<Guest>> = joining.rank.all().map(|_| None).collect();
     let missing = |guests: &[Option<Guest>]| {
         let ranks = (1..guests.len()).filter(|rank| guests[*rank].is_none());
         listed(ranks)
     };
     while guests.iter().skip(1).any(Option::is_none) {
-        if Instant::now() >= deadline {
+        let Some(arrival) = door.next(deadline) else {
             return Err(GroupError::NotComplete {
                 missing: missing(&guests),
                 seconds: joining.patience.as_secs(),
             });
-        }
-        match listener.accept() {
-            Ok((stream, from)) => {
-                if let Err(problem) = receive_guest(joining, stream, from, &mut guests) {
-                    tracing::warn!(%from, problem, "a rank was not let in");
-                } else {
-                    tracing::info!(%from, missing = missing(&guests), "a rank joined");
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(RETRY),
-            // The peer hung up before it was accepted, or the like.
-            Err(error) => tracing::warn!(%error, "a connection could not be accepted"),
+        };
+        let from = arrival.from;
+        match take_guest(joining, arrival, &mut guests) {
+            Err(problem) => tracing::warn!(%from, problem, "a rank was not let in"),
+            Ok(()) => tracing::info!(%from, missing = missing(&guests), "a rank joined"),
         }
     }
     let own = joining.terms.kv_blocks;
@@ -163,7 +151,7 @@ fn lead(
         addresses: std::iter::once(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)))
             .chain(guests.iter().map(|guest| guest.address))
             .collect(),
-        key: RandomState::new().hash_one(deadline),
+        key: nonce()?,
         kv_blocks: guests
             .iter()
             .fold(own, |least, guest| least.min(guest.kv_blocks)),
@@ -180,19 +168,17 @@ fn lead(
     Ok((streams, welcome.kv_blocks))
 }
 
-/// Lets one rank in, or says why not, to it too.
-fn receive_guest(
+/// Gives one rank its place, or says why not, to it too.
+fn take_guest(
     joining: &Joining,
-    mut stream: TcpStream,
-    from: SocketAddr,
+    arrival: Arrival<Hello>,
     guests: &mut [Option<Guest>],
 ) -> Result<(), String> {
-    let broken = |error: io::Error| format!("its greeting could not be read: {error}");
-    stream.set_nonblocking(false).map_err(broken)?;
-    stream
-        .set_write_timeout(Some(GREETING_TIMEOUT))
-        .map_err(broken)?;
-    let hello: Hello = read(&mut Greeted::new(&mut stream)).map_err(broken)?;
+    let Arrival {
+        mut stream,
+        from,
+        said: hello,
+    } = arrival;
     let refusal = refusal(joining, &hello).or_else(|| {
         let earlier = guests.get(hello.rank.index())?.as_ref()?;
         is_open(&earlier.stream).then(|| {
@@ -217,13 +203,6 @@ fn receive_guest(
 
 /// Why a rank is not one of the group.
 fn refusal(joining: &Joining, hello: &Hello) -> Option<String> {
-    if hello.protocol != PROTOCOL {
-        let theirs = hello.protocol;
-        return Some(format!(
-            "it speaks version {theirs} of the protocol between ranks, rank 0 version {PROTOCOL}; run the same engine on \
-             every rank"
-        ));
-    }
     let (rank, world) = (hello.rank, joining.rank.count());
     if rank.count() != world {
         let theirs = rank.count();
@@ -302,23 +281,26 @@ fn attempt(joining: &Joining, deadline: Instant) -> Result<Connected, Attempt> {
     let mut leader = connect(&joining.leader, deadline)?;
     let host = leader.local_addr()?.ip();
     let listener = TcpListener::bind((host, 0))?;
-    leader.set_read_timeout(Some(left(deadline)))?;
-    leader.set_write_timeout(Some(GREETING_TIMEOUT))?;
+    let refused = |reason| {
+        Attempt::Final(GroupError::Refused {
+            leader: joining.leader.clone(),
+            reason,
+        })
+    };
+    match enter(&mut leader, joining.secret.as_ref(), deadline) {
+        Ok(()) => {}
+        Err(Shut::Refused(reason)) => return Err(refused(reason)),
+        Err(Shut::Broken(error)) => return Err(Attempt::Again(error)),
+    }
     let hello = Hello {
-        protocol: PROTOCOL,
         rank: joining.rank,
         terms: joining.terms.clone(),
         port: listener.local_addr()?.port(),
     };
     write(&mut leader, &hello)?;
-    let welcome = match read(&mut leader)? {
+    let welcome: Welcome = match read_until(&mut leader, deadline)? {
         Answer::Welcome(welcome) => welcome,
-        Answer::Refused(reason) => {
-            return Err(Attempt::Final(GroupError::Refused {
-                leader: joining.leader.clone(),
-                reason,
-            }));
-        }
+        Answer::Refused(reason) => return Err(refused(reason)),
     };
     let (own, count) = (joining.rank.index(), joining.rank.count());
     let mut streams: Vec<Option<TcpStream>> = (0..count).map(|_| None).collect();
@@ -334,10 +316,17 @@ fn attempt(joining: &Joining, deadline: Instant) -> Result<Connected, Attempt> {
         let address = welcome.addresses.get(rank).copied();
         let address = address.ok_or_else(|| lost(io::ErrorKind::NotFound.into()))?;
         let mut stream = TcpStream::connect_timeout(&address, left(deadline)).map_err(lost)?;
+        enter(&mut stream, joining.secret.as_ref(), deadline).map_err(|shut| match shut {
+            Shut::Broken(error) => lost(error),
+            Shut::Refused(reason) => {
+                let problem = format!("it refuses this rank: {reason}");
+                Attempt::Final(GroupError::OutOfStep { rank, problem })
+            }
+        })?;
         write(&mut stream, &greeting).map_err(lost)?;
         *place = Some(stream);
     }
-    accept_higher(joining, &listener, welcome.key, deadline, &mut streams)
+    accept_higher(joining, &listener, &welcome.key, deadline, &mut streams)
         .map_err(Attempt::Final)?;
     Ok((streams, welcome.kv_blocks))
 }
@@ -346,12 +335,12 @@ fn attempt(joining: &Joining, deadline: Instant) -> Result<Connected, Attempt> {
 fn accept_higher(
     joining: &Joining,
     listener: &TcpListener,
-    key: u64,
+    key: &Nonce,
     deadline: Instant,
     streams: &mut [Option<TcpStream>],
 ) -> Result<(), GroupError> {
     let own = joining.rank.index();
-    listener.set_nonblocking(true)?;
+    let mut door: Door<'_, Greeting> = Door::new(listener, joining.secret.clone())?;
     loop {
         let missing: Vec<usize> = (own + 1..streams.len())
             .filter(|rank| streams[*rank].is_none())
@@ -359,26 +348,16 @@ fn accept_higher(
         if missing.is_empty() {
             return Ok(());
         }
-        if Instant::now() >= deadline {
+        let Some(Arrival { stream, from, said }) = door.next(deadline) else {
             return Err(GroupError::NotComplete {
                 missing: listed(missing.into_iter()),
                 seconds: joining.timeout.as_secs(),
             });
-        }
-        let Ok((mut stream, from)) = listener.accept() else {
-            std::thread::sleep(RETRY / 10);
-            continue;
         };
-        let greet = |stream: &mut TcpStream| {
-            stream.set_nonblocking(false)?;
-            read::<Greeting>(&mut Greeted::new(stream))
-        };
-        match greet(&mut stream) {
-            Ok(greeting) if greeting.key == key && missing.contains(&(greeting.rank as usize)) => {
-                streams[greeting.rank as usize] = Some(stream);
-            }
-            Ok(_) => tracing::warn!(%from, "somebody who is no rank of this group connected"),
-            Err(error) => tracing::warn!(%from, %error, "somebody connected and said nothing"),
+        if said.key == *key && missing.contains(&(said.rank as usize)) {
+            streams[said.rank as usize] = Some(stream);
+        } else {
+            tracing::warn!(%from, "somebody who is no rank of this group connected");
         }
     }
 }
@@ -418,46 +397,4 @@ fn listen(leader: &str) -> Result<TcpListener, GroupError> {
     let address = host.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     TcpListener::bind((address, port))
         .map_err(|error| invalid(format!("rank 0 cannot listen there: {error}")))
-}
-
-fn write(stream: &mut TcpStream, message: &impl Serialize) -> io::Result<()> {
-    let text = serde_json::to_vec(message)?;
-    let length = u32::try_from(text.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
-    stream.write_all(&[&length.to_le_bytes(), text.as_slice()].concat())
-}
-
-/// A connection that has so long to say what it is: a stranger may send a byte now and then.
-struct Greeted<'a> {
-    stream: &'a mut TcpStream,
-    until: Instant,
-}
-
-impl<'a> Greeted<'a> {
-    fn new(stream: &'a mut TcpStream) -> Self {
-        let until = Instant::now() + GREETING_TIMEOUT;
-        Self { stream, until }
-    }
-}
-
-impl Read for Greeted<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if Instant::now() >= self.until {
-            return Err(io::ErrorKind::TimedOut.into());
-        }
-        self.stream.set_read_timeout(Some(left(self.until)))?;
-        self.stream.read(buffer)
-    }
-}
-
-fn read<T: DeserializeOwned>(stream: &mut impl Read) -> io::Result<T> {
-    let mut length = [0; 4];
-    stream.read_exact(&mut length)?;
-    let length = u32::from_le_bytes(length);
-    if length > MESSAGE_BYTES_MAX {
-        let problem = format!("a message of {length} bytes, the limit is {MESSAGE_BYTES_MAX}");
-        return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
-    }
-    let mut text = vec![0; length as usize];
-    stream.read_exact(&mut text)?;
-    Ok(serde_json::from_slice(&text)?)
 }

@@ -8,12 +8,14 @@
 //! waits without a limit: a rank that is gone or silent ends the group with an error that names it, on every rank.
 
 mod codec;
+mod door;
 mod error;
 mod exchange;
 mod executor;
 mod group;
 mod join;
 mod poll;
+mod secret;
 mod tcp;
 mod wire;
 
@@ -23,4 +25,5 @@ pub use exchange::{Columns, ExpertOutputs, Owners};
 pub use executor::{Follower, LeadingExecutor, Next};
 pub use group::{Alone, Layout, ProcessGroup};
 pub use join::{Joining, Terms, join, lead_at};
+pub use secret::{Secret, SecretError};
 pub use tcp::TcpGroup;

@@ -31,6 +31,7 @@ fn joining(leader: &str, index: u32, count: u32) -> Joining {
         },
         patience: PATIENCE,
         timeout: PATIENCE,
+        secret: None,
     }
 }
 
