@@ -405,6 +405,7 @@ fn every_seeded_bug_is_tried_and_nine_of_ten_are_caught() {
     let only = std::env::var("KERNELS_MUTATION").unwrap_or_default();
     let mut all = bugs();
     all.retain(|bug| bug.to_string().contains(&only));
+    assert!(!all.is_empty(), "no seeded bug is in {only}");
     let survivors = survivors(&all.iter().collect::<Vec<_>>());
     let caught = all.len() - survivors.len();
     println!("caught {caught} of {} seeded bugs", all.len());
