@@ -126,6 +126,13 @@ void suspend() {
     cachalot_switch(&self->sp, next->sp);
 }
 
+// Runs another lane now; this one may go on when it is picked again.
+void hand_over(Lane& next) {
+    Lane* self = block->self;
+    block->self = &next;
+    cachalot_switch(&self->sp, next.sp);
+}
+
 void land(const Copy& copy) {
     if (copy.from)
         memcpy(copy.to, copy.from, copy.bytes);
@@ -134,6 +141,7 @@ void land(const Copy& copy) {
     const size_t first = size_t(static_cast<char*>(copy.to) - block->shared);
     for (size_t at = first / 16; at <= (first + copy.bytes - 1) / 16; at++)
         block->unfenced[at] = uint16_t(block->self->warp + 1);
+    wrote(copy.to);
 }
 
 void trampoline() {
@@ -240,6 +248,7 @@ void run_block(Worker& worker, const Launch& launch, Dim3 index, const Schedule&
     memset(b.shared, 0xFF, launch.shared_bytes);
     b.async_view.assign(launch.shared_bytes, char(0xFF));
     b.unfenced.assign((launch.shared_bytes + 15) / 16, 0);
+    b.writers.assign((launch.shared_bytes + 15) / 16, Writer{});
     memset(b.shared + launch.shared_bytes, CANARY, rounded - launch.shared_bytes);
     if (sigsetjmp(b.escape, 1) == 0) {
         b.self = schedule.order == Schedule::BACKWARD ? &b.lanes[n - 1] : &b.lanes[0];
@@ -315,6 +324,7 @@ void barrier() {
         b.arrived = 0;
         for (Lane& lane : b.lanes)
             if (lane.waiting == Waiting::BLOCK) lane.waiting = Waiting::NO;
+        for (Warp& warp : b.warps) warp.meetings++;
         return;
     }
     b.self->waiting = Waiting::BLOCK;
@@ -340,6 +350,23 @@ void collective(const char* name, Collective what, void* arguments) {
     }
     self.waiting = Waiting::WARP;
     suspend();
+}
+
+void meet() { block->warps[block->self->warp].meetings++; }
+
+void wrote(const void* at) {
+    const size_t offset = size_t(static_cast<const char*>(at) - block->shared);
+    if (offset >= block->shared_bytes) return;
+    block->writers[offset / 16] = {block->self->linear + 1, block->warps[block->self->warp].meetings};
+}
+
+void check_met(const void* at, unsigned lane) {
+    const Writer& writer = block->writers[size_t(static_cast<const char*>(at) - block->shared) / 16];
+    const unsigned warp = block->self->warp, reader = warp * 32 + lane;
+    if (writer.thread == 0 || writer.thread - 1 == reader || (writer.thread - 1) / 32 != warp) return;
+    if (writer.meetings == block->warps[warp].meetings)
+        fault(FAILED, "ldmatrix reads for thread %u what thread %u wrote, without a warp's barrier between,", reader,
+              writer.thread - 1);
 }
 
 void copy_issue(void* to, const void* from, unsigned bytes) {
@@ -380,12 +407,18 @@ Mbarrier& find(uint64_t* object) {
     fault(FAILED, "mbarrier used before it was initialised");
 }
 
-void advance(Mbarrier& m) {
-    if (m.pending != 0 || m.bytes != 0) return;
+// The first lane that may go on because of it, or none.
+Lane* advance(Mbarrier& m) {
+    if (m.pending != 0 || m.bytes != 0) return nullptr;
     m.pending = m.expected;
     m.phase ^= 1;
-    for (Lane& lane : block->lanes)
-        if (lane.waiting == Waiting::MBARRIER) lane.waiting = Waiting::NO;
+    Lane* first = nullptr;
+    for (Lane& lane : block->lanes) {
+        if (lane.waiting != Waiting::MBARRIER || lane.awaited != m.object) continue;
+        lane.waiting = Waiting::NO;
+        if (!first) first = &lane;
+    }
+    return first;
 }
 
 } // namespace
@@ -407,7 +440,8 @@ void mbarrier_arrive(uint64_t* object) {
     Mbarrier& m = find(object);
     if (m.pending <= 0) fault(FAILED, "mbarrier got more arrivals than its count %d", m.expected);
     m.pending--;
-    advance(m);
+    Lane* next = advance(m);
+    if (next && block->schedule.hands_over) hand_over(*next);
 }
 
 void mbarrier_expect(uint64_t* object, long bytes) {
@@ -425,8 +459,10 @@ void mbarrier_complete(uint64_t* object, long bytes) {
 void mbarrier_wait(uint64_t* object, unsigned phase) {
     while (find(object).phase == phase) {
         block->self->waiting = Waiting::MBARRIER;
+        block->self->awaited = object;
         suspend();
     }
+    meet();
 }
 
 void transfer_issue(const Transfer& transfer) {

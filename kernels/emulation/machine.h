@@ -33,11 +33,12 @@ struct Schedule {
     enum Order { FORWARD, BACKWARD, STRIDED } order;
     bool copies_late;   // cp.async and TMA land when waited for, not when issued
     bool products_late; // wgmma reads its operands when waited for, not when issued
+    bool hands_over;    // whoever waits for an mbarrier goes on before the thread whose arrival completed it
 };
 constexpr Schedule SCHEDULES[3] = {
-    {Schedule::FORWARD, true, true},
-    {Schedule::BACKWARD, false, true},
-    {Schedule::STRIDED, true, false},
+    {Schedule::FORWARD, true, true, false},
+    {Schedule::BACKWARD, false, true, false},
+    {Schedule::STRIDED, true, false, true},
 };
 
 // A kernel as its source file registers it.
@@ -67,6 +68,7 @@ struct Lane {
     unsigned linear, lane, warp;
     unsigned x, y, z;
     Waiting waiting;
+    const uint64_t* awaited; // the mbarrier, where it waits at one
     bool done;
     unsigned group; // cp.async group being filled
     bool ordered;   // a memory fence since the block last announced its writes
@@ -95,6 +97,7 @@ struct Warp {
     unsigned product_group;
     unsigned fenced; // lanes that made a proxy fence, in all
     bool registers_ordered; // a wgmma fence since products were last waited for
+    unsigned meetings; // how often its lanes were ordered: at a warp's or a block's barrier, behind an mbarrier
     std::vector<Product> products;
 };
 
@@ -103,6 +106,12 @@ struct Mbarrier {
     int expected, pending;
     long bytes;
     unsigned phase;
+};
+
+// Who wrote 16 bytes of shared memory last, with cp.async or a whole vector, and how often its warp had met by then.
+struct Writer {
+    unsigned thread; // 1 + its number, or 0
+    unsigned meetings;
 };
 
 // A TMA transfer in flight.
@@ -128,6 +137,7 @@ struct Block {
     std::vector<char> async_view;
     // By 16 bytes of shared memory: 1 + the warp whose cp.async wrote there and has not fenced since, or 0.
     std::vector<uint16_t> unfenced;
+    std::vector<Writer> writers; // by 16 bytes of shared memory
     bool inits_unfenced; // an mbarrier was initialised, and TMA does not know
     std::vector<Lane> lanes;
     std::vector<Warp> warps;
@@ -149,6 +159,12 @@ extern thread_local Block* block __attribute__((tls_model("initial-exec")));
 
 void barrier();
 void collective(const char* name, Collective what, void* arguments);
+// Orders what the lanes of the calling warp did before and do after.
+void meet();
+// This thread has written 16 bytes, of shared memory or of another.
+void wrote(const void* at);
+// Faults where another lane of the warp wrote these 16 bytes and the two have not met since.
+void check_met(const void* at, unsigned lane);
 void copy_issue(void* to, const void* from, unsigned bytes);
 void copy_commit();
 void copy_wait(unsigned left);

@@ -30,7 +30,9 @@ template <class T> void exchange(void* const arguments[32]) {
 inline void nothing(void* const[32]) {}
 } // namespace emu
 
-inline void warp_sync() { emu::collective("warp_sync", emu::nothing, nullptr); }
+inline void warp_sync() {
+    emu::collective("warp_sync", [](void* const[32]) { emu::meet(); }, nullptr);
+}
 template <class T> T shuffle(T value, int source) {
     emu::Exchange<T> e{value, value, source};
     emu::collective("shuffle", emu::exchange<T>, &e);
@@ -116,6 +118,7 @@ inline Vector load_vector(const void* p) {
 inline void store_vector(void* p, const Vector& v) {
     check_aligned(p, "store");
     memcpy(p, &v, 16);
+    emu::wrote(p);
 }
 inline Vector load_stream(const void* p) { return load_vector(p); }
 
@@ -135,6 +138,7 @@ template <bool TRANSPOSED> void load_matrices_of_warp(void* const arguments[32])
             const unsigned char* row = static_cast<Matrices*>(arguments[8 * m + i])->row;
             check_shared(row, 16, "ldmatrix");
             check_aligned(row, "ldmatrix");
+            check_met(row, unsigned(8 * m + i));
             memcpy(values[i], row, 16);
         }
         for (int l = 0; l < 32; l++) {
