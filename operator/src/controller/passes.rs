@@ -385,14 +385,6 @@ async fn nothing_is_written_without_the_lease_or_before_the_lists() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_model_that_is_being_deleted_gets_nothing() {
-    let mut leaving = wish("m", 3);
-    leaving["metadata"]["deletionTimestamp"] = json!("2026-11-24T00:00:00Z");
-    let works = Works::on([node("a"), leaving]).begin(true).await;
-    assert_eq!(works.writes(), 0);
-}
-
-#[tokio::test(start_paused = true)]
 async fn pods_of_which_nothing_was_said_are_found_before_the_next_plan() {
     let works = Works::on([node("a"), wish("m", 3)]);
     let lose = |kept: &mut Kept| {
@@ -423,16 +415,6 @@ async fn one_that_is_refused_backs_off_and_leaves_the_room_to_others() {
     works.kept().put("modeldeployments", wish("n", 8));
     tokio::time::sleep(s(3)).await;
     assert_eq!(works.count("pods"), 8, "of the other one");
-}
-
-#[tokio::test(start_paused = true)]
-async fn who_waits_for_room_is_planned_when_a_node_comes() {
-    let works = Works::on([wish("m", 3)]).begin(true).await;
-    tokio::time::sleep(s(20)).await;
-    assert_eq!(works.count("pods"), 0);
-    works.kept().put("nodes", node("a"));
-    tokio::time::sleep(s(2)).await;
-    assert_eq!(works.count("pods"), 3);
 }
 
 #[tokio::test(start_paused = true)]

@@ -126,6 +126,8 @@ async fn a_patch_or_delete_without_answer_is_read_back() {
             applier.settle(&owner()).await.expect("settled");
             assert_eq!(methods(&log, attempts), ["GET"], "way {way}");
             assert!(world.pods.get(&key()).is_some());
+            applier.settle(&owner()).await.expect("settled");
+            assert_eq!(log.count(), attempts + 1, "it is settled once");
         }
     }
 }
@@ -166,6 +168,23 @@ async fn a_repeated_create_that_gets_no_answer_leaves_it_in_doubt() {
         .expect_err("no answer either");
     applier.settle(&owner()).await.expect("settled");
     assert_eq!(methods(&log, 8), ["POST"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_create_in_doubt_is_still_repeated_when_it_is_doubted_again() {
+    let (applier, _, log) = applier(|_, asked| says(asked.body.clone()));
+    applier.unsure.add("d", NAME, Some(&pod(NAME)));
+    applier.unsure.add("d", NAME, None);
+    applier.settle(&owner()).await.expect("settled");
+    assert_eq!(methods(&log, 0), ["POST"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_comes_after_a_refused_write_is_no_longer_counted() {
+    let (applier, world, log) = applier(|_, _| refuses(403, "Forbidden"));
+    let actions = [patch(), create()];
+    apply(&applier, &actions).await.expect_err("refused");
+    assert_eq!((log.count(), world.used_gpus("n1")), (1, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -259,6 +278,26 @@ async fn a_pod_of_a_node_that_is_silent_or_gone_is_deleted() {
         assert_eq!(outcome.expect("deleted").written, 1);
         assert_eq!(methods(&log, 0), ["GET", "DELETE"]);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_status_that_was_written_is_known_at_once() {
+    let answer = json!({"apiVersion": "cachalot.dev/v1alpha1", "kind": "ModelDeployment",
+        "metadata": {"name": "m", "namespace": "d", "resourceVersion": "8"},
+        "spec": {"model": {"source": "hf://a/b"}}, "status": {"observedGeneration": 3}});
+    let (applier, world, log) = applier(move |_, _| says(answer.clone()));
+    let none = ModelDeploymentStatus::default();
+    applier
+        .report(&owner(), &none, &none)
+        .await
+        .expect("written");
+    assert_eq!(log.last().method, "PATCH");
+    let known = world.deployment(&owner()).expect("it is known");
+    let status = known.expect("it parses").status.clone();
+    assert_eq!(
+        status.and_then(|status| status.observed_generation),
+        Some(3)
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -138,9 +138,11 @@ async fn one_leads_at_a_time_and_the_other_follows_soon_when_it_stops() {
     let kept = Arc::default();
     let mut one = Candidate::new(&kept, "one");
     assert!(pass(5, || one.leads()).await.is_some());
+    let acquired = || lock(&kept).lease.clone().expect("a lease")["spec"]["acquireTime"].clone();
+    let first = acquired();
     let other = Candidate::new(&kept, "other");
     assert_eq!(pass(120, || other.leads() || !one.leads()).await, None);
-    let acquired = lock(&kept).lease.clone().expect("a lease")["spec"]["acquireTime"].clone();
+    assert_eq!(acquired(), first, "a renewal is no new beginning");
     let asked = one.log.count();
     assert!(
         (80..130).contains(&asked),
@@ -155,7 +157,28 @@ async fn one_leads_at_a_time_and_the_other_follows_soon_when_it_stops() {
     assert!(followed.await.is_some_and(|second| second <= 3));
     let lease = lock(&kept).lease.clone().expect("a lease");
     assert_eq!(lease["spec"]["leaseTransitions"], 1);
-    assert_ne!(lease["spec"]["acquireTime"], acquired);
+    assert_ne!(acquired(), first);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_given_back_names_nobody() {
+    let kept = Arc::default();
+    let mut one = Candidate::new(&kept, "one");
+    pass(5, || false).await;
+    one.stop();
+    assert!(pass(1, || !one.leads()).await.is_some());
+    assert_eq!(lock(&kept).holder(), "");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_of_another_version_is_waited_for_as_long_as_it_says() {
+    let kept = Arc::<Mutex<Kept>>::default();
+    lock(&kept).keep(json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease",
+        "metadata": {"name": "l", "namespace": "d"},
+        "spec": {"holderIdentity": "old", "leaseDurationSeconds": 60, "renewTime": "2026-11-24T00:00:00.000000Z"}}));
+    let one = Candidate::new(&kept, "one");
+    let led = pass(80, || one.leads()).await;
+    assert!(led.is_some_and(|second| second >= 60), "{led:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -327,6 +327,38 @@ async fn claims_are_known_when_all_three_lists_are() {
     assert_eq!(format!("{:?}", following.world.claims.news()), "Known");
 }
 
+#[tokio::test(start_paused = true)]
+async fn gpus_that_claims_may_ask_for_come_and_go_with_their_slices() {
+    let following = following().await;
+    let slice = json!({"apiVersion": "resource.k8s.io/v1", "kind": "ResourceSlice",
+        "metadata": {"name": "s", "resourceVersion": "1"},
+        "spec": {"driver": "gpu.nvidia.com", "nodeName": "n1",
+            "pool": {"name": "n1", "generation": 1, "resourceSliceCount": 1},
+            "devices": [{"name": "gpu-0", "capacity": {"memory": {"value": "80Gi"}},
+                "attributes": {"type": {"string": "gpu"}, "productName": {"string": "NVIDIA H100"}}}]}});
+    let claim = json!({"apiVersion": "resource.k8s.io/v1", "kind": "ResourceClaim", "metadata": named("c"), "spec": {},
+        "status": {"allocation": {"devices": {"results": [
+            {"request": "r", "driver": "gpu.nvidia.com", "pool": "n1", "device": "gpu-0"}]}}}});
+    let seen = || {
+        let cluster = following.world.cluster();
+        let known = format!("{:?}", cluster.claims);
+        let used = cluster.used.get("n1").map_or(0, |used| used.claimed);
+        (known, cluster.nodes["n1"].allocatable.claimed, used)
+    };
+    assert_eq!(seen(), ("Known".into(), 0, 0));
+    following
+        .woken("resourceslices", "ADDED", slice.clone())
+        .await;
+    assert_eq!(seen(), ("Known".into(), 1, 0));
+    following.woken("resourceclaims", "ADDED", claim).await;
+    assert_eq!(seen(), ("Known".into(), 1, 1));
+    // What the node says of itself does not make them forgotten.
+    following.woken("nodes", "MODIFIED", node(16)).await;
+    assert_eq!(seen(), ("Known".into(), 1, 1));
+    following.woken("resourceslices", "DELETED", slice).await;
+    assert_eq!(seen(), ("Known".into(), 0, 0));
+}
+
 #[test]
 fn an_answer_to_a_write_that_tells_more_wakes_whom_the_watch_would() {
     let world = World::new();
