@@ -423,6 +423,9 @@ fn reference(key: &Key, uid: &str) -> ObjectReference {
 }
 
 #[cfg(test)]
+mod passes;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -432,5 +435,91 @@ mod tests {
         assert!(!is_news(Some(2), Some(2)));
         // It would be told for ever, and nothing ever made.
         assert!(!is_news(None, None) && !is_news(Some(1), None));
+    }
+
+    /// What a queue holds of a key after a pass that ended like this 100 s after the start.
+    async fn booked(
+        end: impl Future<Output = Result<Done, Error>> + Send + 'static,
+    ) -> Option<Duration> {
+        let (mut queue, mut keys) = (Queue::default(), HashMap::new());
+        let (key, now) = (Key::new("d", "m"), Duration::from_secs(100));
+        queue.ask(&key, now);
+        queue.take(now);
+        let mut passes = JoinSet::new();
+        keys.insert(passes.spawn(end).id(), key.clone());
+        let ended = passes.join_next_with_id().await.expect("a pass");
+        settle(&mut queue, &mut keys, ended, now);
+        assert!(keys.is_empty(), "it is booked once");
+        // Someone asks at once, of whoever is not gone.
+        let due = queue.next_due()?;
+        queue.ask(&key, now);
+        let soon = queue.next_due()?;
+        assert!(soon >= now && soon <= due);
+        Some(soon - now)
+    }
+
+    #[tokio::test]
+    async fn a_pass_that_failed_or_panicked_is_repeated_after_a_pause() {
+        let call = operator_k8s::error::Call::on("get", "Pod", "d", "p");
+        let failed = booked(async { Err(Error::NotLeader { call }) }).await;
+        let panicked = booked(async { std::panic::resume_unwind(Box::new("a bug")) }).await;
+        for pause in [failed, panicked] {
+            assert!(
+                pause.is_some_and(|pause| pause > Duration::from_millis(300)),
+                "{pause:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_pass_is_followed_by_a_rest_that_is_short_and_who_is_gone_is_forgotten() {
+        let decided = |took| async move { Ok(Done::Decided(None, Duration::from_millis(took))) };
+        assert_eq!(
+            booked(decided(10)).await,
+            Some(10 * REST_FACTOR * Duration::from_millis(1))
+        );
+        assert_eq!(booked(decided(60_000)).await, Some(REST_MAX));
+        assert_eq!(
+            booked(async { Ok(Done::Settled(None)) }).await,
+            Some(Duration::ZERO)
+        );
+        assert_eq!(booked(async { Ok(Done::Gone) }).await, None);
+    }
+
+    #[tokio::test]
+    async fn everything_is_looked_at_now_and_then_whatever_a_plan_says() {
+        for again in [None, Some(Duration::from_secs(86_400))] {
+            let (mut queue, key) = (Queue::default(), Key::new("d", "m"));
+            queue.ask(&key, Duration::ZERO);
+            queue.take(Duration::ZERO);
+            let mut passes = JoinSet::new();
+            let pass = passes.spawn(async move { Ok(Done::Settled(again)) });
+            let mut keys = HashMap::from([(pass.id(), key)]);
+            let ended = passes.join_next_with_id().await.expect("a pass");
+            settle(&mut queue, &mut keys, ended, Duration::ZERO);
+            assert_eq!(queue.next_due(), Some(RESYNC));
+        }
+    }
+
+    #[test]
+    fn those_whose_plan_lacks_room_wait_for_it() {
+        let status = |reason: &str, status: &str| -> operator_api::ModelDeploymentStatus {
+            serde_json::from_value(
+                serde_json::json!({"conditions": [{"type": "Planned", "status": status,
+                "reason": reason, "message": "", "lastTransitionTime": "2026-11-24T00:00:00Z"}]}),
+            )
+            .expect("a status")
+        };
+        for reason in [
+            "NoNodeFits",
+            "MemoryDoesNotFit",
+            "GpuQuotaExceeded",
+            "Preempting",
+            "Preempted",
+        ] {
+            assert!(waits_for_room(&status(reason, "False")), "{reason}");
+            assert!(!waits_for_room(&status(reason, "True")), "{reason}");
+        }
+        assert!(!waits_for_room(&status("SpecInvalid", "False")));
     }
 }

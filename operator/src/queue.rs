@@ -231,4 +231,64 @@ mod tests {
         queue.forget(&"b");
         assert_eq!(queue.take(s(1)), Some("b"));
     }
+
+    #[test]
+    fn the_pause_is_bounded_and_jitter_only_shortens_it() {
+        let mut queue = Queue::default();
+        queue.ask(&"a", s(0));
+        let pauses: Vec<Duration> = (0..20)
+            .map(|_| {
+                queue.take(s(1_000_000));
+                queue.failed(&"a", s(0), 0)
+            })
+            .collect();
+        assert_eq!(pauses.last(), Some(&BACKOFF_MAX));
+        queue.take(s(1_000_000));
+        let shortened = queue.failed(&"a", s(0), 255);
+        assert!(shortened < BACKOFF_MAX && shortened > BACKOFF_MAX / 2);
+    }
+
+    #[test]
+    fn a_pass_that_succeeds_is_followed_by_the_next_look() {
+        let mut queue = Queue::default();
+        queue.ask(&"a", s(0));
+        queue.take(s(0));
+        queue.done(&"a", Some(s(60)), s(0));
+        assert_eq!((queue.take(s(59)), queue.take(s(60))), (None, Some("a")));
+    }
+
+    #[test]
+    fn what_is_asked_during_a_pass_that_fails_waits_for_the_pause() {
+        let mut queue = Queue::default();
+        queue.ask(&"a", s(0));
+        queue.take(s(0));
+        queue.ask(&"a", s(0));
+        let pause = queue.failed(&"a", s(10), 0);
+        assert_eq!(queue.next_due(), Some(s(10) + pause));
+        assert_eq!(queue.due.len(), 1);
+    }
+
+    #[test]
+    fn who_is_asked_for_while_its_end_is_found_is_looked_at_again() {
+        let mut queue = Queue::default();
+        queue.ask(&"a", s(0));
+        queue.take(s(0));
+        queue.ask(&"a", s(1));
+        queue.forget(&"a");
+        assert_eq!(queue.take(s(1)), Some("a"));
+        // A key whose state was lost would never be handed out by itself again.
+        queue.ask(&"a", s(2));
+        assert_eq!(queue.take(s(2)), None, "it is busy");
+    }
+
+    #[test]
+    fn depth_counts_those_that_are_due() {
+        let mut queue = Queue::default();
+        queue.ask(&"a", s(1));
+        queue.ask(&"b", s(9));
+        assert_eq!(
+            (queue.depth(s(0)), queue.depth(s(5)), queue.depth(s(9))),
+            (0, 1, 2)
+        );
+    }
 }

@@ -182,14 +182,14 @@ impl Applier {
                 Ok(true)
             }
             Ok(Written::Already) => Ok(false),
-            Err(error) if is_open(&error) || error.category() == Category::NotLeader => Err(error),
+            Err(error) if error.is_open() || error.category() == Category::NotLeader => Err(error),
             Err(_) => Ok(false),
         }
     }
 
     /// Remembers a pod whose write failed in a way that does not say whether it took effect.
     fn doubt(&self, namespace: &str, pod: &str, created: Option<&Pod>, error: &Error) {
-        if is_open(error) {
+        if error.is_open() {
             self.unsure.add(namespace, pod, created);
         }
     }
@@ -566,14 +566,6 @@ fn together(actions: &[Action]) -> usize {
     if first == 0 { 1 } else { alike.count() }
 }
 
-/// Whether an error leaves open if the write took effect.
-fn is_open(error: &Error) -> bool {
-    matches!(
-        error.category(),
-        Category::Timeout | Category::Transport | Category::Server | Category::Malformed
-    )
-}
-
 /// The verb of an action, for the metric label.
 pub fn action_label(action: &Action) -> &'static str {
     match action {
@@ -585,5 +577,7 @@ pub fn action_label(action: &Action) -> &'static str {
     }
 }
 
+#[cfg(test)]
+mod settling;
 #[cfg(test)]
 mod tests;

@@ -170,7 +170,7 @@ impl World {
 
     /// Takes in the API server's answer to a write of ours.
     pub fn wrote_claim_template(&self, template: ResourceClaimTemplate) {
-        watch::write_through(&self.claims.templates, template, child_template);
+        watch::write_through(&self.claims.templates, template, child_template, |_| ());
     }
 }
 

@@ -57,6 +57,13 @@ pub enum Error {
         /// How long was waited.
         limit: Duration,
     },
+    /// Refused, after an attempt that got no answer and may have taken effect.
+    #[error("{refused}, after an attempt that got no answer")]
+    Repeated {
+        /// How the last attempt ended.
+        #[source]
+        refused: Box<Error>,
+    },
     /// An HTTP server that is not the API server answered badly.
     #[error("{call}: {message}")]
     Http {
@@ -170,9 +177,19 @@ impl Error {
         match self {
             Error::Api { source, .. } => categorise(source),
             Error::Timeout { .. } => Category::Timeout,
+            Error::Repeated { refused } => refused.category(),
             Error::Http { .. } => Category::Malformed,
             Error::NotLeader { .. } => Category::NotLeader,
         }
+    }
+
+    /// Whether it leaves open if a write took effect.
+    pub fn is_open(&self) -> bool {
+        matches!(self, Error::Repeated { .. })
+            || matches!(
+                self.category(),
+                Category::Timeout | Category::Transport | Category::Server | Category::Malformed
+            )
     }
 
     /// How long the API server asked us to wait.
@@ -283,5 +300,37 @@ mod tests {
             .map(|category| category.as_str())
             .collect();
         assert_eq!(labels.len(), Category::ALL.len());
+    }
+
+    fn failed(source: kube::Error) -> Error {
+        Error::Api {
+            call: Call::on("get", "Pod", "default", "p"),
+            source: Box::new(source),
+        }
+    }
+
+    #[test]
+    fn no_connection_is_worth_another_call_and_an_answer_that_is_not_understood_is_not() {
+        let cause: Box<dyn std::error::Error + Send + Sync> = "connection refused".into();
+        let error = failed(kube::Error::Service(cause));
+        assert_eq!(error.category(), Category::Transport);
+        assert!(error.category().is_transient() && error.is_open());
+        assert!(error.to_string().contains("connection refused"), "{error}");
+        let odd = serde_json::from_str::<u32>("odd").expect_err("no number");
+        let error = failed(kube::Error::SerdeError(odd));
+        assert_eq!(error.category(), Category::Malformed);
+        assert!(!error.category().is_transient() && error.is_open());
+    }
+
+    #[test]
+    fn how_long_to_wait_is_taken_from_the_answer() {
+        let asked = |seconds: u32| {
+            let status = serde_json::json!({"status": "Failure", "code": 429, "message": "", "reason": "",
+                "details": {"retryAfterSeconds": seconds}});
+            let status: Status = serde_json::from_value(status).expect("a status");
+            failed(kube::Error::Api(status.boxed())).retry_after()
+        };
+        assert_eq!(asked(7), Some(Duration::from_secs(7)));
+        assert_eq!(asked(0), None);
     }
 }

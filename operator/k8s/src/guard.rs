@@ -196,6 +196,17 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_deeper_and_is_named_like_bulk_is_kept() {
+        let deeper =
+            serde_json::json!({"status": {"images": [1]}, "metadata": {"managedFields": [2]}});
+        let mut full = serde_json::json!({"spec": deeper, "status": deeper});
+        let kept = full.clone();
+        full["status"]["images"] = serde_json::json!([3]);
+        let read: Guarded<Value> = serde_json::from_value(full).expect("JSON");
+        assert_eq!(read.0.expect("a value"), kept);
+    }
+
+    #[test]
     fn bulk_is_skipped_and_nothing_else() {
         let node = serde_json::json!({
             "apiVersion": "v1", "kind": "Node",

@@ -339,6 +339,9 @@ fn record_of(lease: &Lease) -> LeaseRecord {
 }
 
 #[cfg(test)]
+mod elections;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

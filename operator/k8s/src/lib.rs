@@ -20,6 +20,8 @@ pub mod retry;
 mod rivals;
 pub mod sampling;
 pub mod scrape;
+#[cfg(test)]
+mod standin;
 mod trim;
 mod wakes;
 pub mod watch;

@@ -194,3 +194,6 @@ where
         message: format!("more than {} objects", PAGES_MAX * PAGE as usize),
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -81,3 +81,55 @@ impl Reader {
         Ok(view)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::standin::{api_server, refuses, says};
+    use serde_json::json;
+
+    fn config() -> crate::standin::Answer {
+        says(
+            json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c", "namespace": "d"}}),
+        )
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_is_kept_for_a_while_and_that_there_is_none_for_less() {
+        let (client, log) = api_server(|number, _| match number {
+            0 => refuses(404, "NotFound"),
+            _ => config(),
+        });
+        let reader = Reader::new(client);
+        let mut asked = Vec::new();
+        for seconds in [0, 4, 2, 50, 11] {
+            tokio::time::advance(Duration::from_secs(seconds)).await;
+            let found = reader.config_map("d", "c").await.expect("an answer");
+            asked.push((log.count(), found.is_some()));
+        }
+        let there = |count| (count, true);
+        assert_eq!(
+            asked,
+            [(1, false), (1, false), there(2), there(2), there(3)]
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_is_not_kept_and_what_is_kept_is_bounded() {
+        let (client, log) = api_server(|number, _| match number {
+            0 => refuses(403, "Forbidden"),
+            _ => config(),
+        });
+        let reader = Reader::new(client);
+        reader.config_map("d", "c").await.expect_err("refused");
+        for number in 0..2 * KEPT_MAX {
+            let name = format!("c-{number}");
+            reader.config_map("d", &name).await.expect("an answer");
+        }
+        let kept = || reader.kept.lock().expect("a lock").len();
+        assert_eq!((kept(), log.count()), (KEPT_MAX, 2 * KEPT_MAX + 1));
+        tokio::time::advance(2 * PRESENT_FOR).await;
+        reader.config_map("d", "c").await.expect("an answer");
+        assert_eq!(kept(), 1, "what is old makes room");
+    }
+}

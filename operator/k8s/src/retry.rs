@@ -43,7 +43,7 @@ impl RetryPolicy {
         F: FnMut() -> Answer,
         Answer: Future<Output = Result<T, kube::Error>>,
     {
-        let mut tried = 0;
+        let (mut tried, mut is_open) = (0, false);
         loop {
             tried += 1;
             let error = match tokio::time::timeout(self.attempt_timeout, attempt()).await {
@@ -58,8 +58,15 @@ impl RetryPolicy {
                 },
             };
             if tried >= self.attempts_max || !error.category().is_transient() {
-                return Err(error);
+                // A quota may refuse the second attempt because the first, of which nothing was heard, used it up.
+                return Err(if is_open && !error.is_open() {
+                    let refused = Box::new(error);
+                    Error::Repeated { refused }
+                } else {
+                    error
+                });
             }
+            is_open |= error.is_open();
             let delay = self.delay(tried, error.retry_after(), jitter());
             tracing::debug!(%call, tried, delay_ms = delay.as_millis(), error = %error, "call failed and is repeated");
             tokio::time::sleep(delay).await;
@@ -146,12 +153,44 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_server_that_asks_for_time_is_given_it() {
+        let began = tokio::time::Instant::now();
+        let outcome = calls_made(RetryPolicy::CALL, |tried| {
+            let status = serde_json::json!({"status": "Failure", "code": 429, "message": "", "reason": "",
+                "details": {"retryAfterSeconds": 1}});
+            let status: Status = serde_json::from_value(status).expect("a status");
+            match tried {
+                1 => Err(kube::Error::Api(status.boxed())),
+                _ => Ok(()),
+            }
+        });
+        assert_eq!(outcome.await, (2, true));
+        // Jitter takes away up to half.
+        assert!(
+            began.elapsed() >= Duration::from_millis(500),
+            "{:?}",
+            began.elapsed()
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_must_not_be_late_is_tried_once() {
+        let outcome = calls_made(RetryPolicy::ONCE, |_| {
+            Err(refused(503, "ServiceUnavailable"))
+        });
+        assert_eq!(outcome.await, (1, false));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_call_that_never_answers_ends() {
         let call = Call::on("get", "Lease", "default", "l");
+        let began = tokio::time::Instant::now();
         let result = RetryPolicy::ONCE
             .run(&call, std::future::pending::<Result<(), kube::Error>>)
             .await;
         assert!(matches!(result, Err(Error::Timeout { .. })));
+        // The lease of a leader that waits longer is another's.
+        assert!(began.elapsed() <= Duration::from_secs(10));
     }
 
     #[test]
@@ -167,6 +206,7 @@ mod tests {
             policy.delay(9, Some(Duration::from_secs(3600)), 0),
             policy.delay_max
         );
-        assert!(policy.delay(1, None, 255) >= Duration::from_millis(50));
+        let shortened = policy.delay(1, None, 255);
+        assert!(shortened >= Duration::from_millis(50) && shortened < policy.delay_min);
     }
 }

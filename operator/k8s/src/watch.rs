@@ -23,6 +23,7 @@ use kube::runtime::WatchStreamExt;
 use kube::runtime::utils::Backoff;
 use kube::runtime::watcher::{self, Event};
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use crate::guard::Guarded;
 use crate::retry::jitter;
@@ -142,12 +143,9 @@ impl<V> Mirror<V> {
         self.listing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A list begins to be read.
+    /// A list begins to be read. What an earlier one left in doubt stays so until this one is complete.
     fn begin_list(&self) {
-        *self.listing() = Listing {
-            written: Some(HashSet::new()),
-            doubted: BTreeSet::new(),
-        };
+        self.listing().written = Some(HashSet::new());
     }
 
     /// Objects in doubt that `test` accepts, which are then no longer remembered.
@@ -180,25 +178,27 @@ impl<V: PartialEq> Mirror<V> {
         after: Option<Entry<V>>,
         changed: &impl Fn(Change<'_, V>),
     ) {
-        let mut versions = self.versions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = self.swap(key, version, after.as_ref()) {
+            tell(key, before.as_ref(), after.as_ref(), changed);
+        }
+    }
+
+    /// What was there before; none when the news is older than what is known.
+    fn swap(&self, key: &Key, version: u64, after: Option<&Entry<V>>) -> Option<Option<Entry<V>>> {
+        let mut versions = self.versions();
         if !versions.is_news(key, version, after.is_none()) {
-            return;
+            return None;
         }
         // The lock on versions is held until the value is in, so that the two never disagree.
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-        let before = match &after {
+        Some(match after {
             Some(entry) => entries.insert(key.clone(), entry.clone()),
             None => entries.remove(key),
-        };
-        drop(entries);
-        drop(versions);
-        if before != after {
-            changed(Change {
-                key,
-                before: before.as_ref(),
-                after: after.as_ref(),
-            });
-        }
+        })
+    }
+
+    fn versions(&self) -> MutexGuard<'_, Versions> {
+        self.versions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[cfg(test)]
@@ -206,9 +206,18 @@ impl<V: PartialEq> Mirror<V> {
         self.keep_only(&HashSet::new(), &|_| ());
     }
 
+    /// A list that names nothing, with what happens while it is read.
+    #[cfg(test)]
+    pub(crate) fn miss(&self, meanwhile: impl FnOnce()) {
+        self.begin_list();
+        meanwhile();
+        self.forget_all();
+    }
+
     /// Drops what a complete list did not name. What was written meanwhile is in doubt: the list may be older than it.
     fn keep_only(&self, listed: &HashSet<Key>, changed: &impl Fn(Change<'_, V>)) {
-        let written = self.listing().written.take().unwrap_or_default();
+        // What an earlier list left in doubt was written before this one began: named, it is known again, else it is gone.
+        self.listing().doubted.clear();
         let gone: Vec<Key> = self
             .read()
             .keys()
@@ -216,16 +225,33 @@ impl<V: PartialEq> Mirror<V> {
             .cloned()
             .collect();
         for key in gone {
-            let is_doubted = written.contains(&key);
-            if is_doubted {
-                self.listing().doubted.insert(key.clone());
-            }
-            self.put(&key, u64::MAX, None, changed);
-            if is_doubted {
-                let mut versions = self.versions.lock().unwrap_or_else(PoisonError::into_inner);
-                versions.may_return(&key);
+            let before = {
+                // Nobody sees that it is missing before it is in doubt, and a write of ours comes before both or after both.
+                let mut listing = self.listing();
+                let before = self.swap(&key, u64::MAX, None);
+                let written = listing.written.as_ref();
+                if written.is_some_and(|written| written.contains(&key)) {
+                    listing.doubted.insert(key.clone());
+                    self.versions().may_return(&key);
+                }
+                before
+            };
+            if let Some(before) = before {
+                tell(&key, before.as_ref(), None, changed);
             }
         }
+        self.listing().written = None;
+    }
+}
+
+fn tell<V: PartialEq>(
+    key: &Key,
+    before: Option<&Entry<V>>,
+    after: Option<&Entry<V>>,
+    changed: &impl Fn(Change<'_, V>),
+) {
+    if before != after {
+        changed(Change { key, before, after });
     }
 }
 
@@ -325,26 +351,31 @@ fn key_of<K: Resource>(object: &K) -> Key {
     )
 }
 
-/// Puts the API server's answer to a write of ours into the mirror, so that the next pass sees it.
+/// Puts the API server's answer to a write of ours into the mirror, so that the next pass sees it. `changed` is told of a
+/// difference, which the watch will not find any more.
 pub fn write_through<K, V>(
     mirror: &Mirror<V>,
     object: K,
     trim: impl Fn(K) -> Result<Option<V>, String>,
+    changed: impl Fn(Change<'_, V>),
 ) where
     K: Resource<DynamicType = ()>,
     V: PartialEq,
 {
     let object = Guarded(Ok(object));
-    // Noted before it is put, so that a list which ends in between cannot drop it unnoticed.
-    if let Some(written) = &mut mirror.listing().written {
-        written.insert(key_of(&object));
+    let (key, version) = (key_of(&object), version_of(&object));
+    let after = entry_of(object, trim);
+    let before = {
+        // Noted and put in one, so that a list which ends meanwhile cannot drop it unnoticed.
+        let mut listing = mirror.listing();
+        if let Some(written) = &mut listing.written {
+            written.insert(key.clone());
+        }
+        mirror.swap(&key, version, after.as_ref())
+    };
+    if let Some(before) = before {
+        tell(&key, before.as_ref(), after.as_ref(), &changed);
     }
-    mirror.put(
-        &key_of(&object),
-        version_of(&object),
-        entry_of(object, trim),
-        &|_| (),
-    );
 }
 
 /// The resource version as a number; 0, which is older than everything, for an API server that uses another form.
@@ -415,202 +446,41 @@ impl Versions {
     }
 }
 
+/// How long a watch has to go on before its next failure counts as the first.
+const QUIET: Duration = Duration::from_secs(30);
+
 /// Pauses between attempts of a watch: half a second, doubling to ten. An API server that restarts is back within
 /// that, and one that is down is not hammered.
 #[derive(Debug, Default)]
 struct Pauses {
     failed: u32,
+    /// When the last pause ended.
+    resumed: Option<Instant>,
 }
 
 impl Iterator for Pauses {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
+        let now = Instant::now();
+        if self.resumed.is_some_and(|resumed| now > resumed + QUIET) {
+            self.failed = 0;
+        }
         let base = Duration::from_millis(500) * (1 << self.failed.min(5));
         self.failed = self.failed.saturating_add(1);
         let base = base.min(Duration::from_secs(10));
-        Some(base + base.mul_f64(f64::from(jitter()) / 1024.0))
+        let pause = base + base.mul_f64(f64::from(jitter()) / 1024.0);
+        self.resumed = Some(now + pause);
+        Some(pause)
     }
 }
 
 impl Backoff for Pauses {
-    fn reset(&mut self) {
-        self.failed = 0;
-    }
+    /// Asked for at whatever is no error, also at the beginning of a list that then fails: only time tells.
+    fn reset(&mut self) {}
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use k8s_openapi::api::core::v1::ConfigMap;
-    use std::cell::RefCell;
-
-    fn parse(json: serde_json::Value) -> Guarded<ConfigMap> {
-        serde_json::from_value(json).expect("guarded")
-    }
-
-    fn size(object: ConfigMap) -> Result<Option<usize>, String> {
-        match object.data {
-            None => Ok(None),
-            Some(data) if data.contains_key("bad") => Err("data.bad: not allowed".into()),
-            Some(data) => Ok(Some(data.len())),
-        }
-    }
-
-    #[test]
-    fn a_malformed_object_is_kept_with_its_reason_and_others_are_not_touched() {
-        let mirror = Mirror::<usize>::new("ConfigMap");
-        for json in [
-            serde_json::json!({"metadata": {"name": "good", "namespace": "d", "uid": "1"}, "data": {"a": "b"}}),
-            serde_json::json!({"metadata": {"name": "broken", "namespace": "d", "uid": "2"}, "data": ["not", "a", "map"]}),
-            serde_json::json!({"metadata": {"name": "senseless", "namespace": "d", "uid": "3"}, "data": {"bad": ""}}),
-        ] {
-            let object = parse(json);
-            mirror.put(&key_of(&object), 0, entry_of(object, size), &|_| ());
-        }
-        assert_eq!(mirror.get(&Key::new("d", "good")), Some(Ok(Arc::new(1))));
-        let broken = mirror
-            .get(&Key::new("d", "broken"))
-            .expect("kept")
-            .expect_err("malformed");
-        assert!(
-            broken.uid == "2" && broken.message.contains("map"),
-            "{broken:?}"
-        );
-        let senseless = mirror
-            .get(&Key::new("d", "senseless"))
-            .expect("kept")
-            .expect_err("malformed");
-        assert_eq!(senseless.message, "data.bad: not allowed");
-    }
-
-    #[test]
-    fn only_differences_are_told() {
-        let mirror = Mirror::<usize>::new("ConfigMap");
-        let key = Key::new("d", "a");
-        let told = RefCell::new(Vec::new());
-        let changed = |change: Change<'_, usize>| {
-            told.borrow_mut()
-                .push((change.before.cloned(), change.after.cloned()))
-        };
-        mirror.put(&key, 1, Some(Ok(Arc::new(1))), &changed);
-        mirror.put(&key, 2, Some(Ok(Arc::new(1))), &changed);
-        mirror.put(&key, 3, Some(Ok(Arc::new(2))), &changed);
-        mirror.put(&key, 4, None, &changed);
-        mirror.put(&key, 4, None, &changed);
-        let one = || Some(Ok(Arc::new(1)));
-        let two = || Some(Ok(Arc::new(2)));
-        assert_eq!(
-            *told.borrow(),
-            vec![(None, one()), (one(), two()), (two(), None)]
-        );
-    }
-
-    #[test]
-    fn a_relist_drops_what_it_does_not_name() {
-        let mirror = Mirror::<usize>::new("ConfigMap");
-        for name in ["a", "b", "c"] {
-            mirror.put(&Key::new("d", name), 1, Some(Ok(Arc::new(1))), &|_| ());
-        }
-        mirror.keep_only(&HashSet::from([Key::new("d", "b")]), &|_| ());
-        assert_eq!(
-            mirror
-                .read()
-                .keys()
-                .map(|key| &*key.name)
-                .collect::<Vec<_>>(),
-            ["b"]
-        );
-    }
-
-    #[test]
-    fn late_and_old_news_are_ignored() {
-        let mirror = Mirror::<usize>::new("ConfigMap");
-        let key = Key::new("d", "a");
-        let value = |value: usize| Some(Ok(Arc::new(value)));
-        let now = || mirror.get(&key);
-        mirror.put(&key, 10, value(10), &|_| ());
-        mirror.put(&key, 9, value(9), &|_| ());
-        assert_eq!(now(), value(10));
-        mirror.put(&key, 12, None, &|_| ());
-        // The answer to a write of ours that arrives after the watch told of the deletion.
-        mirror.put(&key, 11, value(11), &|_| ());
-        assert_eq!(now(), None);
-        // Made anew under the same name.
-        mirror.put(&key, 15, value(15), &|_| ());
-        assert_eq!(now(), value(15));
-        // The watch tells late of the first one's end.
-        mirror.put(&key, 12, None, &|_| ());
-        assert_eq!(now(), value(15));
-    }
-
-    #[test]
-    fn an_object_that_a_relist_missed_can_come_back() {
-        let mirror = Mirror::<usize>::new("ConfigMap");
-        let key = Key::new("d", "a");
-        mirror.put(&key, 10, Some(Ok(Arc::new(1))), &|_| ());
-        mirror.keep_only(&HashSet::new(), &|_| ());
-        assert_eq!(mirror.get(&key), None);
-        mirror.put(&key, 11, Some(Ok(Arc::new(2))), &|_| ());
-        assert!(mirror.get(&key).is_some());
-    }
-
-    fn config_map(name: &str, version: &str) -> ConfigMap {
-        serde_json::from_value(serde_json::json!({
-            "metadata": {"name": name, "namespace": "d", "resourceVersion": version}, "data": {"a": "b"}}))
-        .expect("a config map")
-    }
-
-    #[test]
-    fn what_is_written_while_a_list_is_read_is_doubted_and_may_come_back() {
-        let mirror = Mirror::<usize>::new("ConfigMap");
-        let (early, late) = (Key::new("d", "early"), Key::new("d", "late"));
-        write_through(&mirror, config_map("early", "90"), size);
-        // A list of version 100 begins; what was there before it and is not named is gone.
-        mirror.begin_list();
-        write_through(&mirror, config_map("late", "105"), size);
-        mirror.keep_only(&HashSet::new(), &|_| ());
-        assert_eq!((mirror.get(&early), mirror.get(&late)), (None, None));
-        assert_eq!(mirror.take_doubted(|_| true), vec![late.clone()]);
-        assert!(mirror.take_doubted(|_| true).is_empty(), "told once");
-        // The watch goes on from version 100 and tells of it as it was written.
-        mirror.put(&late, 105, Some(Ok(Arc::new(1))), &|_| ());
-        assert!(mirror.get(&late).is_some(), "it would never be seen again");
-        // Old news of the one that is gone changes nothing.
-        mirror.put(&early, 90, Some(Ok(Arc::new(1))), &|_| ());
-        assert_eq!(mirror.get(&early), None);
-    }
-
-    #[test]
-    fn what_a_list_names_is_not_doubted() {
-        let mirror = Mirror::<usize>::new("ConfigMap");
-        mirror.begin_list();
-        write_through(&mirror, config_map("a", "105"), size);
-        mirror.keep_only(&HashSet::from([Key::new("d", "a")]), &|_| ());
-        assert!(mirror.get(&Key::new("d", "a")).is_some());
-        assert!(mirror.take_doubted(|_| true).is_empty());
-    }
-
-    #[test]
-    fn remembered_deletions_stay_bounded() {
-        let mut versions = Versions::default();
-        for number in 0..3 * DELETED_MAX as u64 {
-            versions.is_news(&Key::new("d", number.to_string()), number + 1, true);
-        }
-        assert!(versions.deleted.len() <= DELETED_MAX && versions.order.len() <= DELETED_MAX);
-    }
-
-    #[test]
-    fn pauses_grow_and_stay_bounded() {
-        let mut pauses = Pauses::default();
-        let first = pauses.next().expect("always");
-        let later = pauses.by_ref().take(100).last().expect("always");
-        assert!(first < Duration::from_secs(1), "{first:?}");
-        assert!(
-            later >= Duration::from_secs(10) && later < Duration::from_secs(14),
-            "{later:?}"
-        );
-        pauses.reset();
-        assert!(pauses.next().expect("always") < Duration::from_secs(1));
-    }
-}
+mod following;
+#[cfg(test)]
+mod tests;

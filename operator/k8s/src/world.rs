@@ -279,18 +279,34 @@ impl World {
 
     /// Takes back what [`World::assume`] counted, unless the pod is there.
     pub fn unassume(&self, namespace: &str, name: &str) {
-        let key = Key::new(namespace, name);
-        let actual = self.pods.get(&key).and_then(Result::ok);
-        lock(&self.ledger).set(&key, actual.map(Taker::Pod));
+        self.count_pod(&Key::new(namespace, name));
+    }
+
+    /// Counts a pod as it is in the mirror, and wakes whose place it names. What is in the mirror is read under the lock
+    /// of the ledger: an answer to a write and the watch may be taken in at once, and the newer has to count last.
+    fn count_pod(&self, key: &Key) {
+        let mut ledger = lock(&self.ledger);
+        let pod = self.pods.get(key).and_then(Result::ok);
+        self.wakes.add(self.reservations.set(key, pod.as_ref()));
+        ledger.set(key, pod.map(Taker::Pod));
+    }
+
+    /// The same for a node.
+    fn count_node(&self, name: &str) {
+        let mut ledger = lock(&self.ledger);
+        let view = self.nodes.get(&Key::new("", name)).and_then(Result::ok);
+        ledger.set_node(name, view);
     }
 
     /// Takes in the API server's answer to a write of ours.
     pub fn wrote_pod(&self, pod: Pod) {
         let key = key_of(&pod.metadata);
-        watch::write_through(&self.pods, pod, child_pod);
-        let pod = self.pods.get(&key).and_then(Result::ok);
-        self.wakes.add(self.reservations.set(&key, pod.as_ref()));
-        lock(&self.ledger).set(&key, pod.map(Taker::Pod));
+        watch::write_through(&self.pods, pod, child_pod, |change| {
+            if tells_more(&change) {
+                self.pod_changed(change);
+            }
+        });
+        self.count_pod(&key);
     }
 
     /// Pods of `owner` that are gone from the mirror although they were written while the list that does not name them was
@@ -304,34 +320,39 @@ impl World {
     /// Takes in a node that was read because what is seen of it may be old.
     pub fn read_node(&self, node: Node) {
         let name = node.metadata.name.clone().unwrap_or_default();
-        watch::write_through(&self.nodes, node, |node| Ok(Some(NodeView::of(&node))));
-        let view = self.nodes.get(&Key::new("", &*name)).and_then(Result::ok);
-        lock(&self.ledger).set_node(&name, view);
+        let trim = |node| Ok(Some(NodeView::of(&node)));
+        watch::write_through(&self.nodes, node, trim, |change| self.node_changed(change));
+        self.count_node(&name);
     }
 
     /// Takes in the API server's answer to a write of ours.
     pub fn wrote_config_map(&self, config_map: ConfigMap) {
-        watch::write_through(&self.config_maps, config_map, child_config_map);
+        watch::write_through(&self.config_maps, config_map, child_config_map, |_| ());
     }
 
     /// Takes in the API server's answer to a write of ours.
     pub fn wrote_service(&self, service: Service) {
-        watch::write_through(&self.services, service, trim_service);
+        watch::write_through(&self.services, service, trim_service, |_| ());
     }
 
     /// Takes in the API server's answer to a write of ours.
     pub fn wrote_budget(&self, budget: PodDisruptionBudget) {
-        watch::write_through(&self.budgets, budget, trim_budget);
+        watch::write_through(&self.budgets, budget, trim_budget, |_| ());
     }
 
     /// Takes in the API server's answer to a write of ours.
     pub fn wrote_policy(&self, policy: NetworkPolicy) {
-        watch::write_through(&self.policies, policy, trim_policy);
+        watch::write_through(&self.policies, policy, trim_policy, |_| ());
     }
 
-    /// Takes in the API server's answer to a write of ours.
+    /// Takes in the API server's answer to a write of ours. It carries the spec as it is by now, and the watch will find
+    /// nothing new in a spec that came this way: whoever changed it meanwhile would wait for the next look at everything.
     pub fn wrote_deployment(&self, deployment: ModelDeployment) {
-        watch::write_through(&self.deployments, deployment, trim_deployment);
+        watch::write_through(&self.deployments, deployment, trim_deployment, |change| {
+            if !is_alike_but_for_status(change.before, change.after) {
+                self.wakes.add([change.key.clone()]);
+            }
+        });
     }
 
     /// Starts every watch; they run until `tasks` is dropped. `namespace`: the only one whose models are served.
@@ -503,8 +524,7 @@ impl World {
         let takes =
             |pod: &Option<Arc<PodView>>| pod.as_ref().is_some_and(|pod| pod.claim().is_some());
         let freed = takes(&was) && !takes(&is);
-        self.wakes.add(self.reservations.set(key, is.as_ref()));
-        lock(&self.ledger).set(key, is.map(Taker::Pod));
+        self.count_pod(key);
         let deployment = |pod: &PodView| pod.label(names::MODEL_DEPLOYMENT).to_owned();
         self.wake_owner(key, owner(before, deployment), owner(after, deployment));
         if freed {
@@ -522,11 +542,8 @@ impl World {
     }
 
     fn node_changed(&self, change: Change<'_, NodeView>) {
-        let Change { key, before, after } = change;
-        lock(&self.ledger).set_node(
-            &key.name,
-            after.and_then(|entry| entry.as_ref().ok()).cloned(),
-        );
+        let Change { key, before, .. } = change;
+        self.count_node(&key.name);
         self.wakes.room_appeared();
         if before.is_some() {
             let on_it = self
@@ -583,6 +600,30 @@ where
     }
 }
 
+/// Whether an answer to a write tells of more than what was written: the pod ended, or began to end, meanwhile.
+fn tells_more(change: &Change<'_, PodView>) -> bool {
+    let (Some(Ok(before)), Some(Ok(after))) = (change.before, change.after) else {
+        return false;
+    };
+    let mut patched = PodView::clone(before);
+    patched.labels.clone_from(&after.labels);
+    patched.annotations.clone_from(&after.annotations);
+    patched != **after
+}
+
+/// Whether two wishes differ in nothing that people may write; one that was not known is told of by its watch.
+fn is_alike_but_for_status(before: Option<&Entry<Wish>>, after: Option<&Entry<Wish>>) -> bool {
+    let plain = |entry: &Entry<Wish>| {
+        let mut wish = entry.as_ref().ok()?.whole.unpack()?;
+        wish.status = None;
+        Packed::of(&wish).ok()
+    };
+    match (before, after) {
+        (Some(before), Some(after)) => plain(before) == plain(after),
+        _ => true,
+    }
+}
+
 fn owner<V>(entry: Option<&Entry<V>>, name: impl Fn(&V) -> String) -> Option<String> {
     entry
         .and_then(|entry| entry.as_ref().ok())
@@ -602,126 +643,6 @@ where
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pod(name: &str, deployment: &str, node: &str, gpus: &str) -> Pod {
-        serde_json::from_value(serde_json::json!({
-            "metadata": {"name": name, "namespace": "d", "labels": {
-                "app.kubernetes.io/managed-by": "cachalot", "cachalot.dev/model-deployment": deployment}},
-            "spec": {"nodeName": node, "containers": [{"name": "engine", "resources": {"requests": {"nvidia.com/gpu": gpus}}}]},
-        }))
-        .expect("a pod")
-    }
-
-    impl World {
-        /// GPUs of a node that are counted as taken.
-        pub(crate) fn used_gpus(&self, node: &str) -> u64 {
-            let used = &lock(&self.ledger).cluster.used;
-            used.get(node).map_or(0, |used| used.gpus)
-        }
-    }
-
-    #[test]
-    fn a_deployment_is_kept_whole_and_what_others_ask_of_it_lies_open() {
-        let world = World::new();
-        let mut wish: ModelDeployment = serde_json::from_value(serde_json::json!({
-            "apiVersion": "cachalot.dev/v1alpha1", "kind": "ModelDeployment",
-            "metadata": {"name": "m", "namespace": "d", "uid": "u", "generation": 3, "resourceVersion": "7",
-                "creationTimestamp": "2026-11-24T00:00:00Z", "annotations": {"team": "a"},
-                "managedFields": [{"manager": "kubectl"}]},
-            "spec": {"model": {"source": "hf://a/b"}, "replicas": 4, "rollout": {"maxUnavailable": 1}},
-            "status": {"observedGeneration": 3, "conditions": [{"type": "Planned", "status": "True", "reason": "Fits",
-                "message": "", "observedGeneration": 3, "lastTransitionTime": "2026-11-24T00:00:00Z"}]},
-        }))
-        .expect("a ModelDeployment");
-        world.wrote_deployment(wish.clone());
-        let key = Key::new("d", "m");
-        wish.metadata.managed_fields = None;
-        wish.metadata.resource_version = None;
-        let json = |wish: &ModelDeployment| serde_json::to_value(wish).expect("JSON");
-        let kept = world.deployment(&key).expect("it is known");
-        assert_eq!(json(&kept.expect("it parses")), json(&wish));
-        let open = world.deployments.get(&key).expect("it is known");
-        let open = open.expect("it parses");
-        assert_eq!((open.scales, open.floor), (false, 3));
-        assert!(world.deployment(&Key::new("d", "n")).is_none());
-    }
-
-    #[test]
-    fn the_ledger_counts_each_pod_once_however_it_hears_of_it() {
-        let world = World::new();
-        let key = Key::new("d", "m-0");
-        world.assume("d", &pod("m-0", "m", "n1", "8"));
-        assert_eq!(world.used_gpus("n1"), 8);
-        world.wrote_pod(pod("m-0", "m", "n1", "8"));
-        let child = child_pod(pod("m-0", "m", "n1", "8"))
-            .expect("a pod")
-            .map(|child| Ok(Arc::new(child)));
-        world.pod_changed(Change {
-            key: &key,
-            before: None,
-            after: child.as_ref(),
-        });
-        assert_eq!(world.used_gpus("n1"), 8);
-        world.pod_changed(Change {
-            key: &key,
-            before: child.as_ref(),
-            after: None,
-        });
-        assert_eq!(world.used_gpus("n1"), 0);
-    }
-
-    #[test]
-    fn what_was_assumed_for_a_pod_that_was_not_made_is_given_back() {
-        let world = World::new();
-        world.assume("d", &pod("m-0", "m", "n1", "8"));
-        world.unassume("d", "m-0");
-        assert_eq!(world.used_gpus("n1"), 0);
-    }
-
-    #[test]
-    fn children_are_those_of_the_name_and_not_of_a_longer_name() {
-        let world = World::new();
-        for (name, deployment) in [
-            ("m-0-abc-0", "m"),
-            ("m-big-0-abc-0", "m-big"),
-            ("other-0", "other"),
-            ("m", "m"),
-        ] {
-            world.wrote_pod(pod(name, deployment, "n1", "1"));
-        }
-        let found = children(&world.pods, &Key::new("d", "m"), |pod| {
-            (pod.label(names::MODEL_DEPLOYMENT) == "m").then(|| pod.name.clone())
-        });
-        assert_eq!(found, ["m-0-abc-0"]);
-    }
-
-    #[test]
-    fn room_wakes_those_who_wait_for_it_and_no_others() {
-        let world = World::new();
-        let (waiting, content) = (Key::new("d", "waiting"), Key::new("d", "content"));
-        world.waits_for_room(&waiting, true);
-        world.waits_for_room(&content, false);
-        world.node_changed(Change {
-            key: &Key::new("", "n1"),
-            before: None,
-            after: None,
-        });
-        assert_eq!(world.take_woken(), BTreeSet::from([waiting]));
-        assert!(world.take_woken().is_empty());
-    }
-
-    #[test]
-    fn pods_of_others_count_and_ours_are_left_to_their_own_watch() {
-        let foreign: Pod = serde_json::from_value(serde_json::json!({
-            "metadata": {"name": "x", "namespace": "d"}, "spec": {"nodeName": "n1", "containers": []}}))
-        .expect("a pod");
-        assert!(other_claim(&foreign, None).is_some());
-        let ours = pod("m-0", "m", "n1", "1");
-        assert!(other_claim(&ours, None).is_none());
-        assert!(other_claim(&ours, Some("d")).is_none());
-        // Another operator's, in a namespace that is not ours.
-        assert!(other_claim(&ours, Some("e")).is_some());
-    }
-}
+mod following;
+#[cfg(test)]
+mod tests;

@@ -362,6 +362,9 @@ fn typed<K: Resource<DynamicType = ()>, T: Serialize>(object: &T) -> Value {
 }
 
 #[cfg(test)]
+mod asking;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use k8s_openapi::api::core::v1::ConfigMap;

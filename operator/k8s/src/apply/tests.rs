@@ -112,6 +112,7 @@ fn actions_of_one_sort_run_together_and_not_with_those_of_another() {
     let actions = [apply(), apply(), create(), create(), create(), apply()];
     assert_eq!(stages(&actions), [2, 3, 1]);
     assert_eq!(stages(&[patch(), patch(), delete(), delete()]), [2, 2]);
+    assert_eq!(stages(&[create(), patch()]), [1, 1]);
     assert_eq!(stages(&[suspect(), suspect(), pod(), pod()]), [1, 1, 1, 1]);
     assert_eq!(stages(&[delete(), suspect(), delete()]), [1, 1, 1]);
 }
