@@ -11,7 +11,7 @@ mod node;
 use node::{Model, is_ready, wait_ready};
 
 const SPEC: &str = "replicas: 1
-parallelism: {tensor: 2}
+parallelism: {tensor: 2, groupSecretRef: {name: ranks}}
 podTemplate:
   resources:
     requests: {cpu: 250m}";
@@ -41,6 +41,13 @@ fn both(cluster: &Cluster, namespace: &str, others: &BTreeSet<String>) -> Vec<Va
 fn two_pods_serve_one_replica_and_a_lost_one_replaces_both() {
     let cluster = Cluster::from_environment().expect("a cluster");
     let namespace = cluster.namespace("group").expect("a namespace");
+    let secret = "apiVersion: v1
+kind: Secret
+metadata: {name: ranks}
+stringData: {secret: what-the-two-ranks-know}";
+    cluster
+        .apply(&namespace.name, secret)
+        .expect("a secret is made");
     cluster
         .apply(&namespace.name, &node::manifest("pair", SPEC))
         .expect("applied");
@@ -103,4 +110,42 @@ fn two_pods_serve_one_replica_and_a_lost_one_replaces_both() {
     both(&cluster, &namespace.name, &uids(&before));
     wait_ready(&cluster, &namespace.name, "pair");
     ask("What is 36 * 7?", "252");
+
+    // What groups shared goes with the last of them.
+    let shared = || {
+        let all = ["get", "services,networkpolicies", "-o", "name", "-n"];
+        let found = cluster.kubectl(&[&all[..], &[&namespace.name]].concat());
+        let found = found.expect("kubectl get");
+        let names = found.lines().filter(|name| name.ends_with("/pair-ranks"));
+        names.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let made = [
+        "networkpolicy.networking.k8s.io/pair-ranks",
+        "service/pair-ranks",
+    ];
+    let mut found = shared();
+    found.sort();
+    assert_eq!(found, made);
+    let alone = r#"{"spec": {"parallelism": {"tensor": 1}}}"#;
+    cluster
+        .kubectl(&[
+            "patch",
+            "mdep",
+            "pair",
+            "-n",
+            &namespace.name,
+            "--type=merge",
+            "-p",
+            alone,
+        ])
+        .expect("patched");
+    eventually(
+        "nothing is shared",
+        Duration::from_secs(180),
+        || match shared() {
+            left if left.is_empty() => Ok(()),
+            left => Err(left.join(", ")),
+        },
+    );
+    ask("What is 20 + 22?", "42");
 }

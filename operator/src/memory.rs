@@ -71,9 +71,28 @@ mod tests {
         assert!(memory.is_due(PAUSE_MAX));
     }
 
+    /// What other tests take meanwhile is counted too, so this one has a process to itself.
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     #[test]
     fn what_lies_free_between_pieces_that_stay_is_given_back() {
+        let mut alone = std::process::Command::new(std::env::current_exe().expect("this program"));
+        alone.args([
+            "--ignored",
+            "--exact",
+            "memory::tests::free_pieces_in_a_process_of_their_own",
+        ]);
+        let output = alone.output().expect("it starts");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && text.contains("1 passed"),
+            "{text}"
+        );
+    }
+
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[test]
+    #[ignore = "run by the test above"]
+    fn free_pieces_in_a_process_of_their_own() {
         let resident = || {
             let text = std::fs::read_to_string("/proc/self/statm").expect("linux");
             let pages = text

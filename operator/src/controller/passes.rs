@@ -306,6 +306,7 @@ impl Works {
             memory: Memory::default(),
             workers: 4,
             settings: Settings {
+                network_policies: false,
                 engine_image: "registry.example/cachalot-engine:1.0.0".into(),
                 image_pull_policy: "IfNotPresent".into(),
                 node_cache: None,
