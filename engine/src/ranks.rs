@@ -115,14 +115,14 @@ impl World {
             group_secret_file.is_none() || !process.is_alone(),
             "--group-secret-file is for several processes; give --world-size too, or leave it out"
         );
-        let secret = group_secret_file.as_deref().map(Secret::read);
+        let secret = group_secret_file.as_deref().map(read_secret);
         let seconds = |seconds: u32| Duration::from_secs(seconds.into());
         Ok(Self {
             process,
             leader,
             patience: seconds(*join_timeout_seconds),
             timeout: seconds(*group_timeout_seconds),
-            secret: secret.transpose().context("--group-secret-file")?,
+            secret: secret.transpose()?,
         })
     }
 
@@ -280,6 +280,12 @@ pub fn terms(
     })
 }
 
+fn read_secret(file: &Path) -> anyhow::Result<Secret> {
+    let flag = || format!("--group-secret-file {}", file.display());
+    let bytes = std::fs::read(file).with_context(|| flag() + " cannot be read")?;
+    Secret::new(&bytes).with_context(flag)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -319,7 +325,7 @@ mod tests {
             ),
             (
                 with_secret(arguments(2, 1, Some("a:1"))),
-                "--group-secret-file: /no/such/file cannot be read",
+                "--group-secret-file /no/such/file cannot be read",
             ),
             (arguments(2, 0, None), "--world-size 2 needs --leader"),
             (

@@ -6,7 +6,6 @@
 //! way can still do so.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
 
 use hmac::{Hmac, Mac};
 use serde::{Deserialize, Serialize};
@@ -23,27 +22,14 @@ pub(crate) type Nonce = [u8; 32];
 /// An HMAC-SHA256.
 pub(crate) type Proof = [u8; 32];
 
-/// Why a secret cannot be used.
-#[derive(Debug, Error)]
-pub enum SecretError {
-    /// The file cannot be read.
-    #[error("{} cannot be read: {source}", .file.display())]
-    Unreadable {
-        /// Which.
-        file: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// It is too short to be a secret, or too long to be meant.
-    #[error(
-        "{} holds a secret of {bytes} bytes, expected {BYTES_MIN} to {BYTES_MAX}; make one with: openssl rand -hex 32", .file.display()
-    )]
-    Size {
-        /// Which file.
-        file: PathBuf,
-        /// Without the line's end.
-        bytes: usize,
-    },
+/// It is too short to be a secret, or too long to be meant.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error(
+    "a secret of {bytes} bytes, expected {BYTES_MIN} to {BYTES_MAX}; make one with: openssl rand -hex 32"
+)]
+pub struct SecretError {
+    /// Without the line's end.
+    pub bytes: usize,
 }
 
 /// A secret; it is never printed.
@@ -73,22 +59,15 @@ pub(crate) struct Nonces {
 }
 
 impl Secret {
-    /// Reads 16 to 4096 bytes; one end of line after them is not part of the secret.
+    /// Takes what a file holds: 16 to 4096 bytes, and one end of line that is not part of the secret.
     ///
     /// # Errors
-    /// The file cannot be read, or holds fewer or more.
-    pub fn read(file: &Path) -> Result<Self, SecretError> {
-        let bytes = std::fs::read(file).map_err(|source| SecretError::Unreadable {
-            file: file.into(),
-            source,
-        })?;
-        let line = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
+    /// There are fewer or more.
+    pub fn new(file: &[u8]) -> Result<Self, SecretError> {
+        let line = file.strip_suffix(b"\n").unwrap_or(file);
         let line = line.strip_suffix(b"\r").unwrap_or(line);
         if !(BYTES_MIN..=BYTES_MAX).contains(&line.len()) {
-            return Err(SecretError::Size {
-                file: file.into(),
-                bytes: line.len(),
-            });
+            return Err(SecretError { bytes: line.len() });
         }
         Ok(Self(line.into()))
     }

@@ -4,7 +4,6 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -18,18 +17,8 @@ fn address() -> String {
     listener.local_addr().unwrap().to_string()
 }
 
-fn file(name: &str, bytes: &[u8]) -> PathBuf {
-    let name = format!("cachalot-group-secret-{}-{name}", std::process::id());
-    let file = std::env::temp_dir().join(name);
-    std::fs::write(&file, bytes).unwrap();
-    file
-}
-
 fn secret(text: &str) -> Secret {
-    let file = file(&text[..8], text.as_bytes());
-    let secret = Secret::read(&file).unwrap();
-    std::fs::remove_file(file).unwrap();
-    secret
+    Secret::new(text.as_bytes()).unwrap()
 }
 
 type Joined = JoinHandle<Result<TcpGroup, GroupError>>;
@@ -200,32 +189,13 @@ fn strangers_who_say_nothing_keep_nobody_waiting() {
 }
 
 #[test]
-fn a_secret_file_has_limits_and_says_them() {
-    let read = |name: &str, bytes: &[u8]| {
-        let file = file(name, bytes);
-        let outcome = Secret::read(&file);
-        std::fs::remove_file(file).unwrap();
-        outcome.map_err(|error| error.to_string())
-    };
-    assert_eq!(
-        read("n", b"0123456789abcdef\n"),
-        read("p", b"0123456789abcdef")
-    );
-    assert_eq!(
-        read("rn", b"0123456789abcdef\r\n"),
-        read("p2", b"0123456789abcdef")
-    );
-    assert!(read("long", &[b'x'; 4096]).is_ok());
+fn a_secret_has_limits_and_says_them() {
+    let plain = Secret::new(b"0123456789abcdef");
+    assert_eq!(Secret::new(b"0123456789abcdef\n"), plain);
+    assert_eq!(Secret::new(b"0123456789abcdef\r\n"), plain);
+    assert!(Secret::new(&[b'x'; 4096]).is_ok());
     for bytes in [&b""[..], b"0123456789abcde\n", &[b'x'; 4097]] {
-        let error = read("bad", bytes).unwrap_err();
-        assert!(
-            error.contains("expected 16 to 4096") && error.contains("openssl"),
-            "{error}"
-        );
+        let error = Secret::new(bytes).unwrap_err().to_string();
+        assert!(error.contains("expected 16 to 4096"), "{error}");
     }
-    let error = Secret::read(&std::env::temp_dir().join("cachalot-none")).unwrap_err();
-    assert!(
-        error.to_string().contains("cachalot-none cannot be read"),
-        "{error}"
-    );
 }
