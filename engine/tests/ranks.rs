@@ -256,3 +256,37 @@ fn weights_of_ranks_are_not_replaced() {
         "{answer}"
     );
 }
+
+#[test]
+fn ranks_with_one_secret_answer_and_others_are_told_that_theirs_differs() {
+    let dir = golden("qwen2");
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (right, wrong) = (
+        file("right", "what all ranks know\n"),
+        file("wrong", "what no rank knows\n"),
+    );
+    let secret = ["--group-secret-file", right.as_str()];
+    let one = Engine::start(&["--model", dir.path().to_str().unwrap()]);
+    let leader = leader();
+    let mut first = begin(dir.path(), &leader, 0, 2, &secret);
+    for other in [&["--group-secret-file", wrong.as_str()][..], &[]] {
+        let mut refused = begin(dir.path(), &leader, 1, 2, other);
+        assert!(!end_of(&mut refused).success());
+        let words = "start every rank with the same --group-secret-file";
+        let log = refused.rest_of_log();
+        assert!(
+            log.contains("GroupIncomplete: rank 0 at") && log.contains(words),
+            "{log}"
+        );
+    }
+    let mut second = begin(dir.path(), &leader, 1, 2, &secret);
+    ready(&mut first);
+    ready(&mut second);
+    assert_eq!(first.text(&PROMPT, 24), one.text(&PROMPT, 24));
+    let logs = first.log() + &second.log();
+    assert!(!logs.contains("what all ranks know"), "{logs}");
+}
