@@ -104,24 +104,31 @@ fn a_model_makes_room_only_when_no_engine_serves_it() {
     let mut engine = begin(&hub, cache.path(), &["--cache-limit", &limit]);
     engine.wait_ready();
     let other = || {
-        let output = Command::new(env!("CARGO_BIN_EXE_engine"))
-            .args(["plan", "--device", "cpu", "--model", "hf://org/two"])
-            .args(["--cache-limit", &limit, "--cache-dir"])
-            .arg(cache.path())
-            .env("HF_ENDPOINT", &hub.address)
-            .output()
-            .unwrap();
-        let text = String::from_utf8([output.stdout, output.stderr].concat());
-        (output.status.success(), text.unwrap())
+        let cache = cache.path().to_str().unwrap();
+        let limited = ["--cache-dir", cache, "--cache-limit", limit.as_str()];
+        let model = ["--model", "hf://org/two", "--failure-linger-seconds", "0"];
+        let address = [("HF_ENDPOINT", hub.address.as_str())];
+        Engine::begin_with(&address, &[&model[..], &limited].concat())
     };
     let one = cache.path().join(format!("hf--org--one--{COMMIT}"));
-    let (succeeded, text) = other();
-    assert!(!succeeded && text.contains("raise the limit"), "{text}");
+    let mut refused = other();
+    let deadline = Instant::now() + PATIENCE;
+    let ended = loop {
+        match refused.child.try_wait().unwrap() {
+            Some(ended) => break ended,
+            None => assert!(Instant::now() < deadline, "{}", refused.log()),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let text = refused.rest_of_log();
+    assert!(
+        !ended.success() && text.contains("raise the limit"),
+        "{text}"
+    );
     assert!(one.join("model.safetensors").is_file());
     assert_eq!(engine.text(&PROMPT, 8).len(), 8);
     drop(engine);
-    let (succeeded, text) = other();
-    assert!(succeeded, "{text}");
+    other().wait_ready();
     assert!(!one.exists() && !one.with_added_extension("lock").exists());
 }
 
