@@ -230,7 +230,7 @@ pub(crate) fn enter(
         return Ok(());
     };
     let nonces = Nonces { guest, host };
-    // Its own number sent back would let it use our proof as its own; the sides' names forbid that already.
+    // A stranger is told nothing: our proof comes after its own.
     if !proof.is_some_and(|proof| secret.is_proof(Side::Host, &nonces, &proof)) {
         let reason = format!("its group secret differs; {SAME_SECRET}");
         return Err(Shut::Refused(reason));

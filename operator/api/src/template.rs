@@ -141,15 +141,15 @@ pub struct Resources {
 #[x_kube(validation = Rule::new("[has(self.persistentVolumeClaim), has(self.configMap), has(self.secret), has(self.emptyDir)].filter(x, x).size() == 1")
     .message("a volume takes exactly one of persistentVolumeClaim, configMap, secret and emptyDir"))]
 pub struct Volume {
-    /// Name of the volume; `tmp`, `cache`, `config`, `models` and `shm` are the operator's own.
+    /// Name of the volume; `tmp`, `cache`, `config`, `models`, `shm` and `group-secret` are the operator's own.
     #[schemars(
         length(min = 1, max = 63),
         regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
     )]
-    #[x_kube(validation = Rule::new("!(self in ['tmp', 'cache', 'config', 'models', 'shm'])")
-        .message("the volume names tmp, cache, config, models and shm belong to the operator; choose another"))]
+    #[x_kube(validation = Rule::new("!(self in ['tmp', 'cache', 'config', 'models', 'shm', 'group-secret'])")
+        .message("the volume names tmp, cache, config, models, shm and group-secret belong to the operator; choose another"))]
     pub name: String,
-    /// Absolute path in the container; not below `/tmp`, `/cache` or `/etc/cachalot`.
+    /// Absolute path in the container; not below `/tmp`, `/cache`, `/etc/cachalot` or `/etc/cachalot-group`.
     #[schemars(length(min = 2, max = 1024))]
     #[x_kube(validation = Rule::new("self.startsWith('/') && !self.contains('..') && !self.contains(':')")
         .message("mountPath must be an absolute path without '..' and ':'"))]

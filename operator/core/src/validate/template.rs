@@ -7,11 +7,12 @@ use operator_api::{EnvVar, PodTemplate, Quantity, Resources, Volume};
 use super::{Rules, is_object_name};
 
 const FIELD: &str = "spec.podTemplate";
-const OWN_VOLUMES: &[&str] = &["tmp", "cache", "config", "models", "shm"];
+const OWN_VOLUMES: &[&str] = &["tmp", "cache", "config", "models", "shm", "group-secret"];
 const OWN_PATHS: &[&str] = &[
     "/tmp",
     "/cache",
     "/etc/cachalot",
+    "/etc/cachalot-group",
     "/models/pvc",
     "/dev",
     "/proc",
@@ -232,7 +233,7 @@ fn check_volumes(rules: &mut Rules, volumes: &[Volume]) {
             !OWN_VOLUMES.contains(&name.as_str()),
             &format!("{field}[].name"),
             name,
-            "the volume names tmp, cache, config, models and shm belong to the operator; choose another",
+            "the volume names tmp, cache, config, models, shm and group-secret belong to the operator; choose another",
         );
         rules.require(
             names.insert(name),

@@ -112,6 +112,12 @@ pub fn template_rows() -> Vec<(&'static str, Refused, &'static str, Value)> {
             volume(json!({"name": "tmp"})),
         ),
         (
+            "the volume of a group's secret",
+            Everywhere,
+            "belong to the operator",
+            volume(json!({"name": "group-secret"})),
+        ),
+        (
             "a relative mount",
             Everywhere,
             "absolute path",
@@ -122,6 +128,12 @@ pub fn template_rows() -> Vec<(&'static str, Refused, &'static str, Value)> {
             InRust,
             "belong to the operator",
             volume(json!({"mountPath": "/etc/cachalot/x"})),
+        ),
+        (
+            "the mount of a group's secret",
+            InRust,
+            "belong to the operator",
+            volume(json!({"mountPath": "/etc/cachalot-group"})),
         ),
         (
             "a node selector",
