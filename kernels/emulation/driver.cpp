@@ -2,8 +2,8 @@
 // machine of machine.h, and errors arrive the way the driver's do: a faulting kernel poisons its context, so that the next
 // call fails with the fault's code.
 //
-// Invariant: a stream's work runs as late as the program allows: when it is synchronised, when another stream waits for
-// it, or when pageable memory is read back. A missing synchronisation therefore shows as poison.
+// Invariant: a stream's work runs as late as the program allows: when it is synchronised, when somebody asks whether it is
+// done, when another stream waits for it, or when pageable memory is read back. A missing synchronisation therefore shows as poison.
 //
 // Environment: CACHALOT_EMULATION_SCHEDULE 0, 1 or 2 (default 0), CACHALOT_EMULATION_WORKERS (default 1),
 // CACHALOT_EMULATION_MEMORY bytes of "device" memory (default 8 GiB), CACHALOT_EMULATION_CAPABILITY such as 80 or 90,
@@ -13,6 +13,7 @@
 
 #include <sys/mman.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +23,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #define API extern "C" __attribute__((visibility("default"))) int
 
@@ -81,6 +83,12 @@ struct Stream {
     std::deque<Work> queue;
     uint64_t issued = 0, done = 0;
     std::unique_ptr<std::vector<Work>> capture;
+    std::atomic<bool> running{false}; // on a thread of its own, since somebody asked whether it is done
+    std::thread runner;
+
+    ~Stream() {
+        if (runner.joinable()) runner.join();
+    }
 
     void run(uint64_t until) {
         std::lock_guard<std::recursive_mutex> guard(context->lock);
@@ -461,6 +469,7 @@ API cuStreamDestroy_v2(void* handle) {
     std::shared_ptr<Stream> stream = stream_of(handle);
     if (!stream) return INVALID_HANDLE;
     stream->run(stream->issued); // its work still happens
+    if (stream->runner.joinable()) stream->runner.join();
     std::lock_guard<std::mutex> guard(lock);
     streams.erase(handle);
     return SUCCESS;
@@ -473,6 +482,29 @@ API cuStreamSynchronize(void* handle) {
     if (stream->capture) return CAPTURE_UNSUPPORTED;
     stream->run(stream->issued);
     return sticky();
+}
+// Work that waits for another device (a collective) must not hold up whoever asks: it runs on a thread of its own from here on.
+API cuStreamQuery(void* handle) {
+    if (int error = sticky()) return error;
+    std::shared_ptr<Stream> stream = stream_of(handle);
+    if (!stream) return INVALID_HANDLE;
+    if (stream->running) return NOT_READY;
+    std::lock_guard<std::recursive_mutex> guard(stream->context->lock);
+    if (stream->capture) return CAPTURE_UNSUPPORTED;
+    if (stream->done == stream->issued) return sticky();
+    if (stream->runner.joinable()) stream->runner.join(); // at its end already
+    stream->running = true;
+    stream->runner = std::thread([raw = stream.get(), until = stream->issued, context = current, schedule = schedule_of_thread] {
+        current = context;
+        schedule_of_thread = schedule;
+        raw->run(until);
+        raw->running = false;
+    });
+    return NOT_READY;
+}
+// What a library queues that works on the device's memory itself; a graph calls it at every replay.
+API cuLaunchHostFunc(void* handle, void (*function)(void*), void* argument) {
+    return submit(handle, [=] { function(argument); });
 }
 API cuEventCreate(Event** event, unsigned) {
     *event = new Event;

@@ -60,6 +60,7 @@ fatbins! {
     "rope_bf16": ["rope_bf16"],
     "sample_adjust_f32": ["sample_adjust_f32"],
     "sample_f32": ["sample_f32"],
+    "share_columns": ["share_columns"],
     "swiglu_bf16": ["swiglu_bf16"],
     "swiglu_fp8": ["swiglu_fp8"],
 }

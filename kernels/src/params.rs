@@ -107,8 +107,8 @@ params!(
         width: i32,
         /// Rows of the table.
         vocabulary: i32,
-        /// Zero.
-        reserved: i32,
+        /// 1 where unknown tokens are another rank's: their rows are zeros. 0: they are NaN.
+        elsewhere: i32,
     }
 );
 
@@ -367,6 +367,28 @@ params!(
         layers: i32,
         /// Zero.
         reserved: i32,
+    }
+);
+
+params!(
+    /// Packs a rank's columns of whole rows into its slot, or lays all other ranks' slots out in the rows.
+    ShareColumnsParams, 40, {
+        /// `[count, units * unit_bytes]`.
+        rows: Address,
+        /// `[ranks, count, largest share * unit_bytes]`.
+        slots: Address,
+        /// Rows.
+        count: i32,
+        /// Units of a row, dealt out in order; the first ranks get those that are left over.
+        units: i32,
+        /// Bytes of a unit, even.
+        unit_bytes: i32,
+        /// Ranks that share them.
+        ranks: i32,
+        /// This one.
+        rank: i32,
+        /// 0 packs, 1 unpacks.
+        unpack: i32,
     }
 );
 

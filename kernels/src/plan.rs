@@ -506,5 +506,42 @@ pub fn copy_blocks(pairs: usize, layers: usize, block_bytes: usize) -> Result<La
     })
 }
 
+/// Packing or unpacking of the columns that `ranks` share: `units` of `unit_bytes` a row.
+///
+/// # Errors
+/// A dimension that the kernel does not take.
+pub fn share_columns(
+    rows: usize,
+    units: usize,
+    unit_bytes: usize,
+    ranks: usize,
+    unpack: bool,
+) -> Result<Launch, Unsupported> {
+    rows_check("share_columns", "rows", rows)?;
+    rows_check("share_columns", "units", units)?;
+    check(
+        "share_columns",
+        "ranks",
+        ranks,
+        (1..=GRID_YZ_MAX).contains(&ranks),
+        "1 to 65535",
+    )?;
+    // A row's bytes are an int in the kernel.
+    let row_bytes = units.saturating_mul(unit_bytes);
+    check(
+        "share_columns",
+        "unit_bytes",
+        unit_bytes,
+        unit_bytes > 0 && unit_bytes.is_multiple_of(2) && row_bytes <= i32::MAX as usize,
+        "even numbers, with rows of at most 2147483647 bytes",
+    )?;
+    Ok(Launch {
+        kernel: "share_columns",
+        grid: [rows as u32, if unpack { ranks as u32 } else { 1 }, 1],
+        threads: 256,
+        shared_bytes: 0,
+    })
+}
+
 #[cfg(test)]
 mod tests;

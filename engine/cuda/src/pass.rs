@@ -315,7 +315,7 @@ impl Pass<'_> {
             rows: count as i32,
             width: table.stride as i32,
             vocabulary: table.count as i32,
-            reserved: 0,
+            elsewhere: 0,
         };
         self.launch(&plan::embed(count, table.stride)?, &params)
     }
@@ -340,7 +340,7 @@ impl Backend for Pass<'_> {
             rows: self.rows as i32,
             width: matrix.columns as i32,
             vocabulary: matrix.rows as i32,
-            reserved: 0,
+            elsewhere: 0,
         };
         self.launch(&plan::embed(self.rows, matrix.columns)?, &params)?;
         self.complete_embedded(&matrix)

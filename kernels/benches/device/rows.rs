@@ -3,6 +3,7 @@
 use kernels::params::{
     ActivationParams, Address, CombineParams, CopyBlocksParams, EmbedParams, GateParams,
     GreedyParams, LogprobsParams, RmsNormParams, SampleAdjustParams, SampleParams,
+    ShareColumnsParams,
 };
 use kernels::plan::{self, Activation, Format, QUANT_GROUP};
 
@@ -73,6 +74,14 @@ pub fn cases(small: bool) -> Vec<(String, Maker)> {
         format!("copy_blocks {pairs}x{layers}x{}", 64 * 1152),
         Box::new(move |lab| copy(lab, pairs, layers, 64 * 1152)),
     ));
+    for unpack in [false, true] {
+        let rows = if small { 3 } else { 256 };
+        let what = if unpack { "unpack" } else { "pack" };
+        all.push((
+            format!("share_columns {what} {rows}x{hidden} of 8 ranks"),
+            Box::new(move |lab| share(lab, rows, hidden, unpack)),
+        ));
+    }
     all
 }
 
@@ -142,7 +151,7 @@ fn embed(lab: &mut Lab, rows: usize, width: usize, vocabulary: usize) -> Case {
         rows: rows as i32,
         width: width as i32,
         vocabulary: vocabulary as i32,
-        reserved: 0,
+        elsewhere: 0,
     };
     b.step(plan::embed(rows, width), params);
     b.finish(rows * width * 4, 0)
@@ -288,4 +297,35 @@ fn copy(lab: &mut Lab, pairs: usize, layers: usize, block_bytes: usize) -> Case 
     };
     b.step(plan::copy_blocks(pairs, layers, block_bytes), params);
     b.finish(2 * pairs * layers * block_bytes, 0)
+}
+
+/// Columns of a residual stream that eight ranks share, in blocks of 128.
+fn share(lab: &mut Lab, rows: usize, width: usize, unpack: bool) -> Case {
+    const RANKS: usize = 8;
+    let mut b = Builder::new(lab);
+    let (units, unit_bytes) = (width / 128, 256);
+    // Rank 0 packs, into the first slot; a rank beyond the last one unpacks, and so all columns: whatever is compared is written.
+    let slot = rows * units.div_ceil(RANKS) * unit_bytes;
+    let (whole, packed, rank, moved) = match unpack {
+        false => {
+            let (rows_at, slots) = (b.bf16s(rows * width, 1.0), b.out("slot", Kind::Bf16, slot / 2));
+            (rows_at, slots, 0, slot)
+        }
+        true => {
+            let rows_at = b.out("rows", Kind::Bf16, rows * width);
+            (rows_at, b.bf16s(RANKS * slot / 2, 1.0), RANKS, rows * width * 2)
+        }
+    };
+    let params = ShareColumnsParams {
+        rows: whole,
+        slots: packed,
+        count: rows as i32,
+        units: units as i32,
+        unit_bytes: unit_bytes as i32,
+        ranks: RANKS as i32,
+        rank: rank as i32,
+        unpack: i32::from(unpack),
+    };
+    b.step(plan::share_columns(rows, units, unit_bytes, RANKS, unpack), params);
+    b.finish(2 * moved, 0)
 }

@@ -8,7 +8,8 @@ struct EmbedParams {
     const bf16* table; // [vocabulary, width]
     const uint32_t* tokens;
     bf16* out; // [rows, width]
-    int32_t rows, width, vocabulary, reserved;
+    int32_t rows, width, vocabulary;
+    int32_t elsewhere; // unknown tokens are another rank's: their rows are zeros, not NaN
 };
 static_assert(sizeof(EmbedParams) == 40, "src/params.rs mirrors this");
 
@@ -249,3 +250,12 @@ struct CopyBlocksParams {
     int32_t block_bytes, blocks, layers, reserved;
 };
 static_assert(sizeof(CopyBlocksParams) == 40, "src/params.rs mirrors this");
+
+// Packs a rank's columns of whole rows into its slot, or lays all other ranks' slots out in the rows.
+struct ShareColumnsParams {
+    unsigned char* rows;  // [count, units * unit_bytes]
+    unsigned char* slots; // [ranks, count, largest share * unit_bytes]
+    int32_t count, units, unit_bytes; // units are dealt out in order, the first ranks getting those that are left over
+    int32_t ranks, rank, unpack;
+};
+static_assert(sizeof(ShareColumnsParams) == 40, "src/params.rs mirrors this");

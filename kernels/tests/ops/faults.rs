@@ -104,8 +104,9 @@ fn kernels_take_the_arguments_that_the_host_sends() {
 }
 
 fn params_bytes(kernel: &str) -> usize {
-    let sizes: [(&str, usize); 22] = [
+    let sizes: [(&str, usize); 23] = [
         ("copy_blocks", size_of::<params::CopyBlocksParams>()),
+        ("share_columns", size_of::<params::ShareColumnsParams>()),
         ("hopper_gemm", size_of::<params::HopperGemmParams>()),
         ("hopper_mla_decode", size_of::<params::MlaDecodeParams>()),
         ("hopper_mla_prefill", size_of::<params::MlaPrefillParams>()),
@@ -149,7 +150,7 @@ fn embed_params(table: u64, tokens: u64, out: u64) -> EmbedParams {
         rows: 2,
         width: 64,
         vocabulary: 4,
-        reserved: 0,
+        elsewhere: 0,
     }
 }
 

@@ -13,6 +13,7 @@ mod harness;
 mod hopper_attention;
 mod hopper_gemms;
 mod mutation;
+mod ranks;
 mod rows;
 mod sampling;
 mod streams;

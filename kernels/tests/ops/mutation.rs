@@ -95,6 +95,11 @@ const TARGETS: &[Target] = &[
         tests: &["rows::copying"],
     },
     Target {
+        file: "cuda/sm80/share_columns.cu",
+        sources: &["share_columns"],
+        tests: &["ranks::"],
+    },
+    Target {
         file: "cuda/sm80/permute.cu",
         sources: &["permute"],
         tests: &["experts::permutation", "experts::tiles_are_of"],

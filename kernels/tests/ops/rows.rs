@@ -23,25 +23,30 @@ fn embedding_copies_rows_and_shows_unknown_tokens() {
             tokens[rows / 2] = vocabulary as u32 + 3;
             tokens[rows - 1] = vocabulary as u32 - 1;
             let (d_table, d_tokens) = (lab.upload(&table), lab.upload(&tokens));
-            let out = lab.poisoned(rows * width * 2);
-            lab.run(
-                &plan::embed(rows, width).expect("a plan"),
-                &EmbedParams {
-                    table: d_table.address(),
-                    tokens: d_tokens.address(),
-                    out: out.address(),
-                    rows: rows as i32,
-                    width: width as i32,
-                    vocabulary: vocabulary as i32,
-                    reserved: 0,
-                },
-            );
-            let got = lab.read::<bf16>(&out, rows * width);
-            for (row, token) in tokens.iter().enumerate() {
-                let got = &got[row * width..][..width];
-                match table.chunks(width).nth(*token as usize) {
-                    Some(want) => assert_eq!(got, want, "row {row}"),
-                    None => assert!(got.iter().all(|value| value.is_nan()), "row {row}"),
+            for elsewhere in [0, 1] {
+                let out = lab.poisoned(rows * width * 2);
+                lab.run(
+                    &plan::embed(rows, width).expect("a plan"),
+                    &EmbedParams {
+                        table: d_table.address(),
+                        tokens: d_tokens.address(),
+                        out: out.address(),
+                        rows: rows as i32,
+                        width: width as i32,
+                        vocabulary: vocabulary as i32,
+                        elsewhere,
+                    },
+                );
+                let got = lab.read::<bf16>(&out, rows * width);
+                for (row, token) in tokens.iter().enumerate() {
+                    let got = &got[row * width..][..width];
+                    match table.chunks(width).nth(*token as usize) {
+                        Some(want) => assert_eq!(got, want, "row {row}"),
+                        None if elsewhere == 1 => {
+                            assert!(got.iter().all(|value| value.to_bits() == 0), "row {row}");
+                        }
+                        None => assert!(got.iter().all(|value| value.is_nan()), "row {row}"),
+                    }
                 }
             }
         }

@@ -37,7 +37,7 @@ fn embed(
         rows: 1,
         width: WIDTH as i32,
         vocabulary: 4,
-        reserved: 0,
+        elsewhere: 0,
     };
     // SAFETY: the tests keep the buffers until they have synchronised.
     #[allow(unsafe_code)]
@@ -158,7 +158,7 @@ fn an_arena_refuses_what_is_outside_it() {
             rows: 1,
             width: 8,
             vocabulary: 1,
-            reserved: 0,
+            elsewhere: 0,
         };
         let launch = plan::embed(1, 8).expect("a plan");
         let error = arena
@@ -200,7 +200,7 @@ fn work_recorded_over_an_arena_outlives_its_owner() {
             rows: 1,
             width: 8,
             vocabulary: 16,
-            reserved: 0,
+            elsewhere: 0,
         };
         let launch = plan::embed(1, 8).expect("a plan");
         lab.device.load(&[launch]).expect("it is there");

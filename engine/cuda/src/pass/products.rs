@@ -279,7 +279,7 @@ impl Pass<'_> {
             rows: chosen as i32,
             width: width as i32,
             vocabulary: rows.count as i32,
-            reserved: 0,
+            elsewhere: 0,
         };
         self.launch(&plan::embed(chosen, width)?, &params)?;
         Ok(Rows {
