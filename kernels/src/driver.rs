@@ -31,16 +31,6 @@ macro_rules! call {
     }};
 }
 
-mod arena;
-mod device;
-mod staging;
-mod stream;
-
-pub use arena::{Arena, ArenaGraph, Part};
-pub use device::{Buffer, Device, Plain};
-pub use staging::Staging;
-pub use stream::{Event, Graph, Stream};
-
 /// What the loader looks for when no path is given.
 pub const LIBRARY: &str = "libcuda.so.1";
 /// The oldest driver that runs our fatbins.
@@ -58,9 +48,11 @@ pub enum DriverError {
         #[source]
         source: libloading::Error,
     },
-    /// The driver lacks a function.
-    #[error("the CUDA driver has no {symbol}; it is older than 13.0")]
+    /// A library lacks a function.
+    #[error("{library} has no {symbol}")]
     NoSymbol {
+        /// Which library.
+        library: &'static str,
         /// The function.
         symbol: &'static str,
         /// The loader's words.
@@ -119,6 +111,39 @@ pub enum DriverError {
         /// How many.
         bytes: usize,
     },
+    /// NCCL is not on this machine.
+    #[error("no NCCL: cannot load {path}")]
+    NoNccl {
+        /// What was tried.
+        path: PathBuf,
+        /// The loader's words.
+        #[source]
+        source: libloading::Error,
+    },
+    /// NCCL is too old.
+    #[error("NCCL is {}.{}.{}, but 2.18 or later is needed", version / 10_000, version % 10_000 / 100, version % 100)]
+    OldNccl {
+        /// As NCCL counts it.
+        version: i32,
+    },
+    /// A call of NCCL failed.
+    #[error("{call} failed: {detail} ({code})")]
+    Nccl {
+        /// The function.
+        call: &'static str,
+        /// NCCL's code.
+        code: i32,
+        /// NCCL's words.
+        detail: String,
+    },
+    /// Something did not come to its end in time.
+    #[error("{what} did not end within {seconds} seconds")]
+    Late {
+        /// What.
+        what: &'static str,
+        /// How long was waited.
+        seconds: u64,
+    },
     /// More values than a buffer holds.
     #[error("{asked} bytes do not fit a buffer of {bytes}")]
     Size {
@@ -131,23 +156,39 @@ pub enum DriverError {
 
 type Handle = *mut c_void;
 
+/// Functions of a library, all of them there or none used. Their types are the declarations in its header.
 macro_rules! functions {
-    ($($name:ident: fn($($argument:ty),*);)+) => {
+    ($library:literal; $($name:ident: fn($($argument:ty),*) $(-> $result:ty)?;)+) => {
         #[allow(non_snake_case)]
-        struct Functions { $($name: unsafe extern "C" fn($($argument),*) -> c_int),+ }
+        struct Functions { $($name: functions!(@type ($($argument),*) $($result)?)),+ }
         impl Functions {
             fn load(library: &Library) -> Result<Self, DriverError> {
                 Ok(Self { $($name: {
-                    // SAFETY: the type is the function's declaration in cuda.h of CUDA 13.0.
+                    // SAFETY: the type is the function's declaration, see above.
                     let symbol = unsafe { library.get(stringify!($name).as_bytes()) };
-                    *symbol.map_err(|source| DriverError::NoSymbol { symbol: stringify!($name), source })?
+                    *symbol.map_err(|source| DriverError::NoSymbol { library: $library, symbol: stringify!($name), source })?
                 }),+ })
             }
         }
     };
+    (@type ($($argument:ty),*)) => { unsafe extern "C" fn($($argument),*) -> c_int };
+    (@type ($($argument:ty),*) $result:ty) => { unsafe extern "C" fn($($argument),*) -> $result };
 }
 
+mod arena;
+mod device;
+mod nccl;
+mod staging;
+mod stream;
+
+pub use arena::{Arena, ArenaGraph, Part};
+pub use device::{Buffer, Device, Plain};
+pub use nccl::{Communicator, NCCL_LIBRARY, Nccl, NcclId};
+pub use staging::Staging;
+pub use stream::{Event, Graph, Stream};
+
 functions! {
+    "the CUDA driver, older than 13.0,";
     cuInit: fn(c_uint);
     cuDriverGetVersion: fn(*mut c_int);
     cuDeviceGetCount: fn(*mut c_int);
@@ -170,6 +211,7 @@ functions! {
     cuStreamCreate: fn(*mut Handle, c_uint);
     cuStreamDestroy_v2: fn(Handle);
     cuStreamSynchronize: fn(Handle);
+    cuStreamQuery: fn(Handle);
     cuStreamWaitEvent: fn(Handle, Handle, c_uint);
     cuStreamBeginCapture_v2: fn(Handle, c_int);
     cuStreamEndCapture: fn(Handle, *mut Handle);

@@ -1,4 +1,4 @@
-//! Builds the stand-in `libcuda.so.1` from the kernel sources with a C++ compiler.
+//! Builds the stand-in `libcuda.so.1` from the kernel sources, and a stand-in `libnccl.so.2`, with a C++ compiler.
 //!
 //! Invariant: objects are named by the hash of everything that went into them, so a stale one is never linked and an
 //! unchanged one is never rebuilt.
@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use thiserror::Error;
 
+use crate::driver::NCCL_LIBRARY;
 use crate::image::sha256;
 
 /// Why there is no emulated driver.
@@ -166,6 +167,38 @@ impl Emulation {
             std::fs::rename(&temporary, &library).map_err(|source| file(&library, source))?;
         }
         Ok(library)
+    }
+
+    /// Builds an emulated `libnccl.so.2` as well, beside the driver; the path of the driver.
+    ///
+    /// # Errors
+    /// See [`Emulation::build`].
+    pub fn build_with_nccl(&self) -> Result<PathBuf, BuildError> {
+        let driver = self.build()?;
+        let compiler = compiler().ok_or(BuildError::NoCompiler)?;
+        let source = Path::new("emulation/nccl.cpp");
+        let text = self.text(source)?;
+        let key = sha256(format!("{compiler}\0{FLAGS:?}\0{text}").as_bytes());
+        let folder = driver.parent().unwrap_or(Path::new("."));
+        let built = folder.join(format!("nccl-{}.built", &key[..16]));
+        let library = folder.join(NCCL_LIBRARY);
+        if !built.exists() {
+            let object = folder.join(format!("nccl-{}.o", &key[..16]));
+            compile(&compiler, &self.root.join(source), &object)?;
+            let temporary = folder.join(format!("libnccl.{}", unique()));
+            let mut command = Command::new(&compiler);
+            command
+                .args(["-shared", "-pthread", "-Wl,-soname,libnccl.so.2"])
+                .args(["-static-libstdc++", "-static-libgcc", "-o"])
+                .arg(&temporary)
+                // It queues its work on the driver's streams.
+                .args([&object, &driver])
+                .arg("-Wl,-rpath,$ORIGIN");
+            finish(command, &library)?;
+            std::fs::rename(&temporary, &library).map_err(|source| file(&library, source))?;
+            std::fs::write(&built, []).map_err(|source| file(&built, source))?;
+        }
+        Ok(driver)
     }
 
     /// Sources to compile, relative to the root.

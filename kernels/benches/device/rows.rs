@@ -308,12 +308,20 @@ fn share(lab: &mut Lab, rows: usize, width: usize, unpack: bool) -> Case {
     let slot = rows * units.div_ceil(RANKS) * unit_bytes;
     let (whole, packed, rank, moved) = match unpack {
         false => {
-            let (rows_at, slots) = (b.bf16s(rows * width, 1.0), b.out("slot", Kind::Bf16, slot / 2));
+            let (rows_at, slots) = (
+                b.bf16s(rows * width, 1.0),
+                b.out("slot", Kind::Bf16, slot / 2),
+            );
             (rows_at, slots, 0, slot)
         }
         true => {
             let rows_at = b.out("rows", Kind::Bf16, rows * width);
-            (rows_at, b.bf16s(RANKS * slot / 2, 1.0), RANKS, rows * width * 2)
+            (
+                rows_at,
+                b.bf16s(RANKS * slot / 2, 1.0),
+                RANKS,
+                rows * width * 2,
+            )
         }
     };
     let params = ShareColumnsParams {
@@ -326,6 +334,9 @@ fn share(lab: &mut Lab, rows: usize, width: usize, unpack: bool) -> Case {
         rank: rank as i32,
         unpack: i32::from(unpack),
     };
-    b.step(plan::share_columns(rows, units, unit_bytes, RANKS, unpack), params);
+    b.step(
+        plan::share_columns(rows, units, unit_bytes, RANKS, unpack),
+        params,
+    );
     b.finish(2 * moved, 0)
 }

@@ -51,6 +51,17 @@ impl std::fmt::Debug for Device {
 }
 
 impl Device {
+    /// Makes its context the calling thread's, for a library that works on the current one.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub(super) fn make_current(&self) -> Result<(), DriverError> {
+        // SAFETY: the context is alive as long as the device.
+        self.driver.check("cuCtxSetCurrent", unsafe {
+            (self.driver.functions.cuCtxSetCurrent)(self.context)
+        })
+    }
+
     /// Opens a device with its primary context.
     ///
     /// # Errors

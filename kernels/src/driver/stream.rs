@@ -10,6 +10,9 @@ use super::{Buffer, Device, DriverError, Handle, Plain};
 use crate::params::Params;
 use crate::plan::Launch;
 
+/// `CUDA_ERROR_NOT_READY`: no failure.
+const NOT_READY: i32 = 600;
+
 /// A queue of work on a device.
 pub struct Stream {
     pub(super) device: Arc<Device>,
@@ -157,6 +160,19 @@ impl Stream {
     /// Something queued failed.
     pub fn synchronize(&self) -> Result<(), DriverError> {
         call!(&self.device, cuStreamSynchronize(self.handle))
+    }
+
+    /// Whether everything queued is done.
+    ///
+    /// # Errors
+    /// Something queued failed.
+    pub fn is_idle(&self) -> Result<bool, DriverError> {
+        match call!(&self.device, cuStreamQuery(self.handle)) {
+            Err(DriverError::Call {
+                code: NOT_READY, ..
+            }) => Ok(false),
+            other => other.map(|()| true),
+        }
     }
 
     /// Records what `queue` queues on this stream instead of running it. Every kernel must have been launched once

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use half::bf16;
-use kernels::driver::{Buffer, Device, Driver, Plain, Stream};
+use kernels::driver::{Buffer, Device, Driver, NCCL_LIBRARY, Nccl, Plain, Stream};
 use kernels::emulation::{BuildError, Emulation};
 use kernels::params::{Address, Params};
 use kernels::plan::Launch;
@@ -21,7 +21,7 @@ pub fn driver() -> Option<Arc<Driver>> {
         .get_or_init(|| {
             let path = match std::env::var_os("KERNELS_DRIVER") {
                 Some(path) => PathBuf::from(path),
-                None => match Emulation::new(&build_folder()).build() {
+                None => match Emulation::new(&build_folder()).build_with_nccl() {
                     Ok(path) => path,
                     Err(error @ (BuildError::NoCompiler | BuildError::WrongMachine)) => {
                         eprintln!("skipped: {error}");
@@ -33,6 +33,27 @@ pub fn driver() -> Option<Arc<Driver>> {
             Some(Driver::load(Some(&path)).expect("the driver loads"))
         })
         .clone()
+}
+
+/// NCCL: `KERNELS_NCCL`, or the emulated one beside an emulated driver.
+pub fn nccl() -> Option<Arc<Nccl>> {
+    driver()?;
+    let path = match (
+        std::env::var_os("KERNELS_NCCL"),
+        std::env::var_os("KERNELS_DRIVER"),
+    ) {
+        (Some(path), _) => PathBuf::from(path),
+        (None, Some(_)) => {
+            eprintln!("skipped: KERNELS_NCCL names no libnccl.so.2");
+            return None;
+        }
+        (None, None) => {
+            let driver = Emulation::new(&build_folder()).build_with_nccl();
+            let driver = driver.expect("it was built already");
+            driver.with_file_name(NCCL_LIBRARY)
+        }
+    };
+    Some(Nccl::load(Some(&path)).expect("NCCL loads"))
 }
 
 /// A device with a context of its own, under one schedule.

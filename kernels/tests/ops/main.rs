@@ -1,9 +1,10 @@
 //! Every kernel against float64, on the emulated driver or on a real one.
 //!
 //! `KERNELS_DRIVER=libcuda.so.1` uses that driver; without it the emulated one is built with the machine's C++ compiler,
-//! and the tests pass with a message when there is none. `KERNELS_SEED` changes the random inputs.
+//! and the tests pass with a message when there is none. `KERNELS_NCCL` is the NCCL beside that driver. `KERNELS_SEED` changes the random inputs.
 
 mod attention;
+mod collectives;
 mod experts;
 mod faults;
 mod fp8_cache;

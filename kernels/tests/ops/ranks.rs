@@ -65,7 +65,10 @@ fn columns_go_to_a_slot_and_come_out_of_all_others() {
                     let at = (rank * rows + row) * slot;
                     want[at..at + held * unit].copy_from_slice(&packed[at..at + held * unit]);
                 }
-                assert!(lab.read::<u8>(&slots, packed.len()) == want, "{name}: packed");
+                assert!(
+                    lab.read::<u8>(&slots, packed.len()) == want,
+                    "{name}: packed"
+                );
 
                 // Its own columns are not there yet in what it gets, and stay as they are.
                 let d_rows = lab.upload(&vec![0xCD_u8; whole.len()]);
@@ -76,7 +79,10 @@ fn columns_go_to_a_slot_and_come_out_of_all_others() {
                 for row in want.chunks_mut(row_bytes) {
                     row[first * unit..(first + held) * unit].fill(0xCD);
                 }
-                assert!(lab.read::<u8>(&d_rows, whole.len()) == want, "{name}: unpacked");
+                assert!(
+                    lab.read::<u8>(&d_rows, whole.len()) == want,
+                    "{name}: unpacked"
+                );
             }
         }
     });
