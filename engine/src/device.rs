@@ -3,9 +3,11 @@
 //! A GPU that was asked for is never replaced by the processors: a fleet that was sized for GPUs would answer a hundred
 //! times slower and look healthy. Only `auto` falls back, and the log has one line that says why.
 
+use std::fmt::Display;
 use std::path::Path;
+use std::str::FromStr;
 
-use engine_cuda::{AttentionChoice, CudaExecutor, CudaLimits, Gpu, refusal};
+use engine_cuda::{CudaExecutor, CudaLimits, Gpu, refusal};
 use engine_memory::{MemoryRequest, memory_plan};
 use engine_spec::{Device, EngineConfig, ModelConfig, Rank};
 
@@ -28,7 +30,7 @@ pub fn find(choice: DeviceChoice, driver: Option<&Path>) -> Result<Found, String
         return Ok(Found::Cpu("the device cpu was asked for".into()));
     }
     match Gpu::open(driver, 0) {
-        Ok(gpu) => Ok(Found::Gpu(gpu.with_attention(attention_choice()?))),
+        Ok(gpu) => Ok(Found::Gpu(as_asked(gpu)?)),
         Err(error) => fall_back(choice, error.to_string()),
     }
 }
@@ -44,18 +46,27 @@ pub fn another(driver: Option<&Path>, ordinal: u32) -> Result<Found, String> {
              process more GPUs, or ask for fewer ranks"
         )
     })?;
-    Ok(Found::Gpu(gpu.with_attention(attention_choice()?)))
+    Ok(Found::Gpu(as_asked(gpu)?))
 }
 
 /// Forces the kernels of latent attention: `auto`, `portable` or `hopper`.
 const ATTENTION: &str = "CACHALOT_CUDA_ATTENTION";
+/// Forces the way that ranks exchange: `auto`, `host` or `nccl`.
+const EXCHANGE: &str = "CACHALOT_CUDA_EXCHANGE";
 
-fn attention_choice() -> Result<AttentionChoice, String> {
-    match std::env::var(ATTENTION) {
-        Ok(name) => name
-            .parse()
-            .map_err(|error| format!("{ATTENTION}: {error}")),
-        Err(_) => Ok(AttentionChoice::Auto),
+fn as_asked(gpu: Gpu) -> Result<Gpu, String> {
+    let gpu = gpu.with_attention(asked(ATTENTION)?);
+    Ok(gpu.with_exchange(asked(EXCHANGE)?, None))
+}
+
+/// The choice that a variable names.
+fn asked<T>(variable: &str) -> Result<T, String>
+where
+    T: Default + FromStr<Err: Display>,
+{
+    match std::env::var(variable) {
+        Ok(name) => name.parse().map_err(|error| format!("{variable}: {error}")),
+        Err(_) => Ok(T::default()),
     }
 }
 

@@ -347,6 +347,9 @@ impl Share<'_> {
                     }
                 };
                 tracing::info!(kernels = %executor.attention(), "attention chosen");
+                if let Some(way) = executor.exchange() {
+                    tracing::info!(way, "exchange chosen");
+                }
                 Box::new(executor)
             }
         })

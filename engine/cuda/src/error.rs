@@ -20,6 +20,9 @@ pub enum CudaError {
     /// The model's graph asks for what this backend does not fuse.
     #[error("the CUDA backend cannot run this graph: {0}")]
     Graph(&'static str),
+    /// Ranks cannot exchange in the way that was asked for.
+    #[error("ranks cannot exchange over NCCL: {0}")]
+    Exchange(String),
     /// The kernels that multiply cannot be had, or do not agree.
     #[error("{0}")]
     Products(String),

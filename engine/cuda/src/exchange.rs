@@ -1,29 +1,37 @@
-//! What the ranks of a group tell each other in the middle of a pass, by way of host memory.
+//! What the ranks of a group tell each other in the middle of a pass: over NCCL where all have it, else by way of host memory.
 //!
-//! Rows go from the device to pinned memory, over the group's connections, and back, so many at a time. That waits for the
-//! stream, so a pass of a rank is not recorded. Invariant: a value is computed by one rank and copied by the others, so
-//! that all hold the bytes that one rank alone would hold.
+//! Invariant: a value is computed by one rank and copied by the others, so that all hold the bytes that one rank alone would
+//! hold. All ranks take the same way, and NCCL only after it moved known bytes right.
 
-use std::cell::RefCell;
-use std::ops::Range;
+mod choice;
+mod host;
+mod nccl;
+
 use std::sync::Arc;
 
-use engine_group::{Columns, Layout, Owners, ProcessGroup};
+use engine_group::ProcessGroup;
 use engine_spec::Rank;
-use kernels::driver::{Arena, Device, DriverError, Staging, Stream};
+use kernels::driver::{Arena, Stream};
 
-use crate::CudaError;
+pub use choice::{ExchangeChoice, UnknownExchange};
+
+use self::host::{At, Host};
+use self::nccl::Nccl;
 use crate::layout::Span;
-
-/// Pinned memory for rows on their way; more for rows that are longer.
-const STAGING_BYTES: usize = 8 << 20;
+use crate::{CudaError, Gpu};
 
 /// The way to the other ranks.
 #[derive(Debug)]
 pub(crate) struct Exchange {
     group: Arc<dyn ProcessGroup>,
-    staging: RefCell<Staging>,
-    bytes: usize,
+    way: Way,
+    reason: String,
+}
+
+#[derive(Debug)]
+enum Way {
+    Host(Host),
+    Nccl(Nccl),
 }
 
 /// Rows of a buffer, one after the other.
@@ -34,29 +42,43 @@ pub(crate) struct Rows {
     pub row_bytes: usize,
 }
 
-/// Who gets the others' rows.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum To {
-    All,
-    Leader,
+/// Rows of which every rank has a share of the columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared {
+    pub span: Span,
+    pub count: usize,
+    /// Of all ranks.
+    pub columns: usize,
+    /// Columns that are dealt out together.
+    pub unit: usize,
+    /// Bytes of a column.
+    pub element: usize,
 }
 
 impl Exchange {
-    /// For rows of at most `row_bytes`; none where there is nobody else.
+    /// For rows of at most `row_bytes`, with `slots` for what is packed; none where there is nobody else. All ranks are here.
+    ///
+    /// # Errors
+    /// NCCL was asked for and cannot be used, a rank is gone, or the device failed.
     pub fn new(
-        device: &Arc<Device>,
+        gpu: &Gpu,
         group: Arc<dyn ProcessGroup>,
+        (arena, stream): (&Arena, &Stream),
+        slots: Span,
         row_bytes: usize,
-    ) -> Result<Option<Self>, DriverError> {
+    ) -> Result<Option<Self>, CudaError> {
         if group.rank().is_alone() {
             return Ok(None);
         }
-        let bytes = STAGING_BYTES.max(row_bytes);
-        Ok(Some(Self {
-            group,
-            staging: RefCell::new(Staging::new(device, bytes)?),
-            bytes,
-        }))
+        let (communicator, reason) = choice::choose(gpu, &*group, (arena, stream), slots)?;
+        let way = match communicator {
+            Some(communicator) => {
+                gpu.device.load(&Nccl::kernels(group.rank().count())?)?;
+                Way::Nccl(communicator)
+            }
+            None => Way::Host(Host::new(&gpu.device, row_bytes)?),
+        };
+        Ok(Some(Self { group, way, reason }))
     }
 
     /// This rank.
@@ -64,32 +86,31 @@ impl Exchange {
         self.group.rank()
     }
 
-    /// Fills rows of `columns` values of `element` bytes, which the ranks share by `unit`.
-    pub fn columns(
-        &self,
-        (arena, stream): (&Arena, &Stream),
-        span: Span,
-        rows: usize,
-        columns: usize,
-        (unit, element): (usize, usize),
-    ) -> Result<(), CudaError> {
-        let rows = Rows::new(span, rows, columns * element);
-        let layout = |part: Range<usize>| self.of_columns(part.len(), columns, unit, element);
-        self.by_rows((arena, stream), rows, To::All, layout)
+    /// Which way, and why.
+    pub fn reason(&self) -> &str {
+        &self.reason
     }
 
-    /// Fills rank 0's rows of float32 logits.
-    pub fn logits(
-        &self,
-        (arena, stream): (&Arena, &Stream),
-        span: Span,
-        rows: usize,
-        vocabulary: usize,
-    ) -> Result<(), CudaError> {
-        let rows = Rows::new(span, rows, vocabulary * 4);
-        let unit = self.rank().row_unit(vocabulary);
-        let layout = |part: Range<usize>| self.of_columns(part.len(), vocabulary, unit, 4);
-        self.by_rows((arena, stream), rows, To::Leader, layout)
+    /// Whether everything is queued on the stream, with nothing for the host to do: a pass can then be recorded, and rows
+    /// of other ranks must be zeros before they are exchanged.
+    pub fn is_queued(&self) -> bool {
+        matches!(self.way, Way::Nccl(_))
+    }
+
+    /// Fills the columns of all ranks.
+    pub fn columns(&self, arena: &Arena, stream: &Stream, shared: Shared) -> Result<(), CudaError> {
+        match &self.way {
+            Way::Host(host) => host.columns(self.at(arena, stream), shared),
+            Way::Nccl(nccl) => nccl.columns(arena, stream, shared),
+        }
+    }
+
+    /// Fills rank 0's rows of logits.
+    pub fn logits(&self, arena: &Arena, stream: &Stream, shared: Shared) -> Result<(), CudaError> {
+        match &self.way {
+            Way::Host(host) => host.logits(self.at(arena, stream), shared),
+            Way::Nccl(nccl) => nccl.logits(arena, stream, shared),
+        }
     }
 
     /// Fills the rows of the step's `tokens`, which were looked up by the ranks that hold them.
@@ -100,72 +121,49 @@ impl Exchange {
         tokens: &[u32],
         vocabulary: usize,
     ) -> Result<(), CudaError> {
-        let layout = |part: Range<usize>| {
-            let mut owners = Owners::default();
-            owners.group(self.rank(), &tokens[part], vocabulary, rows.row_bytes);
-            owners
-        };
-        self.by_rows((arena, stream), rows, To::All, layout)
+        match &self.way {
+            Way::Host(host) => host.embedded(self.at(arena, stream), rows, tokens, vocabulary),
+            Way::Nccl(nccl) => nccl.add(arena, stream, rows),
+        }
     }
 
-    /// Fills the sorted rows of all experts; `starts` has the first row of each, and the end.
+    /// Fills the sorted rows of all experts; `starts` gives the first row of each, and the end, to who has to know.
     pub fn experts(
         &self,
         (arena, stream): (&Arena, &Stream),
         rows: Rows,
-        starts: &[u32],
+        starts: impl FnOnce() -> Result<Vec<u32>, CudaError>,
     ) -> Result<(), CudaError> {
-        let layout = |part| OfExperts {
-            rank: self.rank(),
-            starts,
-            part,
-            row_bytes: rows.row_bytes,
-        };
-        self.by_rows((arena, stream), rows, To::All, layout)
-    }
-
-    fn of_columns(&self, rows: usize, columns: usize, unit: usize, element: usize) -> Columns {
-        Columns {
-            rank: self.rank(),
-            rows,
-            columns,
-            unit,
-            element,
-            skip: 0,
-            stride: columns * element,
+        match &self.way {
+            Way::Host(host) => host.experts(self.at(arena, stream), rows, &starts()?),
+            Way::Nccl(nccl) => nccl.add(arena, stream, rows),
         }
     }
 
-    /// Exchanges as many rows at a time as the pinned memory holds; `layout` says which bytes of them are whose.
-    fn by_rows<L: Layout>(
-        &self,
-        (arena, stream): (&Arena, &Stream),
-        rows: Rows,
-        to: To,
-        layout: impl Fn(Range<usize>) -> L,
-    ) -> Result<(), CudaError> {
-        let Rows {
-            span,
-            count,
-            row_bytes,
-        } = rows;
-        let mut staging = self.staging.borrow_mut();
-        let turn = (self.bytes / row_bytes.max(1)).max(1);
-        for first in (0..count).step_by(turn) {
-            let part = first..count.min(first + turn);
-            let bytes = part.len() * row_bytes;
-            let place = arena.part(span.at + first * row_bytes, bytes)?;
-            staging.fetch(stream, arena, place, bytes)?;
-            let buffer = &mut staging.fill()?[..bytes];
-            match to {
-                To::All => self.group.all_gather(buffer, &layout(part))?,
-                To::Leader => self.group.gather(buffer, &layout(part))?,
-            }
-            if to == To::All || self.rank().is_leader() {
-                staging.send(stream, arena, place, bytes)?;
-            }
+    /// Waits for a pass; one that another rank keeps waiting ends with that rank.
+    ///
+    /// # Errors
+    /// A rank is gone or silent, or the device failed.
+    pub fn settle(&self, stream: &Stream) -> Result<(), CudaError> {
+        match &self.way {
+            // Every exchange has waited already.
+            Way::Host(_) => Ok(()),
+            Way::Nccl(nccl) => nccl.settle(stream, &*self.group),
         }
-        Ok(())
+    }
+
+    /// Tells the others that this rank is of no use any more.
+    pub fn leave(&self, reason: &str) {
+        self.group.leave(reason);
+    }
+
+    fn at<'a>(&'a self, arena: &'a Arena, stream: &'a Stream) -> At<'a> {
+        let group = &*self.group;
+        At {
+            group,
+            arena,
+            stream,
+        }
     }
 }
 
@@ -179,50 +177,17 @@ impl Rows {
     }
 }
 
-/// Some of the sorted rows: those of a rank's experts lie together.
-struct OfExperts<'a> {
-    rank: Rank,
-    starts: &'a [u32],
-    part: Range<usize>,
-    row_bytes: usize,
-}
-
-impl Layout for OfExperts<'_> {
-    fn piece(&self, rank: usize, index: usize) -> Option<Range<usize>> {
-        if index > 0 {
-            return None;
-        }
-        let experts = self.rank.other(rank).share(self.starts.len() - 1);
-        let at = |expert: usize| {
-            let row = self.starts[expert] as usize;
-            (row.clamp(self.part.start, self.part.end) - self.part.start) * self.row_bytes
-        };
-        Some(at(experts.start)..at(experts.end))
+impl Shared {
+    fn rows(self) -> Rows {
+        Rows::new(self.span, self.count, self.columns * self.element)
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    fn units(self) -> usize {
+        self.columns / self.unit
+    }
 
-    #[test]
-    fn a_part_of_the_sorted_rows_is_shared_among_the_ranks_of_its_experts() {
-        let rank = Rank::new(0, 2).expect("a rank");
-        // Four experts of 3, 0, 2 and 4 rows: ranks have rows 0 to 3 and 3 to 9.
-        let starts = [0, 3, 3, 5, 9];
-        let pieces = |part: Range<usize>| {
-            let layout = OfExperts {
-                rank,
-                starts: &starts,
-                part,
-                row_bytes: 10,
-            };
-            assert_eq!(layout.piece(0, 1), None);
-            [0, 1].map(|rank| layout.piece(rank, 0).expect("one piece"))
-        };
-        assert_eq!(pieces(0..9), [0..30, 30..90]);
-        assert_eq!(pieces(0..2), [0..20, 20..20]);
-        assert_eq!(pieces(2..6), [0..10, 10..40]);
-        assert_eq!(pieces(6..9), [0..0, 0..30]);
+    /// Bytes of a row's largest share.
+    fn slot_bytes(self, ranks: usize) -> usize {
+        self.units().div_ceil(ranks) * self.unit * self.element
     }
 }

@@ -12,7 +12,7 @@ use engine_load::{Checkpoint, Dummy, LoadError, Progress, TensorSource};
 use engine_memory::ResidentDtype;
 use engine_model::{Model, forward, forward_to_draft, predict};
 use engine_spec::{ModelConfig, Rank};
-use kernels::driver::{Arena, Device, DriverError, Part, Stream};
+use kernels::driver::{Arena, Device, Part, Stream};
 use kernels::plan::{self, Unsupported};
 
 use crate::exchange::Exchange;
@@ -196,10 +196,8 @@ impl CudaExecutor {
         gpu.device.load(&launches).map_err(backend)?;
         let products = gpu.products.kernels();
         gpu.device.load(&products).map_err(backend)?;
-        let longest = layout.exchanged_row_bytes(&limits, model.vocabulary);
-        let exchange = Exchange::new(&gpu.device, group, longest).map_err(backend)?;
-        let executor = Self::allocate(gpu, (config, model), limits, layout, chosen, exchange)
-            .map_err(backend)?;
+        let executor =
+            Self::allocate(gpu, (config, model), limits, layout, chosen, group).map_err(backend)?;
         let Self {
             model,
             layout,
@@ -216,8 +214,8 @@ impl CudaExecutor {
         limits: CudaLimits,
         layout: Layout,
         attention: ChosenAttention,
-        exchange: Option<Exchange>,
-    ) -> Result<Self, DriverError> {
+        group: Arc<dyn ProcessGroup>,
+    ) -> Result<Self, CudaError> {
         let arena = Arena::new(&gpu.device, layout.bytes())?;
         let stream = gpu.device.stream()?;
         let part = |span: Span| arena.part(span.at, span.bytes);
@@ -239,6 +237,8 @@ impl CudaExecutor {
         arena.write(&stream, part(buffers.rotary)?, &rotary)?;
         arena.fill(&stream, part(buffers.tickets)?, 0)?;
         stream.synchronize()?;
+        let longest = layout.exchanged_row_bytes(&limits, model.vocabulary);
+        let exchange = Exchange::new(gpu, group, (&arena, &stream), buffers.exchange, longest)?;
         Ok(Self {
             inputs,
             logits: part(buffers.logits)?,
@@ -274,6 +274,11 @@ impl CudaExecutor {
     /// The kernels of its latent attention.
     pub fn attention(&self) -> &ChosenAttention {
         &self.attention
+    }
+
+    /// How it exchanges with other ranks, and why; none where there are none.
+    pub fn exchange(&self) -> Option<&str> {
+        self.exchange.as_ref().map(Exchange::reason)
     }
 
     /// What it holds.
@@ -326,8 +331,9 @@ impl CudaExecutor {
             PassKind::Draft => self.step.is_one_run(),
         };
         let mut key = None;
-        // What ranks tell each other in a pass goes through host memory, which no graph waits for.
-        if self.limits.graphs && is_recorded && self.exchange.is_none() {
+        // What goes through host memory is no work of the stream's, and no graph waits for it.
+        let is_queued = self.exchange.as_ref().is_none_or(Exchange::is_queued);
+        if self.limits.graphs && is_recorded && is_queued {
             let splits = self.step.runs.first().map_or(1, |run| run.splits);
             let (rows, wanted) = (self.step.rows(), self.step.wanted.len());
             let shape = GraphKey::of(kind, rows, wanted, splits, &self.limits);
@@ -396,7 +402,10 @@ impl CudaExecutor {
     /// Runs a prepared pass; a failure is for ever.
     fn run(&mut self, kind: PassKind, logits: Option<&mut Logits>) -> Result<(), ExecuteError> {
         let wanted = self.step.wanted.len();
-        let queued = self.queue(kind);
+        let queued = self.queue(kind).and_then(|()| match &self.exchange {
+            Some(exchange) => exchange.settle(&self.stream),
+            None => Ok(()),
+        });
         // The other ranks have some columns of the logits only, for rank 0.
         let logits = logits.filter(|_| self.model.rank.is_leader());
         let done = match logits {
@@ -422,6 +431,9 @@ impl CudaExecutor {
 
     fn fail(&mut self, broken: Broken) -> ExecuteError {
         let error = broken.fatal();
+        if let (Some(exchange), Broken::Device(reason)) = (&self.exchange, &broken) {
+            exchange.leave(reason);
+        }
         self.broken = Some(broken);
         error
     }

@@ -1,13 +1,13 @@
 //! Finding a GPU.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kernels::driver::{Device, Driver};
 use kernels::plan;
 
 use crate::products::{self, ProductChoice, Products};
-use crate::{AttentionChoice, CudaError};
+use crate::{AttentionChoice, CudaError, ExchangeChoice};
 
 /// A GPU that the kernels run on.
 #[derive(Clone, Debug)]
@@ -15,6 +15,9 @@ pub struct Gpu {
     pub(crate) device: Arc<Device>,
     pub(crate) attention: AttentionChoice,
     pub(crate) products: Products,
+    pub(crate) exchange: ExchangeChoice,
+    /// The library, where the loader does not find it.
+    pub(crate) nccl: Option<PathBuf>,
     fallback: Option<String>,
 }
 
@@ -48,6 +51,8 @@ impl Gpu {
             device,
             attention: AttentionChoice::default(),
             products,
+            exchange: ExchangeChoice::default(),
+            nccl: None,
             fallback,
         })
     }
@@ -56,6 +61,16 @@ impl Gpu {
     #[must_use]
     pub fn with_attention(self, attention: AttentionChoice) -> Self {
         Self { attention, ..self }
+    }
+
+    /// The same GPU, where ranks exchange in another way; over NCCL with the library at `nccl`, or what the loader finds.
+    #[must_use]
+    pub fn with_exchange(self, exchange: ExchangeChoice, nccl: Option<PathBuf>) -> Self {
+        Self {
+            exchange,
+            nccl,
+            ..self
+        }
     }
 
     /// Which kernels multiply matrices on it.

@@ -3,7 +3,7 @@
 //! Order: weights, cache, activations. Gate and up of an MLP lie one after the other, and the experts of a layer in order,
 //! because one product reads them as one matrix. Invariant: no two pieces overlap and every piece begins at 256 bytes.
 
-use engine_memory::{MemoryPlan, ResidentDtype, StepBounds, device_workspace};
+use engine_memory::{EXCHANGE_BYTES, MemoryPlan, ResidentDtype, StepBounds, device_workspace};
 use engine_model::{
     Attention, Drafting, GatedMlp, KvLayout, LatentAttention, Mlp, Model, Moe, RowShare, Slot,
     TensorRole, WeightId, build_share,
@@ -181,6 +181,8 @@ pub(crate) struct Buffers {
     pub tickets: Span,
     /// float32 `[positions, rope / 2, {cos, sin}]`.
     pub rotary: Span,
+    /// Packed columns of all ranks.
+    pub exchange: Span,
 }
 
 /// The arena's map.
@@ -489,6 +491,7 @@ fn buffers(model: &Model, limits: &CudaLimits, bump: &mut Bump) -> Buffers {
         sources: take(drafting * tokens * 4),
         tickets: take(plan::HOPPER_TICKET_BYTES),
         rotary: take(limits.model_len_max * model.rope.width() * 4),
+        exchange: take(usize::from(!model.rank.is_alone()) * EXCHANGE_BYTES as usize),
     }
 }
 

@@ -22,6 +22,7 @@ mod weights;
 
 pub use attention::{AttentionChoice, AttentionKernels, ChosenAttention, UnknownKernels};
 pub use error::CudaError;
+pub use exchange::{ExchangeChoice, UnknownExchange};
 pub use executor::{AllocatedBytes, CudaExecutor};
 pub use gpu::Gpu;
 pub use layout::CudaLimits;

@@ -340,7 +340,7 @@ impl Backend for Pass<'_> {
             rows: self.rows as i32,
             width: matrix.columns as i32,
             vocabulary: matrix.rows as i32,
-            elsewhere: 0,
+            elsewhere: i32::from(matrix.share.is_some()),
         };
         self.launch(&plan::embed(self.rows, matrix.columns)?, &params)?;
         self.complete_embedded(&matrix)

@@ -4,25 +4,20 @@
 
 mod support;
 
-use std::net::TcpListener;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use engine_core::{
-    Batch, BatchEntry, DraftBatch, ExecuteError, Executor, Logits, PickRow, Picked,
-    SamplingParameters, TokenId,
+    Batch, BatchEntry, DraftBatch, Executor, Logits, PickRow, Picked, SamplingParameters, TokenId,
 };
-use engine_cuda::{AllocatedBytes, CudaExecutor, CudaLimits, Gpu, ProductChoice, Products};
-use engine_group::{
-    Alone, Command, Follower, Joining, LeadingExecutor, Next, ProcessGroup, Terms, join,
+use engine_cuda::{
+    AllocatedBytes, CudaExecutor, CudaLimits, ExchangeChoice, Gpu, ProductChoice, Products,
 };
+use engine_group::{Alone, Command, Follower, LeadingExecutor, Next, ProcessGroup};
 use engine_load::{LoadError, Progress, read_config};
 use engine_memory::{ResidentDtype, memory_plan, resident_dtype};
-use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization, Rank};
-use support::{entry, golden, gpu, limits, random_model, request};
-
-const PATIENCE: Duration = Duration::from_secs(60);
+use engine_spec::{Device, Dtype, ModelConfig, Parallelism, Quantization};
+use support::{PATIENCE, entry, free_address, golden, gpu, limits, random_model, request};
 
 /// Latent attention with full and with low-rank queries, routed and shared experts, heads that are shared out and key-value
 /// heads that are copied, a tied head, shares of unequal width.
@@ -35,6 +30,9 @@ const SHARED: [(&str, &[u32]); 6] = [
     ("qwen3-moe-cuda", &[2, 4]),
 ];
 
+/// The ways that ranks exchange.
+const WAYS: [ExchangeChoice; 2] = [ExchangeChoice::Host, ExchangeChoice::Nccl];
+
 /// Loads a rank's share.
 type Load = Arc<dyn Fn(Arc<dyn ProcessGroup>) -> CudaExecutor + Send + Sync>;
 
@@ -46,23 +44,6 @@ struct Ranks {
     held: Vec<AllocatedBytes>,
 }
 
-fn rank_of_group(leader: &str, index: u32, count: u32) -> Arc<dyn ProcessGroup> {
-    let joining = Joining {
-        rank: Rank::new(index, count).unwrap(),
-        leader: leader.to_owned(),
-        terms: Terms::default(),
-        patience: PATIENCE,
-        timeout: PATIENCE,
-        secret: None,
-    };
-    Arc::new(join(&joining).unwrap().0)
-}
-
-fn free_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().to_string()
-}
-
 impl Ranks {
     fn start(count: u32, load: &Load) -> Self {
         let leader = free_address();
@@ -70,7 +51,7 @@ impl Ranks {
         let followers = (1..count).map(|index| {
             let (leader, load, sender) = (leader.clone(), load.clone(), sender.clone());
             thread::spawn(move || {
-                let group = rank_of_group(&leader, index, count);
+                let group = support::rank_of_group(&leader, index, count, PATIENCE);
                 let executor = load(group.clone());
                 sender.send(executor.allocated_bytes()).unwrap();
                 let mut follower = Follower::new(Box::new(executor), group, PATIENCE);
@@ -84,7 +65,7 @@ impl Ranks {
             })
         });
         let followers = followers.collect();
-        let group = rank_of_group(&leader, 0, count);
+        let group = support::rank_of_group(&leader, 0, count, PATIENCE);
         let executor = load(group.clone());
         let mut held = vec![executor.allocated_bytes()];
         held.extend((1..count).map(|_| receiver.recv_timeout(PATIENCE).unwrap()));
@@ -104,18 +85,18 @@ impl Ranks {
     }
 }
 
-fn files(model: &str, limits: CudaLimits) -> Load {
+fn files(model: &str, limits: CudaLimits, way: ExchangeChoice) -> Load {
     let dir = random_model(model);
     let config = read_config(&dir).unwrap();
     Arc::new(move |group| {
         let progress = Progress::default();
-        let gpu = gpu().unwrap();
+        let gpu = gpu().unwrap().with_exchange(way, support::nccl());
         CudaExecutor::load_share(&gpu, &dir, &config, limits, group, &progress).unwrap()
     })
 }
 
 /// A model of other sizes, with random weights.
-fn random(model: &str, sizes: &[(&str, u32)], products: Products) -> Load {
+fn random(model: &str, sizes: &[(&str, u32)], products: Products, way: ExchangeChoice) -> Load {
     let text = std::fs::read_to_string(random_model(model).join("config.json")).unwrap();
     let mut text: serde_json::Value = serde_json::from_str(&text).unwrap();
     for (name, size) in sizes {
@@ -127,6 +108,7 @@ fn random(model: &str, sizes: &[(&str, u32)], products: Products) -> Load {
     Arc::new(move |group| {
         let choice = ProductChoice::Fixed(products);
         let gpu = Gpu::with_products(support::device().unwrap(), choice).unwrap();
+        let gpu = gpu.with_exchange(way, support::nccl());
         let progress = Progress::default();
         CudaExecutor::dummy_share(&gpu, &config, 5, limits, group, &progress).unwrap()
     })
@@ -181,13 +163,13 @@ fn two_and_four_gpus_give_the_bytes_of_one() {
     }
     for (model, counts) in SHARED {
         let tokens = prompt(model);
-        let load = files(model, limits_of(model));
-        let expected = conversation(&mut load(Arc::new(Alone)), &tokens);
+        let load = |way| files(model, limits_of(model), way);
+        let expected = conversation(&mut load(WAYS[0])(Arc::new(Alone)), &tokens);
         assert!(expected.iter().flatten().any(|bits| *bits != 0));
-        for count in counts {
-            let mut ranks = Ranks::start(*count, &load);
+        for (count, way) in counts.iter().flat_map(|count| WAYS.map(|way| (count, way))) {
+            let mut ranks = Ranks::start(*count, &load(way));
             let found = conversation(&mut ranks.leader, &tokens);
-            assert_eq!(found, expected, "{model}, {count} ranks");
+            assert_eq!(found, expected, "{model}, {count} ranks over {way}");
             ranks.leader.idle().unwrap();
             ranks.end();
         }
@@ -225,12 +207,14 @@ fn gpus_draft_the_bytes_of_one() {
         ..limits(ResidentDtype::Bfloat16)
     };
     let tokens = prompt(MODEL);
-    let load = files(MODEL, limits);
-    let expected = drafts(&mut load(Arc::new(Alone)), &tokens);
+    let load = |way| files(MODEL, limits, way);
+    let expected = drafts(&mut load(WAYS[0])(Arc::new(Alone)), &tokens);
     assert_eq!(expected.len(), 1 + 1 + 1 + 3);
-    let mut ranks = Ranks::start(2, &load);
-    assert_eq!(drafts(&mut ranks.leader, &tokens), expected);
-    ranks.end();
+    for way in WAYS {
+        let mut ranks = Ranks::start(2, &load(way));
+        assert_eq!(drafts(&mut ranks.leader, &tokens), expected, "{way}");
+        ranks.end();
+    }
 }
 
 /// Codes and their scales are exchanged. Two ranks have whole blocks of these widths.
@@ -241,15 +225,18 @@ fn fp8_products_of_shares_are_those_of_the_whole() {
     }
     let tokens: Vec<u32> = (3..15).collect();
     for products in [Products::Portable, Products::Hopper] {
-        let load = random("v3-fp8-cuda", &[("moe_intermediate_size", 256)], products);
-        let mut alone = load(Arc::new(Alone));
+        let sizes = [("moe_intermediate_size", 256)];
+        let load = |way| random("v3-fp8-cuda", &sizes, products, way);
+        let mut alone = load(WAYS[0])(Arc::new(Alone));
         let resident = alone.limits().resident;
         assert!(matches!(resident, ResidentDtype::Float8E4m3(_)));
         let expected = conversation(&mut alone, &tokens);
-        let mut ranks = Ranks::start(2, &load);
-        let found = conversation(&mut ranks.leader, &tokens);
-        assert_eq!(found, expected, "{products}");
-        ranks.end();
+        for way in WAYS {
+            let mut ranks = Ranks::start(2, &load(way));
+            let found = conversation(&mut ranks.leader, &tokens);
+            assert_eq!(found, expected, "{products}, {way}");
+            ranks.end();
+        }
     }
 }
 
@@ -265,12 +252,14 @@ fn hopper_products_of_shares_are_cut_as_the_whole_is() {
         ("vocab_size", 133 * 128),
         ("num_hidden_layers", 1),
     ];
-    let load = random("llama-cuda", &sizes, Products::Hopper);
+    let load = |way| random("llama-cuda", &sizes, Products::Hopper, way);
     let once = |executor: &mut dyn Executor| bits(executor, vec![entry(1, &[9], 0, &[0])]);
-    let expected = once(&mut load(Arc::new(Alone)));
-    let mut ranks = Ranks::start(2, &load);
-    assert_eq!(once(&mut ranks.leader), expected);
-    ranks.end();
+    let expected = once(&mut load(WAYS[0])(Arc::new(Alone)));
+    for way in WAYS {
+        let mut ranks = Ranks::start(2, &load(way));
+        assert_eq!(once(&mut ranks.leader), expected, "{way}");
+        ranks.end();
+    }
 }
 
 #[test]
@@ -280,7 +269,7 @@ fn rank_0_picks_from_the_logits_of_all() {
     }
     const MODEL: &str = "llama-cuda";
     let tokens = prompt(MODEL);
-    let load = files(MODEL, limits_of(MODEL));
+    let load = |way| files(MODEL, limits_of(MODEL), way);
     let pick = |executor: &mut dyn Executor| -> Vec<Picked> {
         let blocks: Vec<u32> = (0..30).collect();
         let batch = Batch {
@@ -308,10 +297,12 @@ fn rank_0_picks_from_the_logits_of_all() {
         picker.pick(&[row], &mut picked).unwrap();
         picked
     };
-    let expected = pick(&mut load(Arc::new(Alone)));
-    let mut ranks = Ranks::start(2, &load);
-    assert_eq!(pick(&mut ranks.leader), expected);
-    ranks.end();
+    let expected = pick(&mut load(WAYS[0])(Arc::new(Alone)));
+    for way in WAYS {
+        let mut ranks = Ranks::start(2, &load(way));
+        assert_eq!(pick(&mut ranks.leader), expected, "{way}");
+        ranks.end();
+    }
 }
 
 #[test]
@@ -333,7 +324,7 @@ fn each_rank_holds_what_the_plan_says() {
             };
             let plan = memory_plan(&config, &request).unwrap();
             let limits = CudaLimits::from_plan(&config, &plan, 4, 64);
-            let ranks = Ranks::start(*count, &files(model, limits));
+            let ranks = Ranks::start(*count, &files(model, limits, ExchangeChoice::Auto));
             let planned = plan.per_rank;
             for (rank, held) in ranks.held.iter().enumerate() {
                 let name = format!("{model}, rank {rank} of {count}");
@@ -367,7 +358,7 @@ fn a_share_that_cuts_an_fp8_block_is_refused_with_the_way_out() {
             (1..4)
                 .map(|index| {
                     let leader = leader.clone();
-                    thread::spawn(move || rank_of_group(&leader, index, 4))
+                    thread::spawn(move || support::rank_of_group(&leader, index, 4, PATIENCE))
                 })
                 .collect::<Vec<_>>()
                 .into_iter()
@@ -375,7 +366,7 @@ fn a_share_that_cuts_an_fp8_block_is_refused_with_the_way_out() {
                 .collect::<Vec<_>>()
         })
     };
-    let group = rank_of_group(&leader, 0, 4);
+    let group = support::rank_of_group(&leader, 0, 4, PATIENCE);
     let _others = other.join().unwrap();
     let progress = Progress::default();
     let refused = CudaExecutor::load_share(
@@ -393,33 +384,4 @@ fn a_share_that_cuts_an_fp8_block_is_refused_with_the_way_out() {
         message.contains("whole FP8 blocks of 128 rows; share it among fewer ranks"),
         "{message}"
     );
-}
-
-#[test]
-fn a_rank_that_is_gone_ends_the_step_of_the_others_with_its_number() {
-    if gpu().is_none() {
-        return;
-    }
-    let load = files("llama-cuda", limits_of("llama-cuda"));
-    let leader = free_address();
-    let gone = {
-        let leader = leader.clone();
-        thread::spawn(move || drop(rank_of_group(&leader, 1, 2)))
-    };
-    let group = rank_of_group(&leader, 0, 2);
-    gone.join().unwrap();
-    let mut executor = load(group);
-    let blocks: Vec<u32> = (0..8).collect();
-    for _ in 0..2 {
-        let batch = Batch {
-            entries: vec![entry(1, &[3, 4, 5], 0, &blocks)],
-        };
-        let error = executor
-            .execute(&batch, &mut Logits::default())
-            .unwrap_err();
-        let ExecuteError::Fatal(message) = error else {
-            panic!("{error}");
-        };
-        assert!(message.contains("rank 1 is gone"), "{message}");
-    }
 }

@@ -53,6 +53,18 @@ pub trait ProcessGroup: Debug + Send + Sync {
     /// See [`ProcessGroup::all_gather`].
     fn broadcast(&self, message: &[u8]) -> Result<(), GroupError>;
 
+    /// Silence after which a rank counts as gone.
+    fn timeout(&self) -> Duration;
+
+    /// Whether all ranks are connected still; waits for nothing, and does not look while another thread runs an operation.
+    ///
+    /// # Errors
+    /// See [`ProcessGroup::all_gather`].
+    fn check(&self) -> Result<(), GroupError>;
+
+    /// Closes all connections, so that the other ranks learn that this one takes part no more.
+    fn leave(&self, reason: &str);
+
     /// The other ranks wait for the next message, as long as `patience` for it to begin; whether one came.
     ///
     /// # Errors
@@ -84,6 +96,16 @@ impl ProcessGroup for Alone {
     fn broadcast(&self, _: &[u8]) -> Result<(), GroupError> {
         Ok(())
     }
+
+    fn timeout(&self) -> Duration {
+        Duration::MAX
+    }
+
+    fn check(&self) -> Result<(), GroupError> {
+        Ok(())
+    }
+
+    fn leave(&self, _: &str) {}
 
     fn receive(&self, _: &mut Vec<u8>, _: Duration) -> Result<bool, GroupError> {
         Ok(false)

@@ -28,6 +28,7 @@ const MESSAGE_BYTES_MAX: u64 = 64 << 20;
 #[derive(Debug)]
 pub struct TcpGroup {
     rank: Rank,
+    timeout: Duration,
     links: Mutex<Links>,
 }
 
@@ -137,6 +138,7 @@ impl TcpGroup {
         }
         Ok(Self {
             rank,
+            timeout,
             links: Mutex::new(Links {
                 rank,
                 flows: vec![Flow::DONE; 2 * streams.len()],
@@ -197,6 +199,25 @@ impl ProcessGroup for TcpGroup {
         self.links().broadcast(message)
     }
 
+    fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    fn check(&self) -> Result<(), GroupError> {
+        match self.links.try_lock() {
+            Ok(mut links) => links.attempt(|links| links.check()),
+            // An operation is under way, and finds out by itself.
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn leave(&self, reason: &str) {
+        let mut links = self.links();
+        if links.parted.is_none() {
+            links.part(reason);
+        }
+    }
+
     fn receive(&self, message: &mut Vec<u8>, patience: Duration) -> Result<bool, GroupError> {
         self.links().receive(message, patience)
     }
@@ -246,13 +267,34 @@ impl Links {
         }
         let outcome = action(self);
         if let Err(error) = &outcome {
-            self.parted = Some(error.to_string());
-            for stream in self.streams.iter().flatten() {
-                // The others then see that this rank is gone; a socket that is closed already needs nothing.
-                let _ = stream.shutdown(Shutdown::Both);
-            }
+            self.part(&error.to_string());
         }
         outcome
+    }
+
+    fn part(&mut self, reason: &str) {
+        self.parted = Some(reason.to_owned());
+        for stream in self.streams.iter().flatten() {
+            // The others then see that this rank is gone; a socket that is closed already needs nothing.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Looks for connections that were closed, without reading what came.
+    fn check(&mut self) -> Result<(), GroupError> {
+        for (rank, stream) in self.streams.iter().enumerate() {
+            let Some(stream) = stream else { continue };
+            match stream.peek(&mut [0]) {
+                Ok(0) => {
+                    let source = io::ErrorKind::UnexpectedEof.into();
+                    return Err(GroupError::Lost { rank, source });
+                }
+                Ok(_) => {}
+                Err(error) if is_not_yet(&error) => {}
+                Err(source) => return Err(GroupError::Lost { rank, source }),
+            }
+        }
+        Ok(())
     }
 
     /// Moves all flows to their ends.

@@ -17,6 +17,9 @@ const QUANT_GROUP: u64 = 128;
 /// Rows of the smallest tile of the experts' product.
 const TILE_ROWS: u64 = 16;
 
+/// Room for the packed columns of all ranks: with more rows than fit, they are exchanged in turns.
+pub const EXCHANGE_BYTES: u64 = 32 << 20;
+
 /// Rows that are sampled at once.
 pub const PICK_ROWS_MAX: u32 = 64;
 /// Contexts whose tokens, for penalties, are on the device at once.
@@ -48,6 +51,8 @@ pub struct DeviceWorkspace {
     pub inputs: u64,
     /// Sine and cosine of every position.
     pub rotary: u64,
+    /// What ranks send each other, packed; none where there is one.
+    pub exchange: u64,
 }
 
 /// Sizes that a step is bounded by.
@@ -78,8 +83,10 @@ impl DeviceWorkspace {
             picks,
             inputs,
             rotary,
+            exchange,
         } = self;
-        hidden + attention + parts + mlp + quantised + logits + picks + inputs + rotary
+        let step = hidden + attention + parts + mlp + quantised + logits + picks + inputs;
+        step + rotary + exchange
     }
 }
 
@@ -130,6 +137,7 @@ pub fn device_workspace(
         picks: picks(u64::from(config.vocab_size), sampled, positions),
         inputs: tokens * (3 * 4 + 8 + 4 * u64::from(drafting)) + sampled * 4 * (1 + blocks),
         rotary: positions * u64::from(config.attention.rotated_width()) * 4,
+        exchange: u64::from(parallelism.ranks() > 1) * EXCHANGE_BYTES,
     }
 }
 

@@ -13,7 +13,8 @@ mod weights;
 mod workspace;
 
 pub use device::{
-    DeviceWorkspace, PICK_CONTEXTS, PICK_ROWS_MAX, PICK_TOP_MAX, StepBounds, device_workspace,
+    DeviceWorkspace, EXCHANGE_BYTES, PICK_CONTEXTS, PICK_ROWS_MAX, PICK_TOP_MAX, StepBounds,
+    device_workspace,
 };
 pub use integer::{INT4_GROUP, IntegerFormat, IntegerSource, LINE_BYTES, TILE_ROWS};
 pub use misfit::{Misfit, Nearest};

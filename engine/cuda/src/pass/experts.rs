@@ -67,6 +67,7 @@ impl Pass<'_> {
             out: gate_up_rows,
         })?;
         let product = self.activate(chosen, 0..first.inner, &down)?;
+        self.clear_experts(chosen)?;
         self.expert_product(&OfExperts {
             first: &down,
             held,

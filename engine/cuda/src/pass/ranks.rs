@@ -6,7 +6,7 @@ use kernels::plan::{Format, QUANT_GROUP};
 
 use super::{Matrix, Out, Pass, Rows};
 use crate::CudaError;
-use crate::exchange;
+use crate::exchange::{self, Exchange, Shared};
 use crate::layout::Span;
 
 /// Bytes of an activation.
@@ -32,7 +32,14 @@ impl Pass<'_> {
         self.wide_product(matrix, rows, to)?;
         match (self.exchange, matrix.share) {
             (Some(exchange), Some(share)) => {
-                exchange.logits((self.arena, self.stream), logits, rows.count, share.of)
+                let shared = Shared {
+                    span: logits,
+                    count: rows.count,
+                    columns: share.of,
+                    unit: exchange.rank().row_unit(share.of),
+                    element: 4,
+                };
+                exchange.logits(self.arena, self.stream, shared)
             }
             _ => Ok(()),
         }
@@ -65,8 +72,14 @@ impl Pass<'_> {
             return Ok(());
         };
         let unit = unit.unwrap_or_else(|| exchange.rank().row_unit(columns));
-        let at = (self.arena, self.stream);
-        exchange.columns(at, span, rows, columns, (unit, element))
+        let shared = Shared {
+            span,
+            count: rows,
+            columns,
+            unit,
+            element,
+        };
+        exchange.columns(self.arena, self.stream, shared)
     }
 
     /// Gets what other ranks' gates gave, in the form that `down` multiplies.
@@ -112,17 +125,38 @@ impl Pass<'_> {
         let Some(exchange) = self.exchange else {
             return Ok(());
         };
-        let buffers = &self.layout.buffers;
+        let at = (self.arena, self.stream);
+        exchange.experts(at, self.expert_rows(chosen), || {
+            self.starts(experts, chosen)
+        })
+    }
+
+    /// Sets the rows of other ranks' experts to zeros, and this rank's, where they are added up.
+    pub(super) fn clear_experts(&self, chosen: usize) -> Result<(), CudaError> {
+        if !self.exchange.is_some_and(Exchange::is_queued) {
+            return Ok(());
+        }
+        let rows = self.expert_rows(chosen);
+        let part = self.arena.part(rows.span.at, rows.count * rows.row_bytes)?;
+        Ok(self.arena.fill(self.stream, part, 0)?)
+    }
+
+    fn expert_rows(&self, chosen: usize) -> exchange::Rows {
+        let row_bytes = self.slot(Slot::Hidden).1 * ELEMENT;
+        exchange::Rows::new(self.layout.buffers.expert_out, chosen, row_bytes)
+    }
+
+    /// The first sorted row of each expert, and the end.
+    fn starts(&self, experts: usize, chosen: usize) -> Result<Vec<u32>, CudaError> {
         let mut starts = vec![0u32; experts + 1];
-        let offsets = self.arena.part(buffers.offsets.at, starts.len() * 4)?;
+        let offsets = self.layout.buffers.offsets.at;
+        let offsets = self.arena.part(offsets, starts.len() * 4)?;
         self.arena.read(self.stream, offsets, &mut starts)?;
         // All ranks sort alike; what a broken device says is not followed out of bounds.
         let is_sorted = starts.is_sorted() && starts.last() == Some(&(chosen as u32));
-        if !is_sorted {
-            return Err(CudaError::Graph("rows that were not sorted by expert"));
+        match is_sorted {
+            true => Ok(starts),
+            false => Err(CudaError::Graph("rows that were not sorted by expert")),
         }
-        let row_bytes = self.slot(Slot::Hidden).1 * ELEMENT;
-        let rows = exchange::Rows::new(buffers.expert_out, chosen, row_bytes);
-        exchange.experts((self.arena, self.stream), rows, &starts)
     }
 }

@@ -3,15 +3,20 @@
 // Not every test file uses every helper; a helper is no test, and may unwrap all the same.
 #![allow(dead_code, clippy::unwrap_used)]
 
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, TokenId};
 use engine_cuda::{CudaExecutor, CudaLimits, Gpu};
+use engine_group::{Joining, ProcessGroup, Terms, join};
 use engine_load::{Progress, read_config};
 use engine_memory::{MemoryPlan, MemoryRequest, ResidentDtype, memory_plan};
-use engine_spec::{Device as Kind, Dtype, KvCacheDtype, ModelConfig, Parallelism, Quantization};
-use kernels::driver::{Device, Driver};
+use engine_spec::{
+    Device as Kind, Dtype, KvCacheDtype, ModelConfig, Parallelism, Quantization, Rank,
+};
+use kernels::driver::{Device, Driver, NCCL_LIBRARY};
 use kernels::emulation::{BuildError, Emulation};
 use serde::Deserialize;
 
@@ -60,7 +65,7 @@ pub fn driver() -> Option<Arc<Driver>> {
             let path = match std::env::var_os("KERNELS_DRIVER") {
                 Some(path) => PathBuf::from(path),
                 // Where the kernels' own tests build it, so that it is built once.
-                None => match Emulation::new(&build_folder()).build() {
+                None => match Emulation::new(&build_folder()).build_with_nccl() {
                     Ok(path) => path,
                     Err(error @ (BuildError::NoCompiler | BuildError::WrongMachine)) => {
                         eprintln!("skipped: {error}");
@@ -72,6 +77,15 @@ pub fn driver() -> Option<Arc<Driver>> {
             Some(Driver::load(Some(&path)).unwrap())
         })
         .clone()
+}
+
+/// NCCL beside it: the emulated one, or `KERNELS_NCCL`, or what the loader finds.
+pub fn nccl() -> Option<PathBuf> {
+    if std::env::var_os("KERNELS_DRIVER").is_some() {
+        return std::env::var_os("KERNELS_NCCL").map(PathBuf::from);
+    }
+    let driver = Emulation::new(&build_folder()).build_with_nccl();
+    Some(driver.ok()?.with_file_name(NCCL_LIBRARY))
 }
 
 pub fn build_folder() -> PathBuf {
@@ -206,4 +220,30 @@ pub fn relative_error(found: &[f32], expected: &[f32]) -> f32 {
         .zip(expected)
         .fold(0f32, |worst, (f, e)| worst.max((f - e).abs()));
     worst / scale
+}
+
+/// For ranks to come, and to answer.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Joins the group whose rank 0 is at `leader`; the others count as gone after `timeout` without a word.
+pub fn rank_of_group(
+    leader: &str,
+    index: u32,
+    count: u32,
+    timeout: Duration,
+) -> Arc<dyn ProcessGroup> {
+    let joining = Joining {
+        rank: Rank::new(index, count).unwrap(),
+        leader: leader.to_owned(),
+        terms: Terms::default(),
+        patience: PATIENCE,
+        timeout,
+        secret: None,
+    };
+    Arc::new(join(&joining).unwrap().0)
+}
+
+pub fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().to_string()
 }
