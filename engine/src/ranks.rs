@@ -56,8 +56,10 @@ impl Here {
 pub struct Meeting {
     /// Of rank 0.
     address: String,
-    /// Rank 0's, when all ranks are in this process: nobody else knows its port.
+    /// Rank 0's, when all ranks are in this process.
     listener: Option<TcpListener>,
+    /// What these ranks know, and what else finds the port does not.
+    secret: Option<Secret>,
 }
 
 impl Meeting {
@@ -66,6 +68,7 @@ impl Meeting {
         Self {
             address: self.address.clone(),
             listener: None,
+            secret: self.secret.clone(),
         }
     }
 }
@@ -176,17 +179,20 @@ impl World {
             return Ok(Meeting {
                 address: self.leader.clone(),
                 listener: None,
+                secret: self.secret.clone(),
             });
         }
         let listen = || {
             let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-            Ok((listener.local_addr()?.to_string(), listener))
+            let address = listener.local_addr()?.to_string();
+            Ok((address, listener, Secret::random()?))
         };
-        let (address, listener) =
+        let (address, listener, secret) =
             listen().map_err(|error: std::io::Error| incomplete(&GroupError::Socket(error)))?;
         Ok(Meeting {
             address,
             listener: Some(listener),
+            secret: Some(secret),
         })
     }
 
@@ -211,7 +217,7 @@ impl World {
             terms,
             patience: self.patience,
             timeout: self.timeout,
-            secret: self.secret.clone(),
+            secret: meeting.secret,
         };
         tracing::info!(
             rank = rank.index(),
@@ -339,6 +345,18 @@ mod tests {
             let error = format!("{:#}", World::new(&arguments).map(|_| ()).unwrap_err());
             assert!(error.contains(words), "{error}");
         }
+    }
+
+    #[test]
+    fn ranks_of_one_process_have_a_secret_of_their_own() {
+        let world = World::new(&arguments(1, 0, None)).expect("alone");
+        let (first, count) = (Rank::new(0, 2).expect("a rank"), 2);
+        let meet = || world.meeting(Here { first, count }).expect("a port");
+        let (one, other) = (meet(), meet());
+        let guest = one.guest();
+        assert!(one.secret.is_some() && one.secret == guest.secret);
+        assert_ne!(one.secret, other.secret);
+        assert_eq!(one.address, guest.address);
     }
 
     #[test]

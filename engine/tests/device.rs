@@ -26,7 +26,7 @@ fn tiny() -> PathBuf {
 /// The emulated driver, or none on a machine without a C++ compiler.
 fn driver() -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulation");
-    match Emulation::new(&folder).build() {
+    match Emulation::new(&folder).build_with_nccl() {
         Ok(path) => Some(path),
         Err(error @ (BuildError::NoCompiler | BuildError::WrongMachine)) => {
             eprintln!("skipped: {error}");
@@ -383,35 +383,63 @@ fn text(engine: &Engine) -> String {
 #[test]
 fn gpus_of_one_process_and_of_two_answer_as_one_gpu_does() {
     let Some(driver) = driver() else { return };
-    let on = |gpus: &str, arguments: &[&str]| {
+    let on = |gpus: &str, way: &str, arguments: &[&str]| {
         let mut command = engine(&tiny(), "cuda", &driver);
         command
             .args(arguments)
-            .env("CACHALOT_EMULATION_DEVICES", gpus);
+            .env("CACHALOT_EMULATION_DEVICES", gpus)
+            .env("CACHALOT_CUDA_EXCHANGE", way)
+            // Where the loader finds NCCL.
+            .env("LD_LIBRARY_PATH", driver.parent().unwrap());
         Engine::start(command)
     };
-    let one = on("1", &[]);
+    let one = on("1", "auto", &[]);
     one.wait_ready();
     let expected = text(&one);
-    let two = on("2", &["--tensor-parallel-size", "2"]);
-    two.wait_ready();
-    assert_eq!(text(&two), expected);
-    let leader = leader();
-    let of_four = |rank: &str| {
-        let group = ["--world-size", "2", "--rank", rank, "--leader", &leader];
-        on(
-            "2",
-            &[&group[..], &["--tensor-parallel-size", "4"]].concat(),
-        )
-    };
-    let (second, first) = (of_four("1"), of_four("0"));
-    first.wait_ready();
-    second.wait_ready();
-    assert_eq!(text(&first), expected);
-    drop(second);
-    // Ranks 2 and 3 are gone: nobody waits for them.
-    let (status, _) = first.ask("What is 1 + 1?", 4);
-    assert_ne!(status, 200);
+    for way in ["host", "nccl"] {
+        let two = on("2", way, &["--tensor-parallel-size", "2"]);
+        two.wait_ready();
+        assert_eq!(text(&two), expected, "{way}");
+        let leader = leader();
+        let of_four = |rank: &str| {
+            let group = ["--world-size", "2", "--rank", rank, "--leader", &leader];
+            let all = [&group[..], &["--tensor-parallel-size", "4"]].concat();
+            on("2", way, &all)
+        };
+        let (second, first) = (of_four("1"), of_four("0"));
+        first.wait_ready();
+        second.wait_ready();
+        assert_eq!(text(&first), expected, "{way}");
+        drop(second);
+        // Ranks 2 and 3 are gone: nobody waits for them.
+        let (status, _) = first.ask("What is 1 + 1?", 4);
+        assert_ne!(status, 200, "{way}");
+    }
+}
+
+#[test]
+fn a_way_between_ranks_that_was_asked_for_is_had_or_is_an_error() {
+    let Some(driver) = driver() else { return };
+    for (way, words) in [
+        (
+            "nccl",
+            "ranks cannot exchange over NCCL: rank 0: no NCCL: cannot load",
+        ),
+        (
+            "tcp",
+            r#"CACHALOT_CUDA_EXCHANGE: ranks cannot exchange over "tcp"; ask for auto, host or nccl"#,
+        ),
+    ] {
+        let mut command = engine(&tiny(), "cuda", &driver);
+        command
+            .args(["--tensor-parallel-size", "2"])
+            .env("CACHALOT_EMULATION_DEVICES", "2")
+            .env("CACHALOT_CUDA_EXCHANGE", way)
+            .env_remove("LD_LIBRARY_PATH");
+        let (code, text) = run(command);
+        assert_eq!(code, 1, "{text}");
+        assert!(text.contains(words), "{text}");
+    }
 }
 
 #[test]

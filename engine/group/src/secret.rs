@@ -72,6 +72,14 @@ impl Secret {
         Ok(Self(line.into()))
     }
 
+    /// One that nobody can foresee, for ranks that can be told it in memory.
+    ///
+    /// # Errors
+    /// The system has no random numbers.
+    pub fn random() -> std::io::Result<Self> {
+        Ok(Self(nonce()?.into()))
+    }
+
     /// What `side` of the connection with these numbers says to prove that it knows the secret.
     pub(crate) fn proof(&self, side: Side, nonces: &Nonces) -> Proof {
         self.mac(side, nonces).finalize().into_bytes().into()

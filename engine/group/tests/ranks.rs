@@ -209,6 +209,39 @@ fn a_rank_that_is_gone_ends_the_group_on_all_others_by_name() {
 }
 
 #[test]
+fn who_left_is_missed_between_two_operations() {
+    let seen = ranks(2, PATIENCE, |group| {
+        group.barrier(PATIENCE).unwrap();
+        if group.rank().is_leader() {
+            group.broadcast(b"a message").unwrap();
+            group.leave("its device failed");
+            let error = group.barrier(PATIENCE).unwrap_err().to_string();
+            return format!(
+                "{:?} {error}",
+                group.check().map_err(|error| error.to_string())
+            );
+        }
+        // Looking reads nothing: the message is there still.
+        let deadline = Instant::now() + PATIENCE;
+        let mut message = Vec::new();
+        group.check().unwrap();
+        while !group.receive(&mut message, PATIENCE).unwrap_or(false) {
+            assert!(Instant::now() < deadline, "no message");
+        }
+        assert_eq!(message, b"a message");
+        loop {
+            if let Err(error) = group.check() {
+                return error.to_string();
+            }
+            assert!(Instant::now() < deadline, "rank 0 is there still");
+            thread::sleep(Duration::from_millis(1));
+        }
+    });
+    assert!(seen[0].contains("its device failed"), "{}", seen[0]);
+    assert!(seen[1].contains("rank 0 is gone"), "{}", seen[1]);
+}
+
+#[test]
 fn a_rank_that_says_nothing_is_not_waited_for_longer_than_the_timeout() {
     let timeout = Duration::from_millis(400);
     let found = ranks(2, timeout, move |group| {
