@@ -40,6 +40,7 @@ CLAIMS = {
     "grouped_gemm_bf16": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS"]},
     "grouped_gemm_fp8": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS"]},
     "gqa_decode_bf16": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS", "LDSM"]},
+    "gqa_prefill_bf16": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS", "LDSM"]},
     "mla_decode_bf16": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS", "LDSM"]},
     "mla_decode_fp8": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS", "LDSM"]},
     "mla_prefill_bf16": {"sm_80": ["HMMA.16816.F32.BF16", "LDGSTS", "LDSM"]},

@@ -70,6 +70,12 @@ def bounds():
             name = f"gqa_decode {rows}x4096, {heads}/{kv_heads}x{width}"
             theirs[name] = replay(torch, lambda _: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
             del q, k, v
+    for heads, kv_heads, width in ((32, 4, 128), (32, 8, 128), (14, 2, 64)):
+        q = torch.randn(1, heads, 128, width, **device)
+        k, v = (torch.randn(1, kv_heads, 4096, width, **device) for _ in range(2))
+        name = f"gqa_prefill chunk 128x4096, {heads}/{kv_heads}x{width}"
+        theirs[name] = replay(torch, lambda _: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+        del q, k, v
     for length in (1024, 4096):
         q, k = (torch.randn(1, 16, length, 192, **device) for _ in range(2))
         v = torch.randn(1, 16, length, 128, **device)

@@ -49,10 +49,12 @@ pub enum DriverError {
         source: libloading::Error,
     },
     /// A library lacks a function.
-    #[error("{library} has no {symbol}")]
+    #[error("{library} has no {symbol}; it is older than {needed}")]
     NoSymbol {
         /// Which library.
         library: &'static str,
+        /// The oldest version that has them all.
+        needed: &'static str,
         /// The function.
         symbol: &'static str,
         /// The loader's words.
@@ -158,7 +160,7 @@ type Handle = *mut c_void;
 
 /// Functions of a library, all of them there or none used. Their types are the declarations in its header.
 macro_rules! functions {
-    ($library:literal; $($name:ident: fn($($argument:ty),*) $(-> $result:ty)?;)+) => {
+    ($library:literal, $needed:literal; $($name:ident: fn($($argument:ty),*) $(-> $result:ty)?;)+) => {
         #[allow(non_snake_case)]
         struct Functions { $($name: functions!(@type ($($argument),*) $($result)?)),+ }
         impl Functions {
@@ -166,7 +168,7 @@ macro_rules! functions {
                 Ok(Self { $($name: {
                     // SAFETY: the type is the function's declaration, see above.
                     let symbol = unsafe { library.get(stringify!($name).as_bytes()) };
-                    *symbol.map_err(|source| DriverError::NoSymbol { library: $library, symbol: stringify!($name), source })?
+                    *symbol.map_err(|source| DriverError::NoSymbol { library: $library, needed: $needed, symbol: stringify!($name), source })?
                 }),+ })
             }
         }
@@ -188,7 +190,7 @@ pub use staging::Staging;
 pub use stream::{Event, Graph, Stream};
 
 functions! {
-    "the CUDA driver, older than 13.0,";
+    "the CUDA driver", "13.0";
     cuInit: fn(c_uint);
     cuDriverGetVersion: fn(*mut c_int);
     cuDeviceGetCount: fn(*mut c_int);

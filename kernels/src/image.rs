@@ -39,6 +39,7 @@ fatbins! {
     "gemm_fp8": ["gemm_fp8_stream16", "gemm_fp8_stream32", "gemm_fp8_tile"],
     "gqa_cache_write_bf16": ["gqa_cache_write_bf16"],
     "gqa_decode_bf16": ["gqa_decode_bf16_128", "gqa_decode_bf16_64"],
+    "gqa_prefill_bf16": ["gqa_prefill_bf16_128", "gqa_prefill_bf16_64"],
     "greedy_f32": ["greedy_f32"],
     "grouped_gemm_bf16": ["grouped_gemm_bf16_stream16", "grouped_gemm_bf16_tile"],
     "grouped_gemm_fp8": ["grouped_gemm_fp8_stream16", "grouped_gemm_fp8_tile"],

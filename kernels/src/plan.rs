@@ -12,8 +12,8 @@ mod hopper;
 mod sampling;
 
 pub use attention::{
-    Tables, gqa_cache_write, gqa_decode, hopper_mla_decode, hopper_mla_prefill, mla_cache_write,
-    mla_combine, mla_decode, mla_prefill, mla_row_bytes, mla_splits,
+    Tables, gqa_cache_write, gqa_decode, gqa_prefill, hopper_mla_decode, hopper_mla_prefill,
+    mla_cache_write, mla_combine, mla_decode, mla_prefill, mla_row_bytes, mla_splits,
 };
 pub use hopper::{
     HOPPER_COLUMNS, HOPPER_PARTIAL_BYTES, HOPPER_TICKET_BYTES, HopperPlan, hopper_gemm,

@@ -167,7 +167,7 @@ fn of_grouped(
     attention: &GroupedAttention,
     limits: &CudaLimits,
     rows: usize,
-) -> Result<[Launch; 3], Unsupported> {
+) -> Result<[Launch; 4], Unsupported> {
     let GroupedAttention {
         heads,
         kv_heads,
@@ -185,6 +185,7 @@ fn of_grouped(
     Ok([
         plan::gqa_cache_write(rows, heads, kv_heads, width)?,
         plan::gqa_decode(rows, heads, kv_heads, width, limits.splits_max())?,
+        plan::gqa_prefill(rows, heads, kv_heads, width, limits.splits_max())?,
         plan::mla_combine(rows, heads)?,
     ])
 }

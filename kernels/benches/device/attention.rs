@@ -56,7 +56,7 @@ pub fn cases(small: bool) -> Vec<(String, Maker)> {
             let [heads, kv_heads, width] = shape;
             all.push((
                 format!("gqa_decode {rows}x{context}, {heads}/{kv_heads}x{width}"),
-                Box::new(move |lab| gqa_decode(lab, rows, context, shape)),
+                Box::new(move |lab| gqa(lab, rows, context, shape, Tables::Own)),
             ));
         }
     }
@@ -66,6 +66,13 @@ pub fn cases(small: bool) -> Vec<(String, Maker)> {
         all.push((
             format!("hopper_mla_decode chunk {chunk}x{context}, {heads} heads"),
             Box::new(move |lab| hopper_mla_decode(lab, chunk, context, heads, Tables::Shared)),
+        ));
+    }
+    for shape in [[32, 4, 128], [32, 8, 128], [14, 2, 64]] {
+        let [heads, kv_heads, width] = shape;
+        all.push((
+            format!("gqa_prefill chunk {chunk}x{context}, {heads}/{kv_heads}x{width}"),
+            Box::new(move |lab| gqa(lab, chunk, context, shape, Tables::Shared)),
         ));
     }
     for length in if small { vec![33] } else { vec![1024, 4096] } {
@@ -330,15 +337,22 @@ fn fp8_row(b: &mut Builder) -> Vec<u8> {
     row
 }
 
-fn gqa_decode(
+/// Rows over contexts of their own, or a chunk over one.
+fn gqa(
     lab: &mut Lab,
     rows: usize,
     context: usize,
     [heads, kv_heads, width]: [usize; 3],
+    shared: Tables,
 ) -> Case {
     let mut b = Builder::new(lab);
-    let (per_row, blocks, lengths) = tables(&mut b, rows, context);
-    let cache = b.bf16s(rows * per_row * BLOCK * kv_heads * 2 * width, 1.0);
+    let (contexts, plan): (_, fn(_, _, _, _, _) -> _) = match shared {
+        Tables::Own => (rows, plan::gqa_decode),
+        Tables::Shared => (1, plan::gqa_prefill),
+    };
+    let (per_row, blocks, _) = tables(&mut b, contexts, context);
+    let lengths = b.values(&vec![context as i32; rows]);
+    let cache = b.bf16s(contexts * per_row * BLOCK * kv_heads * 2 * width, 1.0);
     let parts = Parts::new(&mut b, rows, heads, width, context, lengths);
     let params = GqaDecodeParams {
         q: b.bf16s(rows * heads * width, 1.0),
@@ -352,18 +366,18 @@ fn gqa_decode(
         kv_heads: kv_heads as i32,
         q_row: (heads * width) as i32,
         block_size: BLOCK as i32,
-        blocks_stride: per_row as i32,
+        blocks_stride: match shared {
+            Tables::Own => per_row as i32,
+            Tables::Shared => 0,
+        },
         splits: parts.splits as i32,
         split_tokens: MLA_SPLIT_TOKENS as i32,
         scale: (width as f32).powf(-0.5),
         reserved: 0,
     };
-    b.step(
-        plan::gqa_decode(rows, heads, kv_heads, width, parts.splits),
-        params,
-    );
+    b.step(plan(rows, heads, kv_heads, width, parts.splits), params);
     parts.merge(&mut b);
-    let bytes = rows * context * kv_heads * width * 4;
+    let bytes = contexts * context * kv_heads * width * 4;
     b.finish(bytes, rows * context * heads * width * 4)
 }
 

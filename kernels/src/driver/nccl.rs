@@ -29,7 +29,7 @@ const INT32: c_int = 2;
 const SUM: c_int = 0;
 
 functions! {
-    "NCCL";
+    "NCCL", "2.18";
     ncclGetVersion: fn(*mut c_int);
     ncclGetUniqueId: fn(*mut NcclId);
     ncclCommInitRank: fn(*mut Handle, c_int, NcclId, c_int);

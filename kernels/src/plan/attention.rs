@@ -191,8 +191,10 @@ pub fn gqa_cache_write(
     })
 }
 
-/// Query heads that a block of grouped-query decode takes.
+/// Query heads that a block of grouped-query attention takes.
 const GQA_HEADS: usize = 16;
+/// Heads of rows that a block of its prefill takes.
+const GQA_PREFILL_QUERIES: usize = 32;
 
 fn gqa_heads_check(
     operation: &'static str,
@@ -215,10 +217,10 @@ fn gqa_heads_check(
     )
 }
 
-/// Grouped-query decode; `splits` parts, of which a sequence uses [`mla_splits`]: both attentions cut contexts alike.
+/// Attention of rows to their contexts in parts of [`super::MLA_SPLIT_TOKENS`] over `width` values a head, a row per block.
 ///
 /// # Errors
-/// A head shape that was not instantiated.
+/// A dimension that the kernel does not take.
 pub fn gqa_decode(
     rows: usize,
     heads: usize,
@@ -226,34 +228,80 @@ pub fn gqa_decode(
     width: usize,
     splits: usize,
 ) -> Result<Launch, Unsupported> {
-    rows_check("gqa_decode", "rows", rows)?;
-    gqa_heads_check("gqa_decode", heads, kv_heads)?;
+    let (kernel, shared_bytes) = match width {
+        128 => ("gqa_decode_bf16_128", 104_960),
+        64 => ("gqa_decode_bf16_64", 55_808),
+        _ => return Err(gqa_width("gqa_decode", width)),
+    };
+    let launch = gqa("gqa_decode", [rows, heads, kv_heads, splits], 1)?;
+    Ok(Launch {
+        kernel,
+        shared_bytes,
+        ..launch
+    })
+}
+
+/// The same for neighbouring rows over one block table, as many per block as 32 queries are.
+///
+/// # Errors
+/// A dimension that the kernel does not take.
+pub fn gqa_prefill(
+    rows: usize,
+    heads: usize,
+    kv_heads: usize,
+    width: usize,
+    splits: usize,
+) -> Result<Launch, Unsupported> {
+    let (kernel, shared_bytes) = match width {
+        128 => ("gqa_prefill_bf16_128", 105_472),
+        64 => ("gqa_prefill_bf16_64", 56_320),
+        _ => return Err(gqa_width("gqa_prefill", width)),
+    };
+    gqa_heads_check("gqa_prefill", heads, kv_heads)?;
+    let together = GQA_PREFILL_QUERIES / (heads / kv_heads).clamp(1, GQA_HEADS);
+    let launch = gqa("gqa_prefill", [rows, heads, kv_heads, splits], together)?;
+    Ok(Launch {
+        kernel,
+        shared_bytes,
+        ..launch
+    })
+}
+
+/// Either of them, with `together` rows per block.
+fn gqa(
+    operation: &'static str,
+    [rows, heads, kv_heads, splits]: [usize; 4],
+    together: usize,
+) -> Result<Launch, Unsupported> {
+    rows_check(operation, "rows", rows)?;
+    gqa_heads_check(operation, heads, kv_heads)?;
     check(
-        "gqa_decode",
+        operation,
         "splits",
         splits,
         (1..=GRID_YZ_MAX).contains(&splits),
         "1 to 65535",
     )?;
-    let (kernel, shared_bytes) = match width {
-        128 => ("gqa_decode_bf16_128", 104_960),
-        64 => ("gqa_decode_bf16_64", 55_808),
-        _ => {
-            return Err(Unsupported {
-                operation: "gqa_decode",
-                field: "head width",
-                value: width,
-                allowed: "64 and 128",
-            });
-        }
-    };
     let passes = (heads / kv_heads).div_ceil(GQA_HEADS);
     Ok(Launch {
-        kernel,
-        grid: [rows as u32, (kv_heads * passes) as u32, splits as u32],
+        kernel: "",
+        grid: [
+            rows.div_ceil(together) as u32,
+            (kv_heads * passes) as u32,
+            splits as u32,
+        ],
         threads: 128,
-        shared_bytes,
+        shared_bytes: 0,
     })
+}
+
+fn gqa_width(operation: &'static str, value: usize) -> Unsupported {
+    Unsupported {
+        operation,
+        field: "head width",
+        value,
+        allowed: "64 and 128",
+    }
 }
 
 /// Merge of the parts of either decode.

@@ -15,6 +15,8 @@ fn plans_print_what_they_launch() {
         hopper_mla_prefill(2, 4096, 16, 128, 64, 128),
         gqa_decode(8, 64, 4, 128, mla_splits(4096)),
         gqa_decode(1, 36, 2, 64, 1),
+        gqa_prefill(13, 64, 4, 128, 2),
+        gqa_prefill(9, 14, 2, 64, 1),
     ]
     .map(|plan| plan.expect("a supported shape").to_string());
     assert_eq!(
@@ -32,6 +34,8 @@ fn plans_print_what_they_launch() {
             "hopper_mla_prefill_bf16_128_64_128 grid 32 x 16 x 2, 384 threads, 214016 bytes shared",
             "gqa_decode_bf16_128 grid 8 x 4 x 8, 128 threads, 104960 bytes shared",
             "gqa_decode_bf16_64 grid 1 x 4 x 1, 128 threads, 55808 bytes shared",
+            "gqa_prefill_bf16_128 grid 7 x 4 x 2, 128 threads, 105472 bytes shared",
+            "gqa_prefill_bf16_64 grid 3 x 2 x 1, 128 threads, 56320 bytes shared",
         ]
     );
 }
@@ -55,6 +59,8 @@ fn a_shape_that_no_kernel_takes_is_refused_with_its_number() {
         hopper_mla_prefill(1, 64, 16, 64, 64, 128),
         hopper_mla_prefill(0, 64, 16, 128, 64, 128),
         gqa_decode(1, 32, 8, 96, 1),
+        gqa_prefill(1, 32, 8, 96, 1),
+        gqa_prefill(1, 32, 5, 128, 1),
         gqa_decode(1, 32, 5, 128, 1),
         gqa_cache_write(1, 4, 4, 256),
     ]

@@ -247,4 +247,7 @@ fn a_meeting_ends_when_a_rank_does_not_come() {
         error.to_string(),
         "no NCCL: cannot load /no/such/libnccl.so.2"
     );
+    let error = Nccl::load(Some("libc.so.6".as_ref())).expect_err("no NCCL");
+    let words = "NCCL has no ncclGetVersion; it is older than 2.18";
+    assert_eq!(error.to_string(), words);
 }

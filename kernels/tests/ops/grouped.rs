@@ -187,9 +187,29 @@ struct Decode {
     blocks_stride: usize,
     cache: Vec<bf16>,
     queries: Vec<bf16>,
+    /// All rows are of one sequence and use its table.
+    is_chunk: bool,
+}
+
+/// Which kernel attends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum By {
+    Row,
+    Chunk,
 }
 
 impl Decode {
+    /// `rows` tokens of one sequence, after `before` others.
+    fn chunk(lab: &mut Lab, shape: [usize; 4], before: usize, rows: usize) -> Self {
+        let [heads, _, width, _] = shape;
+        let last = (before + rows) as i32;
+        let mut chunk = Self::new(lab, shape, &[last]);
+        chunk.lengths = (before as i32 + 1..=last).collect();
+        chunk.queries = lab.random.bf16s(rows * heads * width, 1.0);
+        chunk.is_chunk = true;
+        chunk
+    }
+
     fn new(
         lab: &mut Lab,
         [heads, kv_heads, width, block_size]: [usize; 4],
@@ -218,6 +238,7 @@ impl Decode {
             blocks_stride,
             cache: lab.random.bf16s((total + 2) * per_block, 1.0),
             queries: lab.random.bf16s(lengths.len() * heads * width, 1.0),
+            is_chunk: false,
         };
         // Slots past a sequence's end hold NaN: reading one shows.
         for (row, length) in lengths.iter().enumerate() {
@@ -235,27 +256,38 @@ impl Decode {
 
     /// Where a token's key or value begins.
     fn line(&self, row: usize, kv_head: usize, kind: usize, token: usize) -> usize {
-        let block = self.blocks[row * self.blocks_stride + token / self.block_size] as usize;
+        let table = if self.is_chunk { 0 } else { row };
+        let block = self.blocks[table * self.blocks_stride + token / self.block_size] as usize;
         let line = ((block * self.kv_heads + kv_head) * 2 + kind) * self.block_size
             + token % self.block_size;
         line * self.width
     }
 
     fn run(&self, lab: &Lab, rows: std::ops::Range<usize>, scale: f32) -> Vec<f64> {
+        self.run_by(lab, By::Row, rows, scale)
+    }
+
+    fn run_by(&self, lab: &Lab, by: By, rows: std::ops::Range<usize>, scale: f32) -> Vec<f64> {
         let (count, row) = (rows.len(), self.heads * self.width);
         let lengths = &self.lengths[rows.clone()];
         let used = |length: &i32| plan::mla_splits(*length as usize);
         let splits = lengths.iter().map(used).max().unwrap_or(1);
         let d_queries = lab.upload(&self.queries[rows.start * row..rows.end * row]);
         let d_cache = lab.upload(&self.cache);
-        let tables = &self.blocks[rows.start * self.blocks_stride..rows.end * self.blocks_stride];
+        let tables = match self.is_chunk {
+            true => &self.blocks[..],
+            false => &self.blocks[rows.start * self.blocks_stride..rows.end * self.blocks_stride],
+        };
         let (d_blocks, d_lengths) = (lab.upload(tables), lab.upload(lengths));
         let partial = lab.poisoned(count * row * splits * 4);
         let lse = lab.poisoned(count * self.heads * splits * 4);
         let out = lab.poisoned(count * row * 2);
+        let plan = match by {
+            By::Row => plan::gqa_decode,
+            By::Chunk => plan::gqa_prefill,
+        };
         lab.run(
-            &plan::gqa_decode(count, self.heads, self.kv_heads, self.width, splits)
-                .expect("a plan"),
+            &plan(count, self.heads, self.kv_heads, self.width, splits).expect("a plan"),
             &GqaDecodeParams {
                 q: d_queries.address(),
                 cache: d_cache.address(),
@@ -268,7 +300,10 @@ impl Decode {
                 kv_heads: self.kv_heads as i32,
                 q_row: row as i32,
                 block_size: self.block_size as i32,
-                blocks_stride: self.blocks_stride as i32,
+                blocks_stride: match self.is_chunk {
+                    true => 0,
+                    false => self.blocks_stride as i32,
+                },
                 splits: splits as i32,
                 split_tokens: plan::MLA_SPLIT_TOKENS as i32,
                 scale,
@@ -377,6 +412,48 @@ fn a_grouped_decoded_row_is_the_same_bits_in_any_batch() {
         for row in 0..3 {
             let alone = decode.run(lab, row..row + 1, 0.125);
             assert_eq!(alone, all[row * 8 * 64..(row + 1) * 8 * 64], "row {row}");
+        }
+    });
+}
+
+/// Groups of 4, 7, 1, 18 (two passes), 5 and 16; chunks that begin and end within a part, cross one, and fill blocks of rows
+/// or leave the last one short.
+#[test]
+fn grouped_prefill_attends_with_the_bits_of_decode() {
+    on_every_schedule("gqa prefill", |lab| {
+        for (shape, before, rows) in [
+            ([8, 2, 128, 64], 0, 13),
+            ([7, 1, 64, 16], 505, 18),
+            ([2, 2, 64, 7], 30, 40),
+            ([36, 2, 64, 16], 9, 5),
+            ([5, 1, 128, 8], 1020, 9),
+            ([16, 1, 64, 64], 60, 3),
+        ] {
+            let [heads, _, width, _] = shape;
+            let chunk = Decode::chunk(lab, shape, before, rows);
+            let got = chunk.run_by(lab, By::Chunk, 0..rows, 0.125);
+            let row = heads * width;
+            let name = format!("{shape:?}: {rows} rows after {before}");
+            assert!(
+                got == chunk.run(lab, 0..rows, 0.125),
+                "{name}: a row by itself"
+            );
+            // Cut elsewhere, rows share blocks with others.
+            let cut = rows / 2;
+            let mut parts = chunk.run_by(lab, By::Chunk, 0..cut, 0.125);
+            parts.extend(chunk.run_by(lab, By::Chunk, cut..rows, 0.125));
+            assert!(got == parts, "{name}: in two chunks");
+            for index in [0, rows / 2, rows - 1] {
+                for head in 0..heads {
+                    close(
+                        &format!("{name}, row {index} head {head}"),
+                        &got[index * row + head * width..][..width],
+                        &chunk.want(index, head, 0.125),
+                        2.0 * BF16,
+                        2e-3,
+                    );
+                }
+            }
         }
     });
 }

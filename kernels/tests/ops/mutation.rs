@@ -153,9 +153,13 @@ const TARGETS: &[Target] = &[
         tests: &["grouped::grouped_heads"],
     },
     Target {
-        file: "cuda/sm80/gqa_decode_bf16.cu",
-        sources: &["gqa_decode_bf16", "mla_combine_bf16"],
-        tests: &["grouped::grouped_decode", "grouped::a_grouped"],
+        file: "cuda/sm80/gqa.h",
+        sources: &["gqa_decode_bf16", "gqa_prefill_bf16", "mla_combine_bf16"],
+        tests: &[
+            "grouped::grouped_decode",
+            "grouped::a_grouped",
+            "grouped::grouped_prefill",
+        ],
     },
     Target {
         file: "cuda/sm80/sample.h",
@@ -380,7 +384,7 @@ fn a_sample_of_seeded_bugs_is_caught() {
         ("cuda/sm80/mla_prefill_bf16.cu", "copy_async_wait"),
         ("cuda/sm80/rope_bf16.cu", "within"),
         // What the emulator's mark of writers and its handing over are for.
-        ("cuda/sm80/gqa_decode_bf16.cu", "warp_sync"),
+        ("cuda/sm80/gqa.h", "warp_sync"),
         ("cuda/sm90/hopper_mla_prefill_bf16.cu", "warp_sync"),
     ];
     let all = bugs();

@@ -1,7 +1,7 @@
 //! Grouped-query attention on the GPU: finish the heads and cache them, attend.
 //!
-//! A prompt takes the decode kernel with a row per token, as latent attention does: that makes its bytes independent of
-//! how it was cut into chunks and of what was cached.
+//! The rows of a prompt share blocks of a kernel that gives each the bytes of decode, so that a prompt's bytes do not depend
+//! on how it was cut into chunks nor on what was cached.
 
 use engine_model::{GroupedAttention, Norm, Projection, Slot, WeightId};
 use kernels::params::{Address, GqaCacheWriteParams, GqaDecodeParams};
@@ -128,7 +128,11 @@ impl Pass<'_> {
             scale,
             reserved: 0,
         };
-        let launch = plan::gqa_decode(run.rows, heads, kv_heads, width, run.splits)?;
+        let plan = match run.one_table {
+            true => plan::gqa_prefill,
+            false => plan::gqa_decode,
+        };
+        let launch = plan(run.rows, heads, kv_heads, width, run.splits)?;
         self.launch(&launch, &params)
     }
 }
