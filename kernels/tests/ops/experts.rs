@@ -122,6 +122,13 @@ fn the_gate_chooses_as_the_reference_does() {
         check_gate(lab, v2, 160, false);
         check_gate(lab, lite, 64, false);
         check_gate(lab, k2, 384, true);
+        // Groups of more experts than a warp has lanes: a lane has several of one group.
+        let wide = reference::Gate {
+            groups: 2,
+            groups_per_token: 1,
+            ..v3
+        };
+        check_gate(lab, wide, 256, true);
         check_gate(
             lab,
             reference::Gate {
