@@ -10,6 +10,7 @@
 // CACHALOT_EMULATION_VERSION of the driver (default 13000), CACHALOT_EMULATION_DEVICES 0 to 8 (default 1), each with memory and a
 // primary context of its own, CACHALOT_EMULATION_IMAGES 0 for a device that no image fits, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails.
 #include "machine.h"
+#include "sanitizer.h"
 
 #include <sys/mman.h>
 
@@ -156,6 +157,7 @@ std::string describe(uintptr_t at) {
 
 // Writes between the end of the data and the guard page land in a canary. Returns a report or nothing.
 std::string broken_canary() {
+    if (emu::SANITIZED) return ""; // whoever writes there, or reads, is told at once
     for (auto& [start, allocation] : allocations) {
         const char* end = reinterpret_cast<const char*>(start) + allocation.bytes;
         const char* guard = allocation.region + allocation.region_bytes - PAGE;
@@ -364,6 +366,8 @@ API cuMemAlloc_v2(uint64_t* pointer, size_t bytes) {
     char* start = region + PAGE + data - (bytes + 15) / 16 * 16;
     memset(start, 0xFF, bytes); // NaN in every float format, -1 in every integer
     memset(start + bytes, CANARY, region + PAGE + data - (start + bytes));
+    emu::forbid(region + PAGE, size_t(start - region - PAGE));
+    emu::forbid(start + bytes, size_t(region + PAGE + data - (start + bytes)));
     const uintptr_t at = reinterpret_cast<uintptr_t>(start);
     freed.erase(reinterpret_cast<uintptr_t>(region));
     allocations[at] = {current->device, bytes, region, region_bytes};
@@ -380,6 +384,7 @@ API cuMemFree_v2(uint64_t pointer) {
     const Allocation allocation = found->second;
     allocations.erase(found);
     allocated[allocation.device] -= allocation.bytes;
+    emu::permit(allocation.region, allocation.region_bytes); // the kernel gives the addresses to somebody else
     // Kept unreadable for a while instead of returned, so that a use after free faults.
     mmap(allocation.region, allocation.region_bytes, PROT_NONE,
          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);

@@ -1,4 +1,5 @@
 #include "machine.h"
+#include "sanitizer.h"
 
 #include <signal.h>
 #include <sys/mman.h>
@@ -66,6 +67,7 @@ std::string where() {
 [[noreturn]] void leave(int code, std::string report) {
     block->code = code;
     block->report = std::move(report);
+    if (block->self) leave_stack(nullptr, block->main_stack, block->main_stack_bytes);
     siglongjmp(block->escape, 1);
 }
 
@@ -114,6 +116,15 @@ std::string deadlock() {
            " have exited" + collectives;
 }
 
+// To another lane's stack, and back when this one is picked again.
+void go_on_with(Lane& next) {
+    Lane* self = block->self;
+    block->self = &next;
+    leave_stack(&self->fake, next.stack, STACK_BYTES);
+    cachalot_switch(&self->sp, next.sp);
+    enter_stack(self->fake, nullptr, nullptr);
+}
+
 // Runs somebody else until this lane may go on.
 void suspend() {
     Block& b = *block;
@@ -121,17 +132,11 @@ void suspend() {
     Lane* next = pick();
     while (!next && deliver_transfer()) next = pick();
     if (!next) leave(TIMEOUT, deadlock());
-    if (next == self) return;
-    b.self = next;
-    cachalot_switch(&self->sp, next->sp);
+    if (next != self) go_on_with(*next);
 }
 
 // Runs another lane now; this one may go on when it is picked again.
-void hand_over(Lane& next) {
-    Lane* self = block->self;
-    block->self = &next;
-    cachalot_switch(&self->sp, next.sp);
-}
+void hand_over(Lane& next) { go_on_with(next); }
 
 void land(const Copy& copy) {
     if (copy.from)
@@ -146,6 +151,9 @@ void land(const Copy& copy) {
 
 void trampoline() {
     Block& b = *block;
+    // The first lane of a block comes from the stack that the block ends on.
+    const bool is_first = !b.main_stack;
+    enter_stack(nullptr, is_first ? &b.main_stack : nullptr, is_first ? &b.main_stack_bytes : nullptr);
     b.kernel->entry(b.params);
     Lane* self = b.self;
     for (const Copy& copy : self->copies) land(copy);
@@ -154,12 +162,14 @@ void trampoline() {
     b.alive--;
     void* dropped;
     if (b.alive == 0) {
+        leave_stack(nullptr, b.main_stack, b.main_stack_bytes);
         cachalot_switch(&dropped, b.main_sp);
     } else {
         Lane* next = pick();
         while (!next && deliver_transfer()) next = pick();
         if (!next) leave(TIMEOUT, deadlock());
         b.self = next;
+        leave_stack(nullptr, next->stack, STACK_BYTES);
         cachalot_switch(&dropped, next->sp);
     }
     abort();
@@ -184,13 +194,19 @@ struct Worker {
         mprotect(arena + PAGE + SHARED_MAX, PAGE, PROT_NONE);
     }
     ~Worker() {
+        permit(arena, SHARED_MAX + 2 * PAGE);
         munmap(arena, SHARED_MAX + 2 * PAGE);
-        if (stacks) munmap(stacks, stacks_count * (STACK_BYTES + PAGE));
+        drop_stacks();
         free(signal_stack);
+    }
+    void drop_stacks() {
+        if (!stacks) return;
+        permit(stacks, stacks_count * (STACK_BYTES + PAGE));
+        munmap(stacks, stacks_count * (STACK_BYTES + PAGE));
     }
     void ensure_stacks(unsigned count) {
         if (count <= stacks_count) return;
-        if (stacks) munmap(stacks, stacks_count * (STACK_BYTES + PAGE));
+        drop_stacks();
         stacks = static_cast<char*>(mmap(nullptr, count * (STACK_BYTES + PAGE), PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         if (stacks == MAP_FAILED) abort();
@@ -219,6 +235,8 @@ void run_block(Worker& worker, const Launch& launch, Dim3 index, const Schedule&
     b.stride = schedule.order == Schedule::FORWARD ? 1 : schedule.order == Schedule::BACKWARD ? n - 1 : 37 % n;
     if (b.stride == 0 || std::gcd(b.stride, n) != 1) b.stride = 1;
     worker.ensure_stacks(n);
+    b.main_stack = nullptr;
+    permit(worker.arena + PAGE, SHARED_MAX);
     b.lanes.resize(n);
     b.warps.assign(n / 32, Warp{});
     for (unsigned i = 0; i < n; i++) {
@@ -235,6 +253,7 @@ void run_block(Worker& worker, const Launch& launch, Dim3 index, const Schedule&
         lane.group = 0;
         lane.ordered = false;
         lane.copies.clear();
+        permit(lane.stack, STACK_BYTES); // frames that a fault left without returning
         void** sp = reinterpret_cast<void**>(lane.stack + STACK_BYTES);
         *--sp = nullptr;
         *--sp = reinterpret_cast<void*>(trampoline);
@@ -250,16 +269,23 @@ void run_block(Worker& worker, const Launch& launch, Dim3 index, const Schedule&
     b.unfenced.assign((launch.shared_bytes + 15) / 16, 0);
     b.writers.assign((launch.shared_bytes + 15) / 16, Writer{});
     memset(b.shared + launch.shared_bytes, CANARY, rounded - launch.shared_bytes);
+    forbid(worker.arena + PAGE, SHARED_MAX - rounded);
+    forbid(b.shared + launch.shared_bytes, rounded - launch.shared_bytes);
     if (sigsetjmp(b.escape, 1) == 0) {
         b.self = schedule.order == Schedule::BACKWARD ? &b.lanes[n - 1] : &b.lanes[0];
+        leave_stack(&b.main_fake, b.self->stack, STACK_BYTES);
         cachalot_switch(&b.main_sp, b.self->sp);
+        enter_stack(b.main_fake, nullptr, nullptr);
         b.self = nullptr;
+        permit(b.shared + launch.shared_bytes, rounded - launch.shared_bytes);
         for (size_t i = launch.shared_bytes; i < rounded; i++)
             if (static_cast<unsigned char>(b.shared[i]) != CANARY)
                 leave(ILLEGAL_ADDRESS, "write " + std::to_string(i - launch.shared_bytes) + " bytes past the end of " +
                                            std::to_string(launch.shared_bytes) + " bytes of shared memory in " +
                                            where());
         while (!b.transfers.empty()) deliver_transfer();
+    } else if (b.self) {
+        enter_stack(b.main_fake, nullptr, nullptr);
     }
     block = nullptr;
 }

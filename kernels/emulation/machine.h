@@ -65,6 +65,7 @@ enum class Waiting : uint8_t { NO, BLOCK, WARP, MBARRIER };
 struct Lane {
     void* sp;
     char* stack;
+    void* fake; // see sanitizer.h
     unsigned linear, lane, warp;
     unsigned x, y, z;
     Waiting waiting;
@@ -146,6 +147,9 @@ struct Block {
     unsigned arrived, alive, stride;
     Lane* self;
     void* main_sp;
+    void* main_fake = nullptr; // the address sanitizer's, as below
+    const void* main_stack = nullptr;
+    size_t main_stack_bytes = 0;
     sigjmp_buf escape;
     int code;
     std::string report;

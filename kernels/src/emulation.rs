@@ -52,6 +52,8 @@ pub struct Emulation {
     replaced: BTreeMap<PathBuf, String>,
     /// Only these kernel sources (by name without ending); empty is all.
     only: Vec<String>,
+    /// With the address sanitizer.
+    sanitized: bool,
 }
 
 const FLAGS: [&str; 10] = [
@@ -70,6 +72,8 @@ const FLAGS: [&str; 10] = [
     "-fsanitize-undefined-trap-on-error",
 ];
 
+const SANITIZER: &str = "-fsanitize=address";
+
 impl Emulation {
     /// Builds from the sources of this crate into `out`.
     pub fn new(out: &Path) -> Self {
@@ -78,7 +82,18 @@ impl Emulation {
             out: out.to_owned(),
             replaced: BTreeMap::new(),
             only: Vec::new(),
+            sanitized: false,
         }
+    }
+
+    /// Builds with the address sanitizer, whose library the program must have loaded before any other (`LD_PRELOAD`).
+    pub fn sanitized(mut self) -> Self {
+        self.sanitized = true;
+        self
+    }
+
+    fn flags(&self) -> impl Iterator<Item = &'static str> {
+        FLAGS.into_iter().chain(self.sanitized.then_some(SANITIZER))
     }
 
     /// Uses `text` instead of the file at `path`, relative to the crate.
@@ -113,7 +128,7 @@ impl Emulation {
         let mut pending = Vec::new();
         for source in self.sources()? {
             let text = self.text(&source)?;
-            let key = sha256(format!("{compiler}\0{FLAGS:?}\0{shared}\0{text}").as_bytes());
+            let key = self.key(&compiler, &[&shared, &text]);
             let object = self.out.join(format!("{}-{}.o", stem(&source), &key[..16]));
             if !object.exists() {
                 pending.push((source, object.clone()));
@@ -132,7 +147,7 @@ impl Emulation {
                     let (tree, compiler) = (&tree, &compiler);
                     scope.spawn(move || {
                         part.iter().try_for_each(|(source, object)| {
-                            compile(compiler, &tree.join(source), object)
+                            self.compile(compiler, &tree.join(source), object)
                         })
                     })
                 })
@@ -158,6 +173,7 @@ impl Emulation {
             let temporary = folder.join(format!("libcuda.{}", unique()));
             let mut command = Command::new(&compiler);
             command
+                .args(self.sanitized.then_some(SANITIZER))
                 .args(["-shared", "-pthread", "-Wl,-soname,libcuda.so.1"])
                 // It must load where there is a C library alone, as in the engine's image.
                 .args(["-static-libstdc++", "-static-libgcc", "-o"])
@@ -178,16 +194,17 @@ impl Emulation {
         let compiler = compiler().ok_or(BuildError::NoCompiler)?;
         let source = Path::new("emulation/nccl.cpp");
         let text = self.text(source)?;
-        let key = sha256(format!("{compiler}\0{FLAGS:?}\0{text}").as_bytes());
+        let key = self.key(&compiler, &[&text]);
         let folder = driver.parent().unwrap_or(Path::new("."));
         let built = folder.join(format!("nccl-{}.built", &key[..16]));
         let library = folder.join(NCCL_LIBRARY);
         if !built.exists() {
             let object = folder.join(format!("nccl-{}.o", &key[..16]));
-            compile(&compiler, &self.root.join(source), &object)?;
+            self.compile(&compiler, &self.root.join(source), &object)?;
             let temporary = folder.join(format!("libnccl.{}", unique()));
             let mut command = Command::new(&compiler);
             command
+                .args(self.sanitized.then_some(SANITIZER))
                 .args(["-shared", "-pthread", "-Wl,-soname,libnccl.so.2"])
                 .args(["-static-libstdc++", "-static-libgcc", "-o"])
                 .arg(&temporary)
@@ -199,6 +216,25 @@ impl Emulation {
             std::fs::write(&built, []).map_err(|source| file(&built, source))?;
         }
         Ok(driver)
+    }
+
+    /// Of what goes into an object.
+    fn key(&self, compiler: &str, texts: &[&str]) -> String {
+        let flags: Vec<_> = self.flags().collect();
+        sha256(format!("{compiler}\0{flags:?}\0{}", texts.join("\0")).as_bytes())
+    }
+
+    fn compile(&self, compiler: &str, source: &Path, object: &Path) -> Result<(), BuildError> {
+        let temporary = object.with_extension(format!("{}.tmp", unique()));
+        let mut command = Command::new(compiler);
+        command
+            .args(self.flags())
+            .args(["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-c", "-o"])
+            .arg(&temporary)
+            .args(["-x", "c++"])
+            .arg(source);
+        finish(command, source)?;
+        std::fs::rename(&temporary, object).map_err(|source| file(object, source))
     }
 
     /// Sources to compile, relative to the root.
@@ -314,19 +350,6 @@ fn compiler() -> Option<String> {
                 .output()
                 .is_ok_and(|output| output.status.success())
         })
-}
-
-fn compile(compiler: &str, source: &Path, object: &Path) -> Result<(), BuildError> {
-    let temporary = object.with_extension(format!("{}.tmp", unique()));
-    let mut command = Command::new(compiler);
-    command
-        .args(FLAGS)
-        .args(["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-c", "-o"])
-        .arg(&temporary)
-        .args(["-x", "c++"])
-        .arg(source);
-    finish(command, source)?;
-    std::fs::rename(&temporary, object).map_err(|source| file(object, source))
 }
 
 /// A name that no other build on this machine uses now.

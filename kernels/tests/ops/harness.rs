@@ -14,6 +14,15 @@ pub fn build_folder() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulation")
 }
 
+/// The emulated driver, with the address sanitizer where `KERNELS_SANITIZE` is set.
+fn emulation() -> Emulation {
+    let emulation = Emulation::new(&build_folder());
+    match std::env::var_os("KERNELS_SANITIZE") {
+        Some(_) => emulation.sanitized(),
+        None => emulation,
+    }
+}
+
 /// The driver under test, or none on a machine without a C++ compiler.
 pub fn driver() -> Option<Arc<Driver>> {
     static DRIVER: OnceLock<Option<Arc<Driver>>> = OnceLock::new();
@@ -21,7 +30,7 @@ pub fn driver() -> Option<Arc<Driver>> {
         .get_or_init(|| {
             let path = match std::env::var_os("KERNELS_DRIVER") {
                 Some(path) => PathBuf::from(path),
-                None => match Emulation::new(&build_folder()).build_with_nccl() {
+                None => match emulation().build_with_nccl() {
                     Ok(path) => path,
                     Err(error @ (BuildError::NoCompiler | BuildError::WrongMachine)) => {
                         eprintln!("skipped: {error}");
@@ -48,7 +57,7 @@ pub fn nccl() -> Option<Arc<Nccl>> {
             return None;
         }
         (None, None) => {
-            let driver = Emulation::new(&build_folder()).build_with_nccl();
+            let driver = emulation().build_with_nccl();
             let driver = driver.expect("it was built already");
             driver.with_file_name(NCCL_LIBRARY)
         }

@@ -17,4 +17,5 @@ mod mutation;
 mod ranks;
 mod rows;
 mod sampling;
+mod sanitizer;
 mod streams;
