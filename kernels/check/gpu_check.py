@@ -42,6 +42,8 @@ class Check:
     def run(self, command, limit, driver=None):
         """Standard output of a command; what it said to standard error is kept beside the results."""
         environment = {**os.environ, "KERNELS_DRIVER": driver or self.driver}
+        if (library := nccl()) and not self.emulated:
+            environment.setdefault("KERNELS_NCCL", library)
         limit = max(min(limit, self.end - time.monotonic()), 0.1)
         done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=limit)
         with open(self.out / "stderr.txt", "a") as log:
@@ -89,6 +91,12 @@ def machine(check):
         done = check.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], 20)
         found["nvidia_smi"] = done.stdout.strip()
     return found
+
+
+def nccl():
+    """The NCCL that came with PyTorch: its tests want a device for each rank, and one rank is enough to call everything."""
+    places = (pathlib.Path(place) / "nvidia/nccl/lib/libnccl.so.2" for place in sys.path)
+    return next((str(place) for place in places if place.exists()), None)
 
 
 def tests(check):

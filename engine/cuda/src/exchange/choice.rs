@@ -18,8 +18,8 @@ use crate::{CudaError, Gpu};
 const TOLD_BYTES: usize = 256;
 /// Bytes of a rank's slot in the check.
 const CHECKED_BYTES: usize = 4096;
-/// Time for NCCL to connect the ranks, of the group's timeout: whoever gives up has to tell the others before they do.
-const OF_TIMEOUT: u32 = 2;
+/// Time for NCCL to connect the ranks, which takes seconds among many.
+const MEETING: Duration = Duration::from_secs(120);
 
 /// How ranks on GPUs exchange activations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -127,6 +127,8 @@ fn agree(
         .try_into()
         .map_err(|_| "rank 0 gave no identifier".to_owned());
     let met = id.and_then(|id| meet(gpu, group, &library, NcclId(id)));
+    // Whoever waits for it longest has given up by then.
+    group.barrier(2 * MEETING)?;
     if let Err(reason) = table.all(met.as_ref().map(|_| Vec::new()).map_err(Clone::clone))? {
         return Ok(Err(reason));
     }
@@ -153,9 +155,8 @@ fn meet(
     library: &Arc<Library>,
     id: NcclId,
 ) -> Told<Communicator> {
-    let patience = (group.timeout() / OF_TIMEOUT).max(Duration::from_secs(1));
     let place = (group.rank().index(), group.rank().count());
-    Communicator::meet(library, &gpu.device, id, place, patience).map_err(|error| error.to_string())
+    Communicator::meet(library, &gpu.device, id, place, MEETING).map_err(|error| error.to_string())
 }
 
 /// Moves known bytes by every operation that a pass uses, which also connects whoever has to be connected for it.
