@@ -75,12 +75,15 @@ fn decode_steps_over_nccl_are_recorded_and_those_over_the_host_are_not() {
             "host memory: rank 0: it was asked for",
         ),
     ] {
+        let done = Barrier::new(2);
         let ends = pair(both(way), PATIENCE, |_, executor| {
             let mut executor = executor.unwrap();
             step(&mut executor, &[3, 4, 5], 0).unwrap();
             let before = executor.graphs();
             step(&mut executor, &[6], 3).unwrap();
             step(&mut executor, &[7], 4).unwrap();
+            // Whoever goes first would be missed by the other's last step.
+            done.wait();
             (
                 before,
                 executor.graphs(),
