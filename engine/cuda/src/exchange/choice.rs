@@ -82,6 +82,8 @@ fn agree(
     at: (&Arena, &Stream),
     slots: Span,
 ) -> Result<Told<(Nccl, String)>, CudaError> {
+    // Ranks come from opening files and from checks of their devices, each in its time.
+    group.barrier(2 * MEETING)?;
     let table = Table { group };
     let library = match gpu.exchange {
         ExchangeChoice::Host => Err("it was asked for".to_owned()),
