@@ -44,12 +44,15 @@ pub fn plan(snapshot: &Snapshot, settings: &Settings) -> Plan {
             ..Plan::default()
         };
     }
-    let mut plan = decide(snapshot, settings);
-    let flaws = check(&plan, snapshot, settings);
-    if let Some(flaw) = flaws.first() {
-        plan = rejected(snapshot, &flaw.to_string());
+    checked(decide(snapshot, settings), snapshot, settings)
+}
+
+/// The plan, or one that does nothing in place of one that breaks a rule.
+fn checked(plan: Plan, snapshot: &Snapshot, settings: &Settings) -> Plan {
+    match check(&plan, snapshot, settings).first() {
+        Some(flaw) => rejected(snapshot, &flaw.to_string()),
+        None => plan,
     }
-    plan
 }
 
 fn decide(snapshot: &Snapshot, settings: &Settings) -> Plan {
@@ -594,4 +597,43 @@ fn facts_words(facts: &ModelFacts) -> String {
         human_bytes(facts.weight_bytes),
         facts.digest
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inventory::Inventory;
+    use serde_json::json;
+
+    /// The planner makes no such plan, so that no snapshot shows what becomes of one.
+    #[test]
+    fn a_plan_that_breaks_a_rule_is_told_of_and_not_carried_out() {
+        let deployment = serde_json::from_value(json!({
+            "apiVersion": "cachalot.dev/v1alpha1", "kind": "ModelDeployment",
+            "metadata": {"name": "m", "namespace": "default", "uid": "u"},
+            "spec": {"model": {"source": "file:///models/small"}, "accelerator": {"type": "cpu"}, "replicas": 1},
+        }));
+        let inventory = Inventory::default();
+        let snapshot = inventory.snapshot(
+            deployment.expect("a ModelDeployment"),
+            inventory.cluster().into(),
+            jiff::Timestamp::UNIX_EPOCH,
+        );
+        let settings = Settings {
+            engine_image: "engine:1".into(),
+            image_pull_policy: "IfNotPresent".into(),
+            node_cache: None,
+            network_policies: true,
+        };
+        let good = plan(&snapshot, &settings);
+        assert!(!good.actions.is_empty());
+        assert_eq!(checked(good.clone(), &snapshot, &settings), good);
+        let mut bad = good;
+        bad.actions.extend(bad.actions.clone());
+        let told = checked(bad, &snapshot, &settings);
+        assert_eq!(told.actions, []);
+        let mut conditions = told.status.conditions.iter();
+        let planned = conditions.find(|condition| condition.type_ == "Planned");
+        assert_eq!(planned.map(|it| it.reason.as_str()), Some("PlanRejected"));
+    }
 }

@@ -114,6 +114,16 @@ fn products_are_named_as_labels_name_them() {
 }
 
 #[test]
+fn a_claim_for_administration_takes_nothing() {
+    let claim = held("a", &["gpu-0"]);
+    assert!(AllocationView::of(&claim).is_some());
+    let mut watches = serde_json::to_value(claim).unwrap();
+    watches["status"]["allocation"]["devices"]["results"][0]["adminAccess"] = json!(true);
+    let watches = serde_json::from_value(watches).unwrap();
+    assert_eq!(AllocationView::of(&watches), None);
+}
+
+#[test]
 fn what_claims_of_others_hold_is_taken() {
     let with_held = |devices: &[&str]| {
         let story = story(claimed(json!({}))).on([bare("a")]);

@@ -391,6 +391,76 @@ fn a_group_that_is_refused_in_part_gives_its_part_back() {
     );
 }
 
+/// A group that waits for one pod is looked at late, but not after the grace of a node is over.
+#[test]
+fn a_refused_group_on_a_silent_node_is_looked_at_when_its_grace_is_over() {
+    let mut story = story(wide(json!({}))).on([h100x8("a"), h100x8("b")]);
+    story = story.after(&story.plan(), starts);
+    let follower = name(&story, 0, 1);
+    story.pod(&follower, |pod| {
+        pod.node = None;
+        pod.phase = PodPhase::Pending;
+        pod.scheduled = Scheduled::Refused {
+            since: Some(ago(1)),
+            message: "no".into(),
+        };
+    });
+    let looks_after = |story: &Story| story.plan().wake_after.unwrap().as_secs();
+    assert_eq!(looks_after(&story), 299);
+    let silent = json!({"status": {"conditions": [
+        {"type": "Ready", "status": "Unknown", "lastTransitionTime": ago(5).to_string()}]}});
+    let silent = story.on([with(h100x8("a"), silent)]);
+    assert_eq!(looks_after(&silent), 15);
+}
+
+#[test]
+fn of_a_group_the_pod_that_failed_first_speaks_and_one_that_is_deleted_last() {
+    let mut story = pair_on(json!({}), 2).running();
+    let (first, second) = (name(&story, 0, 0), name(&story, 0, 1));
+    story.pod(&first, |pod| fails(pod, ago(10)));
+    story.pod(&second, |pod| fails(pod, ago(20)));
+    assert_eq!(observe(&story.snapshot)[0].pod.name, second);
+    story.pod(&second, |pod| pod.deleting = true);
+    assert_eq!(observe(&story.snapshot)[0].pod.name, first);
+}
+
+#[test]
+fn a_group_that_a_quota_leaves_incomplete_is_taken_back() {
+    let mut story = story(wide(json!({}))).on([h100x8("a"), h100x8("b")]);
+    let mut cut = story.plan();
+    cut.actions.pop();
+    story = story.after(&cut, starts);
+    assert_eq!(moves(&story.plan()), ["create Pod r1-0-0-1"]);
+    let quota = serde_json::from_value(json!({
+        "metadata": {"name": "gpus", "namespace": "default"},
+        "spec": {"hard": {"requests.nvidia.com/gpu": "15"}},
+        "status": {"used": {"requests.nvidia.com/gpu": "8"}},
+    }));
+    let quota = operator_core::QuotaView::of(&quota.unwrap()).unwrap();
+    story.snapshot.quotas = vec![std::sync::Arc::new(quota)];
+    assert_eq!(moves(&story.plan()), ["delete Pod r1-0-0-0"]);
+}
+
+/// It counted as off spot nodes while it was incomplete, and its last rank came to one.
+#[test]
+fn the_rest_of_a_group_stays_off_spot_nodes_as_the_group_does() {
+    let spot = json!({"metadata": {"labels": {"karpenter.sh/capacity-type": "spot"}}});
+    let nodes = [node("d", "4", "8Gi"), with(node("s", "4", "64Gi"), spot)];
+    let spec = json!({"replicas": 2, "placement": {"spot": {"onDemandMin": 1}}});
+    let story = story(pair(spec)).inspected().on(nodes);
+    let plan = story.plan();
+    assert_eq!(first_nodes(&plan), ["d", "d", "s", "s"]);
+    let mut cut = plan;
+    cut.actions.truncate(cut.actions.len() - 3);
+    let mut story = story.after(&cut, starts);
+    // Once it is whole it counts, and the other one goes where it is cheaper.
+    assert_eq!(first_nodes(&story.plan()), ["d", "s", "s"]);
+    // With one rank on a spot node it never counts.
+    let first = name(&story, 0, 0);
+    story.pod(&first, |pod| pod.node = Some("s".into()));
+    assert_eq!(first_nodes(&story.plan()), ["d", "d", "d"]);
+}
+
 #[test]
 fn rollouts_and_budgets_count_replicas() {
     let story = pair_on(json!({"replicas": 2}), 3).running();
@@ -445,6 +515,24 @@ fn part_of_a_group_is_no_plan() {
         uid: pod.uid.clone(),
         if_silent: None,
     }];
+    let flaws = check(&plan, &story.snapshot, &story.settings);
+    assert!(
+        flaws.contains(&operator_core::Flaw::PartGroup(0)),
+        "{flaws:?}"
+    );
+}
+
+/// Of the old group only the last of four ranks is left, so that no rank of the new one meets its like.
+#[test]
+fn two_groups_of_one_index_are_no_plan() {
+    let mut story = pair_on(json!({}), 2);
+    let plan = story.plan();
+    let mut left = operator_core::PodView::of(&created(&plan)[0]);
+    left.name = "m-0-0ldrev1s-0-3".into();
+    left.labels.insert(names::REVISION, "0ldrev1s".into());
+    left.labels.insert(names::RANK, "3".into());
+    left.annotations.insert(names::RANKS, "4".into());
+    story.snapshot.pods.push(std::sync::Arc::new(left));
     let flaws = check(&plan, &story.snapshot, &story.settings);
     assert!(
         flaws.contains(&operator_core::Flaw::PartGroup(0)),

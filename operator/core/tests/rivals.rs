@@ -3,15 +3,18 @@
 
 mod common;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use common::*;
 use k8s_openapi::api::core::v1::Node;
 use operator_core::gang::{self, Asked};
 use operator_core::placement::{Room, Wish};
+use operator_core::preemption::{self, Ask};
 use operator_core::priority::floor;
-use operator_core::{Contest, PodView, PriorityClassView, Rival, fit, names, objects, validate};
+use operator_core::{
+    Cluster, Contest, NodeView, PodView, PriorityClassView, Rival, fit, names, objects, validate,
+};
 use serde_json::{Value, json};
 
 /// An engine pod of another ModelDeployment, of no priority, changed by a patch.
@@ -174,4 +177,149 @@ fn ranks_go_last_to_nodes_that_refused_them_and_first_to_where_fewest_are() {
     };
     let spread = json!({"placement": {"topology": {"spreadBy": zone}}});
     assert_eq!(placed(spread, nodes, &[("a", 1)], &asked), ["c"]);
+}
+
+/// GPUs of one pod of a rival, and the number of its node.
+type Part = (usize, u64);
+
+/// Nodes of eight GPUs that rivals hold: the priority and the parts of each; those of several parts are groups.
+struct Held {
+    cluster: Cluster,
+    contest: Contest,
+    spoken_for: BTreeSet<String>,
+    on_demand_only: bool,
+}
+
+fn held(nodes: Vec<Node>, rivals: &[(i32, &[Part])]) -> Held {
+    let mut pods = Vec::new();
+    let mut claims = Vec::new();
+    for (index, (priority, parts)) in rivals.iter().enumerate() {
+        for (rank, (node, gpus)) in parts.iter().enumerate() {
+            let name = format!("{index}-{rank}");
+            let pod = rival(json!({
+                "metadata": {"name": name, "uid": name, "annotations": {names::RANKS: parts.len().to_string()},
+                    "labels": {names::RANK: rank.to_string(), names::REPLICA: index.to_string()}},
+                "spec": {"nodeName": format!("n{node}"), "priority": priority, "containers": [
+                    {"name": "engine", "resources": {"requests": {"nvidia.com/gpu": gpus.to_string()}}}]},
+            }));
+            claims.extend(pod.pod.claim());
+            pods.push(pod);
+        }
+    }
+    let views = nodes.iter().map(|node| Arc::new(NodeView::of(node)));
+    Held {
+        cluster: Cluster::new(views, &claims),
+        contest: contest(pods),
+        spoken_for: BTreeSet::new(),
+        on_demand_only: false,
+    }
+}
+
+impl Held {
+    /// Asks for places for a replica of four GPUs in so many pods.
+    fn asked<T>(&self, pods: u32, ask: impl FnOnce(Ask<'_>) -> T) -> T {
+        let spec = json!({"accelerator": {"type": "nvidia"}, "parallelism": {"tensor": 4}});
+        let valid = validate(&deployment("own", spec)).unwrap();
+        let layouts = fit::layouts(&valid, &facts_of(SMALL_CONFIG), &self.cluster).unwrap();
+        let layout = layouts[0].clone().over(pods);
+        let wish = Wish {
+            layout: &layout,
+            requests: objects::engine_requests(&valid, &layout),
+            placement: &valid.placement,
+            own: Default::default(),
+            avoid: Vec::new(),
+            holders: Default::default(),
+        };
+        ask(Ask {
+            wish: &wish,
+            room: &Room::new(&self.cluster),
+            contest: &self.contest,
+            spoken_for: &self.spoken_for,
+            on_demand_only: self.on_demand_only,
+        })
+    }
+
+    /// The node for a replica of four GPUs.
+    fn node(&self) -> Option<String> {
+        Some(self.asked(1, preemption::choose)?.node)
+    }
+
+    /// The nodes of two ranks of two GPUs, and the rivals that leave.
+    fn pair(&self) -> (Vec<String>, Vec<String>) {
+        let places = self.asked(2, |ask| preemption::choose_for_group(ask, 2));
+        places.map_or_else(Default::default, |places| {
+            let names = places.victims.iter().map(|rival| rival.pod.name.clone());
+            (places.nodes, names.collect())
+        })
+    }
+}
+
+fn spot(name: &str) -> Node {
+    let label = json!({"metadata": {"labels": {"karpenter.sh/capacity-type": "spot"}}});
+    with(h200x8(name), label)
+}
+
+#[test]
+fn no_place_is_taken_on_a_node_out_of_use_or_on_spot_where_it_must_not_be() {
+    let both: [(i32, &[Part]); 2] = [(0, &[(0, 8)]), (5, &[(1, 8)])];
+    let of = |first: Node, on_demand_only: bool| {
+        let held = held(vec![first, h200x8("n1")], &both);
+        Held {
+            on_demand_only,
+            ..held
+        }
+    };
+    let cordoned = with(h200x8("n0"), json!({"spec": {"unschedulable": true}}));
+    assert_eq!(of(h200x8("n0"), true).node().unwrap(), "n0");
+    assert_eq!(of(cordoned, false).node().unwrap(), "n1");
+    assert_eq!(of(spot("n0"), false).node().unwrap(), "n0");
+    assert_eq!(of(spot("n0"), true).node().unwrap(), "n1");
+    // A group takes no spot node either, though it is free.
+    let rivals: [(i32, &[Part]); 2] = [(0, &[(1, 8)]), (0, &[(2, 8)])];
+    let nodes = vec![spot("n0"), h200x8("n1"), h200x8("n2")];
+    let free = held(nodes, &rivals);
+    assert_eq!(free.pair().0, ["n0", "n1"]);
+    let strict = Held {
+        on_demand_only: true,
+        ..free
+    };
+    assert_eq!(strict.pair().0, ["n1", "n2"]);
+}
+
+#[test]
+fn who_leaves_anyway_goes_before_one_that_is_worth_less() {
+    let both: [(i32, &[Part]); 2] = [(0, &[(0, 8)]), (5, &[(1, 8)])];
+    let mut all = held(vec![h200x8("n0"), h200x8("n1")], &both);
+    assert_eq!(all.node().unwrap(), "n0");
+    all.spoken_for = ["1-0".to_owned()].into();
+    assert_eq!(all.node().unwrap(), "n1");
+    all.spoken_for.clear();
+    let second = &mut all.contest.rivals[1];
+    Arc::make_mut(&mut second.pod).deleting = true;
+    assert_eq!(all.node().unwrap(), "n1");
+}
+
+/// The first leaves both nodes when it leaves one, and gives its GPUs on the other once only.
+#[test]
+fn a_group_that_leaves_for_one_rank_is_not_counted_again_for_the_next() {
+    let rivals: [(i32, &[Part]); 2] = [(0, &[(0, 8), (1, 1)]), (5, &[(1, 7)])];
+    let all = held(vec![h200x8("n0"), h200x8("n1")], &rivals);
+    let (nodes, leaving) = all.pair();
+    assert_eq!(nodes, ["n0", "n1"]);
+    assert_eq!(leaving, ["0-0", "1-0"]);
+}
+
+/// Two GPUs each, and a node has eight.
+#[test]
+fn ranks_on_gpus_have_a_node_each_however_small_they_are() {
+    let both: [(i32, &[Part]); 2] = [(0, &[(0, 8)]), (0, &[(1, 8)])];
+    let nodes = || vec![h200x8("n0"), h200x8("n1")];
+    assert_eq!(held(nodes(), &both).pair().0, ["n0", "n1"]);
+    let asked = Asked {
+        ranks: 2,
+        ..Asked::default()
+    };
+    let free = held(nodes(), &[]);
+    let found = free.asked(2, |ask| gang::place(ask.wish, ask.room, &asked));
+    assert_eq!(found, Ok(vec!["n0".to_owned(), "n1".to_owned()]));
 }

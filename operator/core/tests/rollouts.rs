@@ -291,6 +291,96 @@ fn a_halted_revision_that_answers_everywhere_after_all_is_the_stable_one() {
     assert!(plan.status.rollout.unwrap().failure.is_none());
 }
 
+/// Its place is missing, not its answer.
+#[test]
+fn a_pod_that_waits_for_a_node_is_not_late() {
+    let story = four(json!({"progressDeadlineSeconds": 50}));
+    let new = target(&story);
+    let story = pass(story, 80, &new, |pod| pod.node = None);
+    assert!(of(&story, &new) > 0);
+    assert_eq!(condition(&story.plan(), "Progressing").1, "RollingOut");
+}
+
+#[test]
+fn a_revision_is_stable_when_all_answer_and_no_other_lives() {
+    let spec = json!({"replicas": 3});
+    let first = story(deployment("m", spec))
+        .on([node("a", "8", "16Gi")])
+        .inspected();
+    let plan = first.plan();
+    let first = first.after(&plan, answers);
+    let few = first.clone().replica(2, |pod| pod.ready = false);
+    assert_eq!(stable(&few.plan()), None);
+    assert!(stable(&first.plan()).is_some());
+
+    // Three of four answer and one has failed, so that all that live answer.
+    let story = four(json!({"maxSurge": 4, "restartBudget": 10}));
+    let (old, new) = (stable(&story.plan()).unwrap(), target(&story));
+    let story = story.after(&story.plan(), answers);
+    let all = story.later(1);
+    assert_eq!((of(&all, &old), of(&all, &new)), (4, 4));
+    assert_eq!(stable(&all.plan()), Some(old.clone()));
+    let mut alone = all;
+    let is_new = |pod: &PodView| pod.label(names::REVISION) == new;
+    alone.snapshot.pods.retain(|pod| is_new(pod));
+    assert_eq!(stable(&alone.plan()), Some(new.clone()));
+    let (last, now) = (alone.snapshot.pods[0].name.clone(), alone.snapshot.now);
+    alone.pod(&last, |pod| fails(pod, now));
+    assert_eq!(stable(&alone.plan()), Some(old));
+}
+
+#[test]
+fn without_a_way_back_nothing_holds_a_rollout() {
+    let without = |rollout: Value| {
+        let mut story = four(rollout);
+        let (old, new) = (stable(&story.plan()).unwrap(), target(&story));
+        let record = format!("m-{old}");
+        let maps = &mut story.snapshot.config_maps;
+        maps.retain(|map| map.name != record);
+        (story, old, new)
+    };
+    let (story, old, new) = without(json!({"partition": 3, "paused": true}));
+    let story = pass(story, 60, &new, answers);
+    assert_eq!((of(&story, &old), of(&story, &new)), (0, 4));
+    // Also not a failure, as far as the new ones answer.
+    let (story, old, new) = without(json!({"progressDeadlineSeconds": 50}));
+    let story = pass(story, 60, &new, starts);
+    assert_eq!(condition(&story.plan(), "Progressing").1, "RolloutHalted");
+    assert_eq!((of(&story, &old), of(&story, &new)), (4, 1));
+    let story = pass(story, 60, &new, answers);
+    assert_eq!((of(&story, &old), of(&story, &new)), (0, 4));
+}
+
+#[test]
+fn the_way_back_stays_when_no_replica_of_it_is_left() {
+    let story = four(json!({"maxUnavailable": 4, "maxSurge": 0, "progressDeadlineSeconds": 50}));
+    let (old, new) = (stable(&story.plan()).unwrap(), target(&story));
+    let story = pass(story, 40, &new, starts);
+    assert_eq!((of(&story, &old), of(&story, &new)), (0, 4));
+    let story = pass(story, 30, &new, starts);
+    assert_eq!((of(&story, &old), of(&story, &new)), (4, 0));
+}
+
+/// Two of four run neither revision; surge has room for one more, and each revision lacks one.
+#[test]
+fn what_the_first_revision_takes_of_the_surge_is_gone_for_the_second() {
+    let story = four(json!({"partition": 2}));
+    let (old, new) = (stable(&story.plan()).unwrap(), target(&story));
+    let mut story = pass(story, 60, &new, answers);
+    for revision in [&old, &new] {
+        let mut pods = story.snapshot.pods.iter();
+        let pod = pods.find(|pod| pod.label(names::REVISION) == revision);
+        let pod = pod.unwrap().name.clone();
+        story.pod(&pod, |pod| {
+            pod.labels.insert(names::REVISION, "0ldrev1s".into());
+        });
+    }
+    let plan = story.plan();
+    let created = pod_actions(&plan);
+    let created = created.iter().filter(|action| action.starts_with("create"));
+    assert_eq!(created.count(), 1);
+}
+
 /// What the engine of a revision answers after so many seconds: requests, errors, seconds to the
 /// first token.
 fn measured(seconds: i64, errors: u64, ttft: f64) -> LoadReport {

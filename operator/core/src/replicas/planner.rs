@@ -234,9 +234,7 @@ impl<'a> Planner<'a> {
                     break;
                 }
                 let is_gone = self.gone.contains(replica.pod.name.as_str());
-                let is_wanted = replica.pod.ready
-                    && self.is_current_on(index, replica)
-                    && !self.gives_way(replica);
+                let is_wanted = self.is_current_on(index, replica) && !self.gives_way(replica);
                 if is_draining && !is_gone && is_wanted {
                     self.gone.insert(&replica.pod.name);
                     self.taken_back[index] += 1;
@@ -473,17 +471,17 @@ impl<'a> Planner<'a> {
         node.is_some_and(|node| !crate::spot::is_spot(node))
     }
 
-    /// Whether a live replica is on a node that is not spot, or planned for one.
+    /// Whether a live replica is on nodes that are not spot, or planned for such. A group that lacks a rank
+    /// is not yet: the rank may come to a spot node.
     fn stands_on_demand(&self, replica: &Replica<'_>) -> bool {
-        replica
-            .pods()
-            .all(|pod| pod.place().is_some_and(|node| self.is_on_demand(node)))
+        let mut pods = replica.pods();
+        replica.missing_ranks().is_empty()
+            && pods.all(|pod| pod.place().is_some_and(|node| self.is_on_demand(node)))
     }
 
     /// The least number of replicas on other nodes than spot, while too few are there.
     fn lacks_on_demand(&self) -> Option<u32> {
         let least = self.given.valid.placement.on_demand_min?;
-        let least = least.min(self.given.wanted);
         (self.on_demand_there() < least).then_some(least)
     }
 
@@ -509,14 +507,9 @@ impl<'a> Planner<'a> {
         for wish in &mut self.wishes {
             *wish.own.entry(name.to_owned()).or_insert(0) += 1;
         }
-        for (side, offers) in self.offers.iter_mut().enumerate() {
-            match offers {
-                Some(offers) if side == index => {
-                    offers.take(name, &before, &self.wishes[index], &self.room);
-                }
-                // The room of the other side is looked at anew.
-                other => *other = None,
-            }
+        // Sides are filled one after the other: the next one looks at the room when its turn comes.
+        if let Some(offers) = &mut self.offers[index] {
+            offers.take(name, &before, &self.wishes[index], &self.room);
         }
     }
 

@@ -112,7 +112,7 @@ impl<'a> Planner<'a> {
                 return false;
             }
         };
-        self.push_ranks(moves, index, &slot, ranks, nodes, beside.is_empty());
+        self.push_ranks(moves, index, &slot, ranks, nodes, beside);
         true
     }
 
@@ -128,12 +128,11 @@ impl<'a> Planner<'a> {
             return false;
         };
         moves.why_not = before;
-        self.push_ranks(moves, index, &slot, &ranks, nodes, true);
+        self.push_ranks(moves, index, &slot, &ranks, nodes, &[]);
         true
     }
 
-    /// Creates the pods of ranks, each for its node. A group that is completed, not new, stands somewhere already and is
-    /// counted there.
+    /// Creates the pods of ranks, each for its node; those that the group has already are on the nodes `beside`.
     fn push_ranks(
         &mut self,
         moves: &mut Moves,
@@ -141,12 +140,16 @@ impl<'a> Planner<'a> {
         slot: &Slot,
         ranks: &[u32],
         nodes: Vec<String>,
-        is_new: bool,
+        beside: &[&str],
     ) {
         let side = &self.given.sides[index];
         let count = u64::try_from(ranks.len()).unwrap_or(u64::MAX);
         self.grant(index, count);
-        self.on_demand += u32::from(is_new && nodes.iter().all(|node| self.is_on_demand(node)));
+        let mut all = beside
+            .iter()
+            .copied()
+            .chain(nodes.iter().map(String::as_str));
+        self.on_demand += u32::from(all.all(|node| self.is_on_demand(node)));
         for (rank, node) in ranks.iter().zip(nodes) {
             self.take(index, &node);
             let slot = Slot {
