@@ -180,7 +180,7 @@ impl Sampler {
             if due.len() >= room {
                 continue;
             }
-            let Ok(child) = entry else { continue };
+            let Ok(child) = &**entry else { continue };
             let mut sampled = sampled.map(|(_, sampled)| sampled);
             if let Some(sampled) = &mut sampled {
                 if sampled.incarnation != child.incarnation {

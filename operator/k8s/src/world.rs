@@ -214,7 +214,9 @@ impl World {
             (*map.deployment == *key.name).then(|| map.view().map(Arc::new))?
         });
         let classes = self.classes.read();
-        let classes = classes.values().filter_map(|entry| entry.clone().ok());
+        let classes = classes
+            .values()
+            .filter_map(|entry| entry.as_ref().ok().cloned());
         Snapshot {
             now,
             contest: rivals::contest(
