@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 use crate::names;
 
 /// Keys that are kept.
@@ -28,7 +30,7 @@ const KEYS: &[&str] = &[
 ];
 
 /// Values by key, for the keys of one table.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Marks {
     /// Which key of the table, and where its value ends in the text.
     ends: Box<[(u8, u32)]>,

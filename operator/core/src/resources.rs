@@ -6,6 +6,7 @@ use std::ops::{Add, AddAssign};
 use k8s_openapi::api::core::v1::PodSpec;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use operator_api::quantity::parse_millis;
+use serde::{Deserialize, Serialize};
 
 use crate::mig::{MigDevices, MigProfile};
 
@@ -13,7 +14,7 @@ use crate::mig::{MigDevices, MigProfile};
 pub const NVIDIA_GPU: &str = "nvidia.com/gpu";
 
 /// Amounts the planner counts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resources {
     /// Processor time in thousandths of a core.
     pub cpu_millis: u64,

@@ -16,6 +16,7 @@ use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use operator_api::ModelDeployment;
+use serde::{Deserialize, Serialize};
 
 use crate::devices::{ClaimNews, NodeDevices};
 use crate::fit::DeviceKind;
@@ -66,7 +67,7 @@ pub struct Snapshot {
 }
 
 /// Phase of a pod.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PodPhase {
     /// Not all containers have started.
     #[default]
@@ -82,7 +83,7 @@ pub enum PodPhase {
 }
 
 /// What the scheduler said.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Scheduled {
     /// Nothing yet.
     #[default]
@@ -99,7 +100,7 @@ pub enum Scheduled {
 }
 
 /// How a container ended.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Terminated {
     /// Exit code.
     pub exit_code: i32,
@@ -112,7 +113,7 @@ pub struct Terminated {
 }
 
 /// The pod's only container.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContainerView {
     /// Times it was started again in place.
     pub restarts: u32,
@@ -122,8 +123,8 @@ pub struct ContainerView {
     pub terminated: Option<Box<Terminated>>,
 }
 
-/// A pod of a ModelDeployment.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// A pod of a ModelDeployment; its JSON form is for whoever keeps ten thousand of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PodView {
     /// Name.
     pub name: String,

@@ -1,10 +1,17 @@
 //! The connection to the API server.
+//!
+//! Put together from kube's parts as kube does it, but for the buffers: hyper lets one grow to 400 kB while a list is read, and
+//! the watch that follows on the connection keeps it. Each read of TLS gives 16 kB at most, so larger ones gain nothing.
 
 use std::path::Path;
 use std::time::Duration;
 
+use hyper_timeout::TimeoutConnector;
+use hyper_util::rt::TokioExecutor;
+use kube::client::ConfigExt;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
+use tower::{BoxError, ServiceBuilder};
 
 use crate::error::{Call, Error};
 
@@ -72,9 +79,96 @@ fn client_of(mut config: Config, call: Call) -> Result<(Client, String), Error> 
     config.default_retry = false;
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     let namespace = config.default_namespace.clone();
-    let client = Client::try_from(config).map_err(|source| Error::Api {
+    let client = match config.proxy_url {
+        // kube knows which proxies it can talk to.
+        Some(_) => Client::try_from(config),
+        None => direct(config),
+    };
+    let client = client.map_err(|source| Error::Api {
         call,
         source: Box::new(source),
     })?;
     Ok((client, namespace))
+}
+
+/// Largest buffer that a connection keeps for reading.
+const READ_BYTES_MAX: usize = 16 << 10;
+
+fn direct(config: Config) -> Result<Client, kube::Error> {
+    let mut connector = TimeoutConnector::new(config.rustls_https_connector()?);
+    connector.set_connect_timeout(config.connect_timeout);
+    connector.set_read_timeout(config.read_timeout);
+    connector.set_write_timeout(config.write_timeout);
+    let connections = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+        .http1_max_buf_size(READ_BYTES_MAX)
+        .build(connector);
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(connections);
+    Ok(Client::new(service, config.default_namespace))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kube::config::AuthInfo;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    /// Says what it was asked.
+    async fn echo(listener: TcpListener) {
+        let (mut stream, _) = listener.accept().await.expect("a connection");
+        let mut asked = vec![0; 4096];
+        let length = stream.read(&mut asked).await.expect("a request");
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.expect("a head");
+        stream.write_all(&asked[..length]).await.expect("a body");
+    }
+
+    #[tokio::test]
+    async fn requests_go_where_the_configuration_says_and_carry_its_token_and_headers() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let url = format!("http://{}/prefix", listener.local_addr().expect("bound"));
+        tokio::spawn(echo(listener));
+        let mut config = Config::new(url.parse().expect("a URL"));
+        config.default_namespace = "models".into();
+        config.auth_info = AuthInfo {
+            token: Some("secret-token".to_owned().into()),
+            ..AuthInfo::default()
+        };
+        config.headers = vec![(
+            hyper::header::USER_AGENT,
+            hyper::header::HeaderValue::from_static("tester"),
+        )];
+        let (client, namespace) = client_of(config, call("by hand")).expect("a client");
+        assert_eq!(
+            (&*namespace, client.default_namespace()),
+            ("models", "models")
+        );
+        let request = hyper::Request::get("/version").body(Vec::new());
+        let asked = client.request_text(request.expect("a request")).await;
+        let asked = asked.expect("an answer").to_ascii_lowercase();
+        assert!(
+            asked.starts_with("get /prefix/version http/1.1\r\n"),
+            "{asked}"
+        );
+        assert!(
+            asked.contains("\r\nauthorization: bearer secret-token\r\n"),
+            "{asked}"
+        );
+        assert!(asked.contains("\r\nuser-agent: tester\r\n"), "{asked}");
+    }
+
+    #[tokio::test]
+    async fn a_proxy_that_kube_does_not_know_is_refused() {
+        let mut config = Config::new("http://127.0.0.1:1".parse().expect("a URL"));
+        config.proxy_url = Some("gopher://127.0.0.1:1".parse().expect("a URL"));
+        let error = client_of(config, call("by hand"))
+            .err()
+            .expect("no such proxy");
+        assert!(crate::http::chain(&error).contains("proxy"), "{error}");
+    }
 }

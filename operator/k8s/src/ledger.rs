@@ -4,26 +4,26 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use operator_core::devices::{ClaimNews, NodeDevices};
-use operator_core::{Claim, Cluster, NodeView, PodView, Resources};
+use operator_core::{Claim, Cluster, NodeView, Resources};
 
+use crate::trim::ChildPod;
 use crate::watch::Key;
 
 /// Who takes something from a node. What is watched is shared with its mirror.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Taker {
     /// A pod of ours.
-    Pod(Arc<PodView>),
+    Pod(Arc<ChildPod>),
     /// Anyone else, or a pod that does not exist yet.
     Other(Arc<Claim>),
 }
 
 impl Taker {
     /// The node, and what is taken; none where nothing is.
-    fn takes(&self) -> Option<(&str, Resources)> {
+    fn takes(&self) -> Option<Claim> {
         match self {
-            Self::Pod(pod) if pod.is_finished() => None,
-            Self::Pod(pod) => Some((pod.place()?, pod.requests)),
-            Self::Other(claim) => Some((&claim.node, claim.requests)),
+            Self::Pod(pod) => pod.view()?.claim(),
+            Self::Other(claim) => Some(Claim::clone(claim)),
         }
     }
 }
@@ -43,32 +43,27 @@ pub(crate) struct Ledger {
 impl Ledger {
     /// Who takes something under a pod's name from now on; none when nobody does.
     pub(crate) fn set(&mut self, pod: &Key, taker: Option<Taker>) {
-        let taker = taker.filter(|taker| taker.takes().is_some());
-        let before = match &taker {
-            Some(taker) => self.takers.insert(pod.clone(), taker.clone()),
+        let after = taker.as_ref().and_then(Taker::takes);
+        let before = match taker.filter(|_| after.is_some()) {
+            Some(taker) => self.takers.insert(pod.clone(), taker),
             None => self.takers.remove(pod),
         };
-        let (before, after) = (before.as_ref(), taker.as_ref());
-        let (before, after) = (before.and_then(Taker::takes), after.and_then(Taker::takes));
+        let before = before.as_ref().and_then(Taker::takes);
         if before == after {
             return;
         }
         // Copies only while a snapshot is held by a decision under way.
         let used = &mut Arc::make_mut(&mut self.cluster).used;
-        if let Some((node, amount)) = before
-            && let Some(sum) = used.get_mut(node)
+        if let Some(Claim { node, requests }) = before
+            && let Some(sum) = used.get_mut(&node)
         {
-            *sum = sum.minus(amount);
+            *sum = sum.minus(requests);
             if *sum == Resources::default() {
-                used.remove(node);
+                used.remove(&node);
             }
         }
-        if let Some((node, amount)) = after {
-            if let Some(sum) = used.get_mut(node) {
-                *sum += amount;
-            } else {
-                used.insert(node.to_owned(), amount);
-            }
+        if let Some(Claim { node, requests }) = after {
+            *used.entry(node).or_default() += requests;
         }
     }
 

@@ -1,32 +1,268 @@
-//! An object that is looked at rarely, kept as its JSON text: a fifth of what structures of maps and strings take.
+//! An object that is looked at rarely, kept as its JSON text, and of that only what sets it apart from another one.
+//!
+//! A fleet is a thousand objects of a kind that differ in names and numbers, and a tree of maps and strings is five times
+//! its JSON. The text is packed against the text of an object of its kind (the *pattern*) and against itself. Invariant: what
+//! is packed can always be unpacked, since it holds its pattern. The surprise: patterns are learned. An object that no
+//! pattern helps much becomes one itself, so that fleets of several sorts pack as well.
 
+use std::any::TypeId;
+use std::collections::BTreeMap;
 use std::marker::PhantomData;
+use std::sync::{Arc, Mutex};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::wakes::lock;
+
+/// Patterns of each kind, those last made use of first.
+static PATTERNS: Mutex<BTreeMap<TypeId, Vec<Arc<[u8]>>>> = Mutex::new(BTreeMap::new());
+/// Patterns of a kind that are tried; each takes some ten microseconds where it does not help.
+const PATTERNS_MAX: usize = 4;
+
 /// An object of a kind.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub struct Packed<K> {
-    json: Box<[u8]>,
+    parts: Box<[u8]>,
+    pattern: Arc<[u8]>,
     kind: PhantomData<fn() -> K>,
 }
 
-impl<K: Serialize + DeserializeOwned> Packed<K> {
+impl<K> PartialEq for Packed<K> {
+    fn eq(&self, other: &Self) -> bool {
+        if Arc::ptr_eq(&self.pattern, &other.pattern) {
+            // One text and one pattern give the same parts.
+            return self.parts == other.parts;
+        }
+        let (one, other) = (self.text(), other.text());
+        one.is_some() && one == other
+    }
+}
+
+impl<K> Packed<K> {
+    fn text(&self) -> Option<Vec<u8>> {
+        unpack(&self.parts, &self.pattern)
+    }
+}
+
+impl<K: Serialize + DeserializeOwned + 'static> Packed<K> {
     /// Packs an object.
     ///
     /// # Errors
     /// It has no JSON form, which no object that was read from JSON meets.
     pub fn of(object: &K) -> Result<Self, String> {
-        let json = serde_json::to_vec(object).map_err(|error| error.to_string())?;
+        let text = serde_json::to_vec(object).map_err(|error| error.to_string())?;
+        let (parts, pattern) = pack_as_others(TypeId::of::<K>(), &text);
         Ok(Self {
-            json: json.into(),
+            parts: parts.into(),
+            pattern,
             kind: PhantomData,
         })
     }
 
     /// The object as it was; none if it does not read what it wrote.
     pub fn unpack(&self) -> Option<K> {
-        serde_json::from_slice(&self.json).ok()
+        serde_json::from_slice(&self.text()?).ok()
+    }
+}
+
+/// Packs a text against the first pattern of its kind that halves it; where none does, it is the next pattern.
+fn pack_as_others(kind: TypeId, text: &[u8]) -> (Vec<u8>, Arc<[u8]>) {
+    let known = lock(&PATTERNS).get(&kind).cloned().unwrap_or_default();
+    let halved = known.iter().find_map(|pattern| {
+        let parts = pack(text, pattern);
+        (parts.len() <= text.len() / 2).then(|| (parts, Arc::clone(pattern)))
+    });
+    let (parts, pattern) = halved.unwrap_or_else(|| {
+        let pattern: Arc<[u8]> = text.into();
+        (pack(text, &pattern), pattern)
+    });
+    if known
+        .first()
+        .is_none_or(|first| !Arc::ptr_eq(first, &pattern))
+    {
+        let mut patterns = lock(&PATTERNS);
+        let patterns = patterns.entry(kind).or_default();
+        patterns.retain(|known| !Arc::ptr_eq(known, &pattern));
+        patterns.insert(0, Arc::clone(&pattern));
+        patterns.truncate(PATTERNS_MAX);
+    }
+    (parts, pattern)
+}
+
+/// Shortest repetition that is worth naming: a name takes some four bytes.
+const REPEATED_MIN: usize = 6;
+/// Places remembered while repetitions are looked for, a power of two.
+const PLACES: usize = 4096;
+
+/// `text` as parts, each some bytes as they are and a repetition of what came before: their number, they, the number of
+/// bytes repeated, and where they lie in the pattern followed by the text.
+fn pack(text: &[u8], pattern: &[u8]) -> Vec<u8> {
+    let all = [pattern, text].concat();
+    let mut places = vec![usize::MAX; PLACES];
+    let place = |at: usize| {
+        let bytes = all.get(at..at + REPEATED_MIN)?;
+        let hash = bytes.iter().fold(0_u32, |hash, byte| {
+            (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+        });
+        Some((hash ^ (hash >> 15)) as usize % PLACES)
+    };
+    for at in 0..pattern.len() {
+        if let Some(place) = place(at) {
+            places[place] = at;
+        }
+    }
+    let (mut parts, mut plain, mut at) = (Vec::new(), pattern.len(), pattern.len());
+    while let Some(place) = place(at) {
+        let before = std::mem::replace(&mut places[place], at);
+        let repeated = match before {
+            usize::MAX => 0,
+            _ => same(&all[before..], &all[at..]),
+        };
+        if repeated < REPEATED_MIN {
+            at += 1;
+            continue;
+        }
+        put(&mut parts, at - plain);
+        parts.extend_from_slice(&all[plain..at]);
+        put(&mut parts, repeated);
+        put(&mut parts, before);
+        at += repeated;
+        plain = at;
+    }
+    put(&mut parts, all.len() - plain);
+    parts.extend_from_slice(&all[plain..]);
+    parts
+}
+
+/// How many bytes both begin with.
+fn same(one: &[u8], other: &[u8]) -> usize {
+    one.iter().zip(other).take_while(|(a, b)| a == b).count()
+}
+
+/// What [`pack`] was given; none for what it has not written.
+fn unpack(mut parts: &[u8], pattern: &[u8]) -> Option<Vec<u8>> {
+    let mut all = pattern.to_vec();
+    loop {
+        let length = take(&mut parts)?;
+        let (plain, rest) = parts.split_at_checked(length)?;
+        all.extend_from_slice(plain);
+        parts = rest;
+        if parts.is_empty() {
+            return Some(all.split_off(pattern.len()));
+        }
+        let (repeated, from) = (take(&mut parts)?, take(&mut parts)?);
+        // It may reach into itself, so that it is longer than what was there.
+        for at in from..from.checked_add(repeated)? {
+            all.push(*all.get(at)?);
+        }
+    }
+}
+
+/// Writes a number, seven bits a byte, the lowest first.
+fn put(parts: &mut Vec<u8>, mut number: usize) {
+    while number >= 0x80 {
+        parts.push(0x80 | (number & 0x7f) as u8);
+        number >>= 7;
+    }
+    parts.push(number as u8);
+}
+
+/// Reads what [`put`] wrote.
+fn take(parts: &mut &[u8]) -> Option<usize> {
+    let (mut number, mut shift) = (0, 0);
+    loop {
+        let (byte, rest) = parts.split_first()?;
+        *parts = rest;
+        number |= usize::from(byte & 0x7f).checked_shl(shift)?;
+        if byte & 0x80 == 0 {
+            return Some(number);
+        }
+        shift += 7;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn wish(index: usize, note: &str) -> serde_json::Value {
+        serde_json::json!({"metadata": {"name": format!("model-{index}"), "namespace": "default"},
+            "spec": {"model": {"source": "hf://org/model"}, "replicas": index, "note": note}})
+    }
+
+    #[test]
+    fn whatever_is_packed_is_unpacked_as_it_was() {
+        let texts: [&[u8]; 6] = [
+            b"",
+            b"a",
+            b"abcdefg",
+            &[b'a'; 500],
+            b"abcabcabcabcabc",
+            &[7; 6],
+        ];
+        let long: Vec<u8> = (0..70_000_u32)
+            .map(|n| (n.wrapping_mul(n) >> 7) as u8)
+            .collect();
+        for text in texts.into_iter().chain([long.as_slice()]) {
+            for pattern in texts.into_iter().chain([long.as_slice()]) {
+                let parts = pack(text, pattern);
+                assert_eq!(unpack(&parts, pattern).as_deref(), Some(text));
+            }
+        }
+        assert!(pack(&[b'a'; 500], b"").len() < 10);
+        assert!(pack(&long, &long).len() < long.len() / 10);
+    }
+
+    #[test]
+    fn parts_that_nobody_wrote_are_nothing() {
+        let text = b"abcdefabcdefgh";
+        let parts = pack(text, b"");
+        for length in 0..parts.len() {
+            let found = unpack(&parts[..length], b"");
+            assert!(
+                found.is_none_or(|found| found.len() < text.len()),
+                "{length}"
+            );
+        }
+        assert_eq!(unpack(&[0, 6, 200, 1], b"abcdef"), None, "beyond the end");
+        assert_eq!(unpack(&[0xff; 20], b""), None, "a number without end");
+    }
+
+    #[test]
+    fn objects_of_several_sorts_are_what_they_were_and_take_little() {
+        // Letters without repetitions.
+        let text = |seed: u64| {
+            let next = |last: &u64| Some(last.wrapping_mul(6_364_136_223_846_793_005) + 1);
+            let numbers = std::iter::successors(Some(seed), next).skip(8).take(1500);
+            numbers
+                .map(|number| char::from(b'a' + (number >> 60) as u8))
+                .collect()
+        };
+        let texts: [String; 3] = [text(1), text(2), text(3)];
+        let all: Vec<_> = (0..100)
+            .map(|index| wish(index, &texts[index % 3]))
+            .collect();
+        let packed: Vec<_> = all
+            .iter()
+            .map(|one| Packed::of(one).expect("JSON"))
+            .collect();
+        for (packed, whole) in packed.iter().zip(&all) {
+            assert_eq!(packed.unpack().as_ref(), Some(whole));
+        }
+        let bytes: usize = packed.iter().map(|one| one.parts.len()).sum();
+        assert!(bytes < 100 * 80, "{bytes} bytes for 100");
+        let patterns: BTreeSet<_> = packed.iter().map(|one| one.pattern.as_ptr()).collect();
+        assert_eq!(patterns.len(), 3, "one of each sort");
+        // Packed against another pattern it is the same object still.
+        let pattern: Arc<[u8]> = packed[0].text().expect("it was packed").into();
+        let again = Packed {
+            parts: pack(&pattern, &pattern).into(),
+            pattern,
+            kind: PhantomData,
+        };
+        assert_eq!(again, packed[0]);
+        assert_ne!(again, packed[3]);
     }
 }

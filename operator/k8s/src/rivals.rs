@@ -10,7 +10,7 @@ use operator_api::ModelDeployment;
 use operator_core::priority::Priority;
 use operator_core::{Contest, PodView, PriorityClassView, Rival};
 
-use crate::trim::Wish;
+use crate::trim::{ChildPod, Wish};
 use crate::wakes::lock;
 use crate::watch::{Key, Mirror};
 
@@ -20,17 +20,18 @@ pub(crate) struct Reservations(Mutex<BTreeMap<Key, Arc<PodView>>>);
 
 impl Reservations {
     /// A pod is as it is now; none when it is gone. Whose pods it names, now or before: they have to be looked at.
-    pub(crate) fn set(&self, key: &Key, pod: Option<&Arc<PodView>>) -> BTreeSet<Key> {
+    pub(crate) fn set(&self, key: &Key, pod: Option<&ChildPod>) -> BTreeSet<Key> {
         let mut all = lock(&self.0);
-        let after = pod.filter(|pod| pod.is_reserving());
-        let before = match after {
+        let after = pod.filter(|pod| pod.reserves).and_then(ChildPod::view);
+        let after = after.map(Arc::new);
+        let before = match &after {
             Some(after) => all.insert(key.clone(), Arc::clone(after)),
             None => all.remove(key),
         };
-        if before.as_ref() == after {
+        if before == after {
             return BTreeSet::new();
         }
-        let both = [before.as_deref(), after.map(AsRef::as_ref)];
+        let both = [before.as_deref(), after.as_deref()];
         let victims = both.into_iter().flatten().flat_map(PodView::victims);
         victims
             .map(|victim| Key::new(victim.namespace, victim.deployment))
@@ -50,7 +51,7 @@ pub(crate) fn contest(
     deployment: &ModelDeployment,
     key: &Key,
     classes: Vec<Arc<PriorityClassView>>,
-    pods: &Mirror<PodView>,
+    pods: &Mirror<ChildPod>,
     deployments: &Mirror<Wish>,
     reservations: &Reservations,
 ) -> Contest {
@@ -60,8 +61,9 @@ pub(crate) fn contest(
         let pods = pods.read();
         let seen = pods.iter().filter_map(|(key, entry)| {
             let pod = entry.as_ref().ok()?;
-            (pod.priority < own.value || pod.is_reserving())
-                .then(|| Rival::of(Arc::clone(&key.namespace), Arc::clone(pod)))
+            let matters = pod.priority < own.value || pod.reserves;
+            let view = matters.then(|| pod.view())??;
+            Some(Rival::of(Arc::clone(&key.namespace), Arc::new(view)))
         });
         seen.collect()
     } else {
@@ -84,13 +86,13 @@ mod tests {
     use super::*;
     use k8s_openapi::api::core::v1::Pod;
 
-    fn pod(preempts: &str) -> Arc<PodView> {
+    fn pod(preempts: &str) -> ChildPod {
         let pod: Pod = serde_json::from_value(serde_json::json!({
             "metadata": {"name": "big-0", "annotations": {"cachalot.dev/preempts": preempts}},
             "spec": {"containers": []},
         }))
         .expect("a pod");
-        Arc::new(PodView::of(&pod))
+        ChildPod::of(&PodView::of(&pod)).expect("it has a JSON form")
     }
 
     #[test]

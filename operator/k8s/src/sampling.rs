@@ -9,13 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use operator_core::{Demand, PodPhase, PodSamples, PodView, names};
+use operator_core::{Demand, PodSamples, names};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::lease::Leadership;
 use crate::prometheus::{Prometheus, Query};
 use crate::scrape::{Scrape, Scraper, Target};
+use crate::trim::ChildPod;
 use crate::watch::Key;
 use crate::world::World;
 
@@ -75,7 +76,8 @@ struct Store {
 
 #[derive(Debug)]
 struct Sampled {
-    uid: Box<str>,
+    /// Of the pod that was asked.
+    incarnation: u64,
     /// Absent until it answers; there are ten thousand pods, and this is the largest part of what is kept of each.
     samples: Option<Box<PodSamples>>,
     due: Instant,
@@ -178,48 +180,29 @@ impl Sampler {
             if due.len() >= room {
                 continue;
             }
-            let Ok(child) = entry else { continue };
-            let target = |serves: bool| {
-                Some(Target {
-                    pod: key.name.to_string(),
-                    address: asks(child)?.to_string(),
-                    port: u16::try_from(names::ENGINE_PORT).unwrap_or(8000),
-                    serves,
-                })
-            };
-            let target = match sampled {
-                None => {
-                    let Some(target) = target(false) else {
-                        continue;
-                    };
-                    new.push((key.clone(), Sampled::new(&child.uid, now)));
-                    target
+            let Ok(child) = &**entry else { continue };
+            let mut sampled = sampled.map(|(_, sampled)| sampled);
+            if let Some(sampled) = &mut sampled {
+                if sampled.incarnation != child.incarnation {
+                    **sampled = Sampled::new(child.incarnation, now);
                 }
-                Some((_, sampled)) => {
-                    if *sampled.uid != *child.uid {
-                        *sampled = Sampled::new(&child.uid, now);
-                    }
-                    // A pod that begins to leave is asked at once.
-                    let is_soon =
-                        || sampled.due > now + self.periods.draining && is_draining(child);
-                    if sampled.asking || (sampled.due > now && !is_soon()) {
-                        continue;
-                    }
-                    let Some(target) = target(child.ready && sampled.has_started()) else {
-                        continue;
-                    };
-                    sampled.asking = true;
-                    target
+                // A pod that begins to leave is asked at once.
+                let is_soon = || sampled.due > now + self.periods.draining && child.drains;
+                if sampled.asking || (sampled.due > now && !is_soon()) {
+                    continue;
                 }
+            }
+            let has_started = sampled
+                .as_ref()
+                .is_some_and(|sampled| sampled.has_started());
+            let Some((deployment, target)) = target(key, child, has_started) else {
+                continue;
             };
-            due.push((
-                key.clone(),
-                Key::new(
-                    Arc::clone(&key.namespace),
-                    child.label(names::MODEL_DEPLOYMENT),
-                ),
-                target,
-            ));
+            match sampled {
+                Some(sampled) => sampled.asking = true,
+                None => new.push((key.clone(), Sampled::new(child.incarnation, now))),
+            }
+            due.push((key.clone(), deployment, target));
         }
         gone.extend(known.map(|(old, _)| old.clone()));
         for key in gone {
@@ -244,7 +227,7 @@ impl Sampler {
             .pods
             .get(&key)
             .and_then(Result::ok)
-            .is_some_and(|child| is_draining(&child));
+            .is_some_and(|child| child.drains);
         let steers = self
             .world
             .deployments
@@ -350,27 +333,24 @@ async fn measure(
         }))
 }
 
-/// The address to ask, for engine pods that run. Of a group only the first rank has load to tell of.
-fn asks(pod: &PodView) -> Option<&str> {
-    let engine = pod
-        .labels
-        .get(names::COMPONENT)
-        .is_some_and(|component| component == names::ENGINE);
-    if engine && pod.rank() == 0 && pod.phase == PodPhase::Running && !pod.deleting {
-        pod.address.as_deref()
-    } else {
-        None
-    }
-}
-
-fn is_draining(pod: &PodView) -> bool {
-    pod.annotations.get(names::DRAIN_SINCE).is_some()
+/// Whose pod it is and where it listens; none for one that has nothing to tell.
+fn target(key: &Key, child: &ChildPod, has_started: bool) -> Option<(Key, Target)> {
+    let pod = child.is_asked.then(|| child.view())??;
+    let deployment = pod.label(names::MODEL_DEPLOYMENT);
+    let deployment = Key::new(Arc::clone(&key.namespace), deployment);
+    let target = Target {
+        pod: key.name.to_string(),
+        port: u16::try_from(names::ENGINE_PORT).unwrap_or(8000),
+        serves: pod.ready && has_started,
+        address: pod.address?,
+    };
+    Some((deployment, target))
 }
 
 impl Sampled {
-    fn new(uid: &str, now: Instant) -> Self {
+    fn new(incarnation: u64, now: Instant) -> Self {
         Sampled {
-            uid: uid.into(),
+            incarnation,
             samples: None,
             due: now,
             silent: 0,
@@ -504,7 +484,7 @@ mod tests {
 
     #[test]
     fn only_differences_are_news() {
-        let mut sampled = Sampled::new("u", Instant::now());
+        let mut sampled = Sampled::new(1, Instant::now());
         let now = Timestamp::now();
         assert!(sampled.record(&scrape(answer(200, READY), Some(load(0))), now));
         assert!(!sampled.record(&scrape(answer(200, READY), Some(load(0))), now));
@@ -514,7 +494,7 @@ mod tests {
 
     #[test]
     fn a_pod_that_does_not_answer_is_asked_ever_less_often() {
-        let mut sampled = Sampled::new("u", Instant::now());
+        let mut sampled = Sampled::new(1, Instant::now());
         let mut asked = 0;
         let mut passed = Duration::ZERO;
         while passed < Duration::from_secs(600) {
@@ -535,7 +515,7 @@ mod tests {
 
     #[test]
     fn an_answer_that_makes_no_sense_counts_as_silence() {
-        let mut sampled = Sampled::new("u", Instant::now());
+        let mut sampled = Sampled::new(1, Instant::now());
         assert!(!sampled.record(&scrape(answer(404, "not found"), None), Timestamp::now()));
         assert_eq!(sampled.silent, 1);
         assert!(sampled.samples.is_none(), "nothing is kept of it");

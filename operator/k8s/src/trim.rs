@@ -1,13 +1,13 @@
 //! From Kubernetes objects to the small values that the mirrors keep.
 
-use std::sync::Arc;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use operator_api::ModelDeployment;
-use operator_core::{Claim, ConfigMapView, PodView, names, priority};
+use operator_core::{Claim, ConfigMapView, PodPhase, PodView, names, priority};
 
 use crate::packed::Packed;
 use crate::watch::Key;
@@ -22,13 +22,64 @@ pub struct Wish {
     pub(crate) whole: Packed<ModelDeployment>,
 }
 
+/// A pod of ours: packed, and open what is asked of all pods again and again.
+#[derive(Debug, PartialEq)]
+pub struct ChildPod {
+    /// Its priority.
+    pub priority: i32,
+    /// Whether it holds a place that others have not left yet.
+    pub reserves: bool,
+    /// Whether its engine has something to tell.
+    pub is_asked: bool,
+    /// Whether it leaves.
+    pub drains: bool,
+    /// Tells pods of one name apart that follow each other: made from the uid.
+    pub incarnation: u64,
+    /// Node it is bound to.
+    pub node: Option<Box<str>>,
+    whole: Packed<PodView>,
+}
+
+impl ChildPod {
+    pub(crate) fn of(pod: &PodView) -> Result<Self, String> {
+        let mut hasher = DefaultHasher::new();
+        pod.uid.hash(&mut hasher);
+        let is_engine = pod.label(names::COMPONENT) == names::ENGINE;
+        Ok(Self {
+            priority: pod.priority,
+            reserves: pod.is_reserving(),
+            // Of a group only the first rank has load to tell of.
+            is_asked: is_engine
+                && pod.rank() == 0
+                && pod.phase == PodPhase::Running
+                && !pod.deleting
+                && pod.address.is_some(),
+            drains: pod.annotations.get(names::DRAIN_SINCE).is_some(),
+            incarnation: hasher.finish(),
+            node: pod.node.as_deref().map(Box::from),
+            whole: Packed::of(pod)?,
+        })
+    }
+
+    /// The pod, made anew each time; none if it does not read what it wrote.
+    pub fn view(&self) -> Option<PodView> {
+        self.whole.unpack()
+    }
+}
+
 /// A config map of ours.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub struct ChildConfigMap {
     /// Name of its ModelDeployment.
-    pub deployment: String,
+    pub deployment: Box<str>,
+    pub(crate) whole: Packed<ConfigMap>,
+}
+
+impl ChildConfigMap {
     /// Its content.
-    pub view: Arc<ConfigMapView>,
+    pub fn view(&self) -> Option<ConfigMapView> {
+        Some(ConfigMapView::of(&self.whole.unpack()?))
+    }
 }
 
 pub(crate) fn key_of(metadata: &ObjectMeta) -> Key {
@@ -46,13 +97,31 @@ pub(crate) fn deployment_label(metadata: &ObjectMeta) -> Option<String> {
         .cloned()
 }
 
-pub(crate) fn child_pod(pod: Pod) -> Result<Option<PodView>, String> {
-    Ok(deployment_label(&pod.metadata).map(|_| PodView::of(&pod)))
+pub(crate) fn child_pod(pod: Pod) -> Result<Option<ChildPod>, String> {
+    match deployment_label(&pod.metadata) {
+        Some(_) => ChildPod::of(&PodView::of(&pod)).map(Some),
+        None => Ok(None),
+    }
 }
 
 pub(crate) fn child_config_map(map: ConfigMap) -> Result<Option<ChildConfigMap>, String> {
-    let view = Arc::new(ConfigMapView::of(&map));
-    Ok(deployment_label(&map.metadata).map(|deployment| ChildConfigMap { deployment, view }))
+    let Some(deployment) = deployment_label(&map.metadata) else {
+        return Ok(None);
+    };
+    // What its view is made of.
+    let whole = ConfigMap {
+        metadata: ObjectMeta {
+            name: map.metadata.name,
+            uid: map.metadata.uid,
+            ..ObjectMeta::default()
+        },
+        data: map.data,
+        ..ConfigMap::default()
+    };
+    Ok(Some(ChildConfigMap {
+        deployment: deployment.into(),
+        whole: Packed::of(&whole)?,
+    }))
 }
 
 /// The claim of a pod that the watch of our own pods does not see.

@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::fmt::Debug;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
@@ -75,14 +76,28 @@ pub type Entry<V> = Result<Arc<V>, Arc<Malformed>>;
 pub struct Mirror<V> {
     /// The kind, for metrics and logs.
     pub kind: &'static str,
-    entries: RwLock<BTreeMap<Key, Entry<V>>>,
-    /// Newest version seen of each object, also of those deleted lately.
-    versions: Mutex<Versions>,
+    entries: RwLock<BTreeMap<Key, Held<V>>>,
+    deletions: Mutex<Deletions>,
     listing: Mutex<Listing>,
     ready: AtomicBool,
     errors: AtomicU64,
     /// The last interruption in words.
     trouble: Mutex<Option<String>>,
+}
+
+/// An entry, and the newest version seen of it.
+#[derive(Debug)]
+pub struct Held<V> {
+    entry: Entry<V>,
+    version: u64,
+}
+
+impl<V> Deref for Held<V> {
+    type Target = Entry<V>;
+
+    fn deref(&self) -> &Entry<V> {
+        &self.entry
+    }
 }
 
 /// What a list may have missed.
@@ -110,7 +125,7 @@ impl<V> Mirror<V> {
         Arc::new(Mirror {
             kind,
             entries: RwLock::default(),
-            versions: Mutex::default(),
+            deletions: Mutex::default(),
             listing: Mutex::default(),
             ready: AtomicBool::new(false),
             errors: AtomicU64::new(0),
@@ -135,7 +150,7 @@ impl<V> Mirror<V> {
     }
 
     /// The content, for as long as the guard lives. A panic elsewhere does not make it unreadable.
-    pub fn read(&self) -> RwLockReadGuard<'_, BTreeMap<Key, Entry<V>>> {
+    pub fn read(&self) -> RwLockReadGuard<'_, BTreeMap<Key, Held<V>>> {
         self.entries.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -165,7 +180,20 @@ impl<V> Mirror<V> {
 
     /// One object.
     pub fn get(&self, key: &Key) -> Option<Entry<V>> {
-        self.read().get(key).cloned()
+        self.read().get(key).map(|held| held.entry.clone())
+    }
+
+    /// The same key, with the texts that are held already: of the object, or else the namespace of its neighbour.
+    fn held(&self, key: Key) -> Key {
+        let entries = self.read();
+        match entries.range(..=&key).next_back() {
+            Some((held, _)) if *held == key => held.clone(),
+            Some((near, _)) if near.namespace == key.namespace => Key {
+                namespace: Arc::clone(&near.namespace),
+                ..key
+            },
+            _ => key,
+        }
     }
 }
 
@@ -185,20 +213,27 @@ impl<V: PartialEq> Mirror<V> {
 
     /// What was there before; none when the news is older than what is known.
     fn swap(&self, key: &Key, version: u64, after: Option<&Entry<V>>) -> Option<Option<Entry<V>>> {
-        let mut versions = self.versions();
-        if !versions.is_news(key, version, after.is_none()) {
+        // Both locks are held until the value is in, so that the two never disagree.
+        let mut deletions = self.deletions();
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        let known = entries.get(key).map(|held| held.version);
+        if !deletions.is_news(key, known, version, after.is_none()) {
             return None;
         }
-        // The lock on versions is held until the value is in, so that the two never disagree.
-        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
-        Some(match after {
-            Some(entry) => entries.insert(key.clone(), entry.clone()),
+        let before = match after {
+            Some(entry) => {
+                let entry = entry.clone();
+                entries.insert(key.clone(), Held { entry, version })
+            }
             None => entries.remove(key),
-        })
+        };
+        Some(before.map(|held| held.entry))
     }
 
-    fn versions(&self) -> MutexGuard<'_, Versions> {
-        self.versions.lock().unwrap_or_else(PoisonError::into_inner)
+    fn deletions(&self) -> MutexGuard<'_, Deletions> {
+        self.deletions
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     #[cfg(test)]
@@ -232,7 +267,7 @@ impl<V: PartialEq> Mirror<V> {
                 let written = listing.written.as_ref();
                 if written.is_some_and(|written| written.contains(&key)) {
                     listing.doubted.insert(key.clone());
-                    self.versions().may_return(&key);
+                    self.deletions().may_return(&key);
                 }
                 before
             };
@@ -281,7 +316,7 @@ pub async fn follow<K, V>(
                 mirror.begin_list();
             }
             Ok(Event::InitApply(object)) => {
-                let (key, version) = (key_of(&object), version_of(&object));
+                let (key, version) = (mirror.held(key_of(&object)), version_of(&object));
                 mirror.put(&key, version, entry_of(object, &trim), &changed);
                 listed.insert(key);
             }
@@ -298,7 +333,7 @@ pub async fn follow<K, V>(
             }
             Ok(Event::Apply(object)) => {
                 mirror.put(
-                    &key_of(&object),
+                    &mirror.held(key_of(&object)),
                     version_of(&object),
                     entry_of(object, &trim),
                     &changed,
@@ -363,7 +398,7 @@ pub fn write_through<K, V>(
     V: PartialEq,
 {
     let object = Guarded(Ok(object));
-    let (key, version) = (key_of(&object), version_of(&object));
+    let (key, version) = (mirror.held(key_of(&object)), version_of(&object));
     let after = entry_of(object, trim);
     let before = {
         // Noted and put in one, so that a list which ends meanwhile cannot drop it unnoticed.
@@ -388,10 +423,9 @@ fn version_of<K: Resource>(object: &K) -> u64 {
         .unwrap_or(0)
 }
 
-/// Newest versions seen.
+/// The versions at which objects were deleted lately.
 #[derive(Debug, Default)]
-struct Versions {
-    present: HashMap<Key, u64>,
+struct Deletions {
     deleted: HashMap<Key, u64>,
     order: VecDeque<Key>,
 }
@@ -399,7 +433,7 @@ struct Versions {
 /// Deletions that are remembered.
 const DELETED_MAX: usize = 4096;
 
-impl Versions {
+impl Deletions {
     /// The version that was known when an object was dropped may be told of again.
     fn may_return(&mut self, key: &Key) {
         if let Some(at) = self.deleted.get_mut(key) {
@@ -407,15 +441,12 @@ impl Versions {
         }
     }
 
-    /// Whether `version` of `key` is newer than what is known; remembers it if so. `u64::MAX` says that a list did not
-    /// name the object, which is always news and sets no version.
-    fn is_news(&mut self, key: &Key, version: u64, gone: bool) -> bool {
-        let known = self
-            .present
-            .get(key)
-            .or_else(|| self.deleted.get(key))
-            .copied()
-            .unwrap_or(0);
+    /// Whether `version` of `key` is newer than what is known, which is the version that is `held` if there is one;
+    /// remembers a deletion if so. `u64::MAX` says that a list did not name the object, which is always news and sets no
+    /// version.
+    fn is_news(&mut self, key: &Key, held: Option<u64>, version: u64, gone: bool) -> bool {
+        let deleted = || self.deleted.get(key).copied();
+        let known = held.or_else(deleted).unwrap_or(0);
         if version != 0 && version < known {
             return false;
         }
@@ -429,10 +460,8 @@ impl Versions {
                 return false;
             }
             self.deleted.remove(key);
-            self.present.insert(key.clone(), version);
             return true;
         }
-        self.present.remove(key);
         let at = if version == u64::MAX { known } else { version };
         if self.deleted.insert(key.clone(), at).is_none() {
             self.order.push_back(key.clone());

@@ -29,7 +29,7 @@ use crate::claims::Claims;
 use crate::ledger::{Ledger, Taker};
 use crate::packed::Packed;
 use crate::rivals::{self, Reservations};
-pub use crate::trim::{ChildConfigMap, Wish};
+pub use crate::trim::{ChildConfigMap, ChildPod, Wish};
 use crate::trim::{
     child_config_map, child_pod, key_of, other_claim, trim_budget, trim_deployment, trim_policy,
     trim_service,
@@ -43,7 +43,7 @@ pub struct World {
     /// The wishes.
     pub deployments: Arc<Mirror<Wish>>,
     /// Our pods.
-    pub pods: Arc<Mirror<PodView>>,
+    pub pods: Arc<Mirror<ChildPod>>,
     /// What all other pods take.
     pub others: Arc<Mirror<Claim>>,
     /// Nodes.
@@ -207,13 +207,16 @@ impl World {
             demand,
         } = seen;
         let pods = children(&self.pods, key, |pod| {
-            (pod.label(names::MODEL_DEPLOYMENT) == &*key.name).then(|| Arc::clone(pod))
+            let view = pod.view()?;
+            (view.label(names::MODEL_DEPLOYMENT) == &*key.name).then(|| Arc::new(view))
         });
         let config_maps = children(&self.config_maps, key, |map| {
-            (*map.deployment == *key.name).then(|| Arc::clone(&map.view))
+            (*map.deployment == *key.name).then(|| map.view().map(Arc::new))?
         });
         let classes = self.classes.read();
-        let classes = classes.values().filter_map(|entry| entry.clone().ok());
+        let classes = classes
+            .values()
+            .filter_map(|entry| entry.as_ref().ok().cloned());
         Snapshot {
             now,
             contest: rivals::contest(
@@ -287,7 +290,7 @@ impl World {
     fn count_pod(&self, key: &Key) {
         let mut ledger = lock(&self.ledger);
         let pod = self.pods.get(key).and_then(Result::ok);
-        self.wakes.add(self.reservations.set(key, pod.as_ref()));
+        self.wakes.add(self.reservations.set(key, pod.as_deref()));
         ledger.set(key, pod.map(Taker::Pod));
     }
 
@@ -382,7 +385,7 @@ impl World {
         ));
 
         let world = Arc::clone(self);
-        let changed = move |change: Change<'_, PodView>| world.pod_changed(change);
+        let changed = move |change: Change<'_, ChildPod>| world.pod_changed(change);
         tasks.spawn(watch::follow(
             Arc::clone(&self.pods),
             api(client, namespace),
@@ -424,8 +427,8 @@ impl World {
         let changed = move |change: Change<'_, ChildConfigMap>| {
             world.wake_owner(
                 change.key,
-                owner(change.before, |map| map.deployment.clone()),
-                owner(change.after, |map| map.deployment.clone()),
+                owner(change.before, |map| map.deployment.to_string()),
+                owner(change.after, |map| map.deployment.to_string()),
             );
         };
         tasks.spawn(watch::follow(
@@ -517,16 +520,14 @@ impl World {
         self.wakes.room_appeared();
     }
 
-    fn pod_changed(&self, change: Change<'_, PodView>) {
+    fn pod_changed(&self, change: Change<'_, ChildPod>) {
         let Change { key, before, after } = change;
-        let pod = |entry: Option<&Entry<PodView>>| entry?.as_ref().ok().cloned();
-        let (was, is) = (pod(before), pod(after));
-        let takes =
-            |pod: &Option<Arc<PodView>>| pod.as_ref().is_some_and(|pod| pod.claim().is_some());
+        let (was, is) = (pod_of(before), pod_of(after));
+        let takes = |pod: &Option<PodView>| pod.as_ref().is_some_and(|pod| pod.claim().is_some());
         let freed = takes(&was) && !takes(&is);
         self.count_pod(key);
-        let deployment = |pod: &PodView| pod.label(names::MODEL_DEPLOYMENT).to_owned();
-        self.wake_owner(key, owner(before, deployment), owner(after, deployment));
+        let deployment = |pod: PodView| pod.label(names::MODEL_DEPLOYMENT).to_owned();
+        self.wake_owner(key, was.map(deployment), is.map(deployment));
         if freed {
             self.wakes.room_appeared();
         }
@@ -552,9 +553,10 @@ impl World {
                 .iter()
                 .filter_map(|(pod, entry)| {
                     let child = entry.as_ref().ok()?;
-                    let name = child.label(names::MODEL_DEPLOYMENT);
-                    (child.node.as_deref() == Some(&*key.name))
-                        .then(|| Key::new(Arc::clone(&pod.namespace), name))
+                    let is_there = child.node.as_deref() == Some(&*key.name);
+                    let view = is_there.then(|| child.view())??;
+                    let name = view.label(names::MODEL_DEPLOYMENT);
+                    Some(Key::new(Arc::clone(&pod.namespace), name))
                 })
                 .collect::<BTreeSet<_>>();
             self.wakes.add(on_it);
@@ -601,14 +603,17 @@ where
 }
 
 /// Whether an answer to a write tells of more than what was written: the pod ended, or began to end, meanwhile.
-fn tells_more(change: &Change<'_, PodView>) -> bool {
-    let (Some(Ok(before)), Some(Ok(after))) = (change.before, change.after) else {
+fn tells_more(change: &Change<'_, ChildPod>) -> bool {
+    let (Some(mut before), Some(after)) = (pod_of(change.before), pod_of(change.after)) else {
         return false;
     };
-    let mut patched = PodView::clone(before);
-    patched.labels.clone_from(&after.labels);
-    patched.annotations.clone_from(&after.annotations);
-    patched != **after
+    before.labels.clone_from(&after.labels);
+    before.annotations.clone_from(&after.annotations);
+    before != after
+}
+
+fn pod_of(entry: Option<&Entry<ChildPod>>) -> Option<PodView> {
+    entry?.as_ref().ok()?.view()
 }
 
 /// Whether two wishes differ in nothing that people may write; one that was not known is told of by its watch.
@@ -636,7 +641,7 @@ fn ranks_key(key: &Key) -> Key {
 
 fn unpacked<K>(mirror: &Mirror<Packed<K>>, key: &Key) -> Option<Arc<K>>
 where
-    K: Serialize + DeserializeOwned,
+    K: Serialize + DeserializeOwned + 'static,
 {
     let packed = mirror.get(key)?.ok()?;
     packed.unpack().map(Arc::new)

@@ -206,6 +206,6 @@ fn objects_are_kept_small() {
         "1,250 nodes, 10,000 pods and 1,000 models: {:.1} MB",
         fleet as f64 / 1e6
     );
-    // Measured: 1723, 945, 7226. As plain structures they were 3848, 1419, 12184.
-    assert!(nodes < 1900 && pods < 1050 && models < 8000);
+    // Measured: 1723, 425, 1103. As plain structures they were 3848, 1419, 12184.
+    assert!(nodes < 1900 && pods < 480 && models < 1250);
 }

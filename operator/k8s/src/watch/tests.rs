@@ -152,11 +152,11 @@ fn what_a_list_names_is_not_doubted() {
 
 #[test]
 fn remembered_deletions_stay_bounded() {
-    let mut versions = Versions::default();
+    let mut deletions = Deletions::default();
     for number in 0..3 * DELETED_MAX as u64 {
-        versions.is_news(&Key::new("d", number.to_string()), number + 1, true);
+        deletions.is_news(&Key::new("d", number.to_string()), None, number + 1, true);
     }
-    assert!(versions.deleted.len() <= DELETED_MAX && versions.order.len() <= DELETED_MAX);
+    assert!(deletions.deleted.len() <= DELETED_MAX && deletions.order.len() <= DELETED_MAX);
 }
 
 #[tokio::test(start_paused = true)]

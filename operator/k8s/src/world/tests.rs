@@ -79,6 +79,33 @@ fn what_was_assumed_for_a_pod_that_was_not_made_is_given_back() {
 }
 
 #[test]
+fn a_pod_is_kept_as_it_was_and_what_is_asked_of_all_pods_lies_open() {
+    let told = serde_json::json!({
+        "metadata": {"name": "m-0-abc-0", "namespace": "d", "uid": "u", "creationTimestamp": "2026-11-24T00:00:00Z",
+            "labels": {names::MODEL_DEPLOYMENT: "m", names::COMPONENT: names::ENGINE},
+            "annotations": {names::DRAIN_SINCE: "2026-11-24T00:00:00Z", names::PLANNED_NODES: "n1,n2"}},
+        "spec": {"nodeName": "n1", "priority": -7, "containers": [{"name": "engine",
+            "resources": {"requests": {"cpu": "1500m", "nvidia.com/gpu": "2", "nvidia.com/mig-3g.71gb": "1"}}}]},
+        "status": {"phase": "Running", "podIP": "fd00::1", "reason": "R", "message": "M", "conditions": [
+                {"type": "PodScheduled", "status": "False", "message": "0/3 nodes",
+                    "lastTransitionTime": "2026-11-24T00:00:01Z"}],
+            "containerStatuses": [{"name": "engine", "image": "i", "imageID": "i", "ready": false, "restartCount": 3,
+                "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off"}},
+                "lastState": {"terminated": {"exitCode": 137, "reason": "OOMKilled",
+                    "finishedAt": "2026-11-24T00:00:02Z"}}}]},
+    });
+    let pod: Pod = serde_json::from_value(told).expect("a pod");
+    let view = PodView::of(&pod);
+    let world = World::new();
+    world.wrote_pod(pod);
+    let kept = world.pods.get(&Key::new("d", "m-0-abc-0"));
+    let kept = kept.and_then(Result::ok).expect("it is ours");
+    assert_eq!(kept.view(), Some(view));
+    assert!(kept.drains && kept.is_asked && !kept.reserves);
+    assert_eq!((kept.priority, kept.node.as_deref()), (-7, Some("n1")));
+}
+
+#[test]
 fn children_are_those_of_the_name_and_not_of_a_longer_name() {
     let world = World::new();
     for (name, deployment) in [
@@ -90,7 +117,8 @@ fn children_are_those_of_the_name_and_not_of_a_longer_name() {
         world.wrote_pod(pod(name, deployment, "n1", "1"));
     }
     let found = children(&world.pods, &Key::new("d", "m"), |pod| {
-        (pod.label(names::MODEL_DEPLOYMENT) == "m").then(|| pod.name.clone())
+        let view = pod.view()?;
+        (view.label(names::MODEL_DEPLOYMENT) == "m").then_some(view.name)
     });
     assert_eq!(found, ["m-0-abc-0"]);
 }
