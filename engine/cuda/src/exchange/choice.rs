@@ -146,6 +146,8 @@ fn agree(
         ranks: group.rank().count(),
     };
     let checked = check(&nccl, group, at);
+    // One that failed at once waits for those that wait for it.
+    group.barrier(2 * MEETING)?;
     Ok(table
         .all(checked.map(|()| Vec::new()))?
         .map(|_| (nccl, version)))
@@ -161,45 +163,39 @@ fn meet(
     Communicator::meet(library, &gpu.device, id, place, MEETING).map_err(|error| error.to_string())
 }
 
-/// Moves known bytes by every operation that a pass uses, which also connects whoever has to be connected for it.
+/// Moves known bytes by every operation that a pass uses, which also connects whoever has to be connected for it. A rank that
+/// got wrong ones goes on with the others, which wait for it.
 fn check(nccl: &Nccl, group: &dyn ProcessGroup, (arena, stream): (&Arena, &Stream)) -> Told<()> {
-    let wrong = |what: &str| Err(format!("it moved wrong bytes in {what}"));
     let bytes = CHECKED_BYTES * nccl.ranks;
-    let failed = |error: CudaError| error.to_string();
-    let moved = || -> Result<Told<()>, CudaError> {
+    let mark = |rank: usize| rank as u8 + 1;
+    let expected: Vec<u8> = (0..bytes).map(|at| mark(at / CHECKED_BYTES)).collect();
+    let moved = || -> Result<Vec<&str>, CudaError> {
         let slots = arena.part(nccl.slots.at, bytes)?;
         let own = slots.cut(nccl.rank * CHECKED_BYTES, CHECKED_BYTES);
-        let mark = |rank: usize| rank as u8 + 1;
-        let mut found = vec![0u8; bytes];
-        let mut read = || -> Result<Vec<u8>, CudaError> {
-            nccl.settle(stream, group)?;
-            arena.read(stream, slots, &mut found)?;
-            Ok(found.clone())
-        };
-        let expected: Vec<u8> = (0..bytes).map(|at| mark(at / CHECKED_BYTES)).collect();
-        let fill = || -> Result<(), CudaError> {
+        let mut wrong = Vec::new();
+        for what in ["a gather", "a sum", "a gather to rank 0"] {
             arena.fill(stream, slots, 0)?;
-            Ok(arena.fill(stream, own, mark(nccl.rank))?)
-        };
-        fill()?;
-        nccl.group.all_gather(arena, stream, slots)?;
-        if read()? != expected {
-            return Ok(wrong("a gather"));
+            arena.fill(stream, own, mark(nccl.rank))?;
+            match what {
+                "a gather" => nccl.group.all_gather(arena, stream, slots)?,
+                "a sum" => nccl.group.add_bits(arena, stream, slots)?,
+                _ => nccl.group.gather(arena, stream, slots)?,
+            }
+            nccl.settle(stream, group)?;
+            let mut found = vec![0u8; bytes];
+            arena.read(stream, slots, &mut found)?;
+            let gets_all = nccl.rank == 0 || what != "a gather to rank 0";
+            if gets_all && found != expected {
+                wrong.push(what);
+            }
         }
-        fill()?;
-        nccl.group.add_bits(arena, stream, slots)?;
-        if read()? != expected {
-            return Ok(wrong("a sum"));
-        }
-        fill()?;
-        nccl.group.gather(arena, stream, slots)?;
-        let found = read()?;
-        if nccl.rank == 0 && found != expected {
-            return Ok(wrong("a gather to rank 0"));
-        }
-        Ok(Ok(()))
+        Ok(wrong)
     };
-    moved().map_err(failed)?
+    match moved() {
+        Ok(wrong) if wrong.is_empty() => Ok(()),
+        Ok(wrong) => Err(format!("it moved wrong bytes in {}", wrong.join(", "))),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 /// Where ranks tell each other how a step went.
