@@ -49,10 +49,14 @@ impl<K: Serialize + DeserializeOwned + 'static> Packed<K> {
     /// Packs an object.
     ///
     /// # Errors
-    /// It has no JSON form, which no object that was read from JSON meets.
+    /// It has no JSON form, which no object that was read from JSON meets, or does not come out as it went in: an object that
+    /// could not be opened later would be taken for one that is not there.
     pub fn of(object: &K) -> Result<Self, String> {
         let text = serde_json::to_vec(object).map_err(|error| error.to_string())?;
         let (parts, pattern) = pack_as_others(TypeId::of::<K>(), &text);
+        if unpack(&parts, &pattern).as_ref() != Some(&text) {
+            return Err("its packed form does not give it back".to_owned());
+        }
         Ok(Self {
             parts: parts.into(),
             pattern,
