@@ -29,6 +29,7 @@ pub mod replicas;
 pub mod report;
 pub mod resources;
 pub mod rollout;
+mod samples;
 pub mod scaling;
 pub mod sim;
 pub mod snapshot;
@@ -47,7 +48,8 @@ pub use plan::{Action, Event, EventKind, Kind, Object, Plan, Settings};
 pub use priority::{Contest, PriorityClassView, Rival};
 pub use resources::Resources;
 pub use snapshot::{
-    Claim, ClaimTemplateView, Cluster, ConfigMapView, ContainerView, Demand, LoadSample, NodeView,
-    PodPhase, PodSamples, PodView, QuotaView, Scheduled, Snapshot, Taint, TaintEffect, Terminated,
+    Claim, ClaimTemplateView, Cluster, ConfigMapView, ContainerView, Counters, Demand, LoadSample,
+    NodeView, PodPhase, PodSamples, PodView, QuotaView, Rates, Scheduled, Snapshot, Startup, Taint,
+    TaintEffect, Terminated,
 };
 pub use validate::{ValidDeployment, Violation, Violations, validate};

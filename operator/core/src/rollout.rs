@@ -293,15 +293,11 @@ impl Tally {
                 .get(&replica.pod.name)
                 .and_then(PodSamples::window);
             if let Some((old, new)) = window {
-                tally.requests += new.requests_total.saturating_sub(old.requests_total);
-                tally.errors += new
-                    .request_errors_total
-                    .saturating_sub(old.request_errors_total);
-                tally.first_tokens += new
-                    .first_tokens_total
-                    .saturating_sub(old.first_tokens_total);
+                tally.requests += new.requests.saturating_sub(old.requests);
+                tally.errors += new.request_errors.saturating_sub(old.request_errors);
+                tally.first_tokens += new.first_tokens.saturating_sub(old.first_tokens);
                 tally.first_token_seconds +=
-                    (new.first_token_seconds_total - old.first_token_seconds_total).max(0.0);
+                    (new.first_token_seconds - old.first_token_seconds).max(0.0);
             }
         }
         tally

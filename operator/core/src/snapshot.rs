@@ -7,7 +7,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use engine_spec::{LoadReport, StartupPhase, StartupReport};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
     ConfigMap, ContainerStatus, Node, Pod, PodStatus, Service, Taint as NodeTaint,
@@ -27,9 +26,7 @@ use crate::plan::{Action, Object, Plan};
 use crate::priority::Contest;
 pub use crate::quota::QuotaView;
 use crate::resources::Resources;
-
-/// Seconds after which the window of a comparison moves on.
-const WINDOW_SECONDS: u64 = 300;
+pub use crate::samples::{Counters, LoadSample, PodSamples, Rates, Startup};
 
 /// Everything one decision about one ModelDeployment may depend on.
 #[derive(Clone, Debug)]
@@ -245,30 +242,6 @@ pub struct ConfigMapView {
     pub uid: String,
     /// Data.
     pub data: Pairs,
-}
-
-/// One scrape of `/load`.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LoadSample {
-    /// When.
-    pub at: Timestamp,
-    /// What it said.
-    pub report: LoadReport,
-}
-
-/// What one engine pod said about itself.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct PodSamples {
-    /// The last answer of `/startupz`.
-    pub startup: Option<StartupReport>,
-    /// The last answer of `/load`.
-    pub latest: Option<LoadSample>,
-    /// The answer before it, for rates.
-    pub previous: Option<LoadSample>,
-    /// An answer of five to ten minutes ago, or the first one: where comparisons begin.
-    pub window: Option<LoadSample>,
-    /// The answer that takes its place when it is five minutes old.
-    pub next_window: Option<LoadSample>,
 }
 
 /// Demand on a whole deployment.
@@ -580,59 +553,5 @@ impl ConfigMapView {
                 .map(Pairs::from)
                 .unwrap_or_default(),
         }
-    }
-}
-
-impl PodSamples {
-    /// Takes in the text of `/startupz`.
-    ///
-    /// # Errors
-    /// When it is not a report.
-    pub fn record_startup(&mut self, text: &str) -> Result<(), serde_json::Error> {
-        self.startup = Some(serde_json::from_str(text)?);
-        Ok(())
-    }
-
-    /// Whether the engine said that it has started.
-    pub fn has_started(&self) -> bool {
-        let report = self.startup.as_ref();
-        report.is_some_and(|report| report.phase == StartupPhase::Ready)
-    }
-
-    /// Takes in the text of `/load` as answered at `at`.
-    ///
-    /// # Errors
-    /// When it is not a report.
-    pub fn record_load(&mut self, at: Timestamp, text: &str) -> Result<(), serde_json::Error> {
-        let report = serde_json::from_str(text)?;
-        self.take_load(LoadSample { at, report });
-        Ok(())
-    }
-
-    /// Takes in an answer of `/load`.
-    pub fn take_load(&mut self, sample: LoadSample) {
-        let (new, old) = (&sample.report, self.latest.as_ref().map(|old| &old.report));
-        let went_back = old.is_some_and(|old| {
-            new.requests_total < old.requests_total
-                || new.generation_tokens_total < old.generation_tokens_total
-        });
-        if went_back || self.window.is_none() {
-            // An engine that starts, or started anew, counts from here.
-            self.window = Some(sample.clone());
-            self.next_window = Some(sample.clone());
-        }
-        let is_due = self
-            .next_window
-            .as_ref()
-            .is_some_and(|next| crate::time::seconds_between(next.at, sample.at) >= WINDOW_SECONDS);
-        if is_due {
-            self.window = self.next_window.replace(sample.clone());
-        }
-        self.previous = self.latest.replace(sample);
-    }
-
-    /// The counters at the beginning and at the end of the window that is compared.
-    pub fn window(&self) -> Option<(&LoadReport, &LoadReport)> {
-        Some((&self.window.as_ref()?.report, &self.latest.as_ref()?.report))
     }
 }

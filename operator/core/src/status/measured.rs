@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use operator_api::{LoadProgress, Performance};
 
 use crate::replicas::{Replica, State};
-use crate::snapshot::PodSamples;
+use crate::snapshot::{PodSamples, Startup};
 use crate::time::seconds_between;
 
 /// Samples older than this are not believed.
@@ -27,7 +27,9 @@ pub fn load_progress(
         .iter()
         .filter(|replica| matches!(replica.state, State::Starting | State::Failing { .. }));
     let reports = starting.filter_map(|replica| {
-        let report = samples.get(&replica.pod.name)?.startup.as_ref()?;
+        let Startup::Starts(report) = samples.get(&replica.pod.name)?.startup.as_ref()? else {
+            return None;
+        };
         let (order, word) = match report.phase {
             StartupPhase::Fetching => (0, "fetching"),
             StartupPhase::Loading => (1, "loading"),
@@ -81,17 +83,8 @@ pub fn performance(
         sum.running_requests += i64::from(latest.report.running);
         sum.queued_requests += i64::from(latest.report.waiting);
         kv += latest.report.kv_usage.clamp(0.0, 1.0);
-        if let Some(previous) = &samples.previous {
-            let millis = latest.at.as_millisecond() - previous.at.as_millisecond();
-            // A counter that went back belongs to an engine that started anew.
-            let rate = |new: u64, old: u64| match new.checked_sub(old) {
-                Some(tokens) if millis > 0 => tokens as f64 * 1000.0 / millis as f64,
-                _ => 0.0,
-            };
-            let (new, old) = (&latest.report, &previous.report);
-            sum.tokens_per_second += rate(new.generation_tokens_total, old.generation_tokens_total);
-            sum.prompt_tokens_per_second += rate(new.prompt_tokens_total, old.prompt_tokens_total);
-        }
+        sum.tokens_per_second += samples.rates.generation_tokens;
+        sum.prompt_tokens_per_second += samples.rates.prompt_tokens;
     }
     if sum.replicas_measured == 0 {
         return None;
@@ -153,12 +146,10 @@ mod tests {
     }
 
     fn measured(previous: LoadSample, latest: LoadSample) -> PodSamples {
-        PodSamples {
-            startup: None,
-            latest: Some(latest),
-            previous: Some(previous),
-            ..PodSamples::default()
-        }
+        let mut samples = PodSamples::default();
+        samples.take_load(previous);
+        samples.take_load(latest);
+        samples
     }
 
     #[test]
@@ -215,7 +206,7 @@ mod tests {
             .map(|pod| Replica::alone(pod, State::Starting))
             .collect();
         let report = |phase, percent| PodSamples {
-            startup: Some(StartupReport {
+            startup: Some(Startup::from(StartupReport {
                 phase,
                 bytes_loaded: 10,
                 bytes_total: 100,
@@ -224,7 +215,7 @@ mod tests {
                 percent,
                 reason: None,
                 message: None,
-            }),
+            })),
             ..PodSamples::default()
         };
         let samples = [
