@@ -4,10 +4,14 @@
 //! times slower and look healthy. Only `auto` falls back, and the log has one line that says why.
 
 use std::fmt::Display;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 use std::str::FromStr;
 
-use engine_cuda::{CudaExecutor, CudaLimits, Gpu, refusal};
+use engine_cuda::{
+    ATTENTION_VARIABLE, CudaError, CudaExecutor, CudaLimits, Gpu, PRODUCTS_VARIABLE, refusal,
+};
 use engine_memory::{MemoryRequest, memory_plan};
 use engine_spec::{Device, EngineConfig, ModelConfig, Rank};
 
@@ -29,10 +33,30 @@ pub fn find(choice: DeviceChoice, driver: Option<&Path>) -> Result<Found, String
     if choice == DeviceChoice::Cpu {
         return Ok(Found::Cpu("the device cpu was asked for".into()));
     }
-    match Gpu::open(driver, 0) {
+    match Gpu::open(driver, 0).map_err(without_trial) {
         Ok(gpu) => Ok(Found::Gpu(as_asked(gpu)?)),
         Err(error) => fall_back(choice, error.to_string()),
     }
+}
+
+/// Starts this program anew, with portable kernels, where one that was tried holds the device: only its process's end frees
+/// it. Anything else is given back.
+fn without_trial(error: CudaError) -> CudaError {
+    let CudaError::Hung(why) = &error else {
+        return error;
+    };
+    tracing::warn!(reason = why, "starting anew with portable kernels");
+    let mut arguments = std::env::args_os();
+    let mut anew = Command::new("/proc/self/exe");
+    if let Some(name) = arguments.next() {
+        anew.arg0(name);
+    }
+    anew.args(arguments);
+    anew.envs([ATTENTION_VARIABLE, PRODUCTS_VARIABLE].map(|variable| (variable, "portable")));
+    // Comes back only where it fails.
+    let failed = anew.exec();
+    tracing::error!(error = %failed, "this program cannot be started anew");
+    error
 }
 
 /// Another GPU of this process.
@@ -40,7 +64,8 @@ pub fn find(choice: DeviceChoice, driver: Option<&Path>) -> Result<Found, String
 /// # Errors
 /// There is none of this number, or it cannot be used: why.
 pub fn another(driver: Option<&Path>, ordinal: u32) -> Result<Found, String> {
-    let gpu = Gpu::open(driver, ordinal).map_err(|error| {
+    let gpu = Gpu::open(driver, ordinal).map_err(without_trial);
+    let gpu = gpu.map_err(|error| {
         format!(
             "parallelism gives each GPU of this process a rank, and GPU {ordinal} cannot be used: {error}; give the \
              process more GPUs, or ask for fewer ranks"
@@ -49,13 +74,11 @@ pub fn another(driver: Option<&Path>, ordinal: u32) -> Result<Found, String> {
     Ok(Found::Gpu(as_asked(gpu)?))
 }
 
-/// Forces the kernels of latent attention: `auto`, `portable` or `hopper`.
-const ATTENTION: &str = "CACHALOT_CUDA_ATTENTION";
 /// Forces the way that ranks exchange: `auto`, `host` or `nccl`.
 const EXCHANGE: &str = "CACHALOT_CUDA_EXCHANGE";
 
 fn as_asked(gpu: Gpu) -> Result<Gpu, String> {
-    let gpu = gpu.with_attention(asked(ATTENTION)?);
+    let gpu = gpu.with_attention(asked(ATTENTION_VARIABLE)?);
     Ok(gpu.with_exchange(asked(EXCHANGE)?, None))
 }
 
@@ -82,9 +105,9 @@ pub fn settle(
     rank: Rank,
 ) -> Result<Found, String> {
     let settled = match found {
-        Found::Gpu(gpu) => match unserved(config, model, rank) {
-            Some(why) => fall_back(choice, why)?,
-            None => Found::Gpu(gpu),
+        Found::Gpu(gpu) => match served(&gpu, config, model, rank) {
+            Err(why) => fall_back(choice, why)?,
+            Ok(()) => Found::Gpu(gpu),
         },
         cpu @ Found::Cpu(_) => cpu,
     };
@@ -123,23 +146,20 @@ fn fall_back(choice: DeviceChoice, why: String) -> Result<Found, String> {
     }
 }
 
-/// Why the GPU backend does not serve a rank's share of a model, its memory aside.
-fn unserved(config: &EngineConfig, model: &ModelConfig, rank: Rank) -> Option<String> {
+/// Whether the GPU backend serves a rank's share of a model, its memory aside, and if not, why. Kernels are tried here.
+fn served(gpu: &Gpu, config: &EngineConfig, model: &ModelConfig, rank: Rank) -> Result<(), String> {
     let request = MemoryRequest {
         device: Device::Nvidia,
         ..MemoryRequest::from_engine_config(config, None)
     };
-    let plan = match memory_plan(model, &request) {
-        Ok(plan) => plan,
-        Err(misfit) => return Some(misfit.to_string()),
-    };
+    let plan = memory_plan(model, &request).map_err(|misfit| misfit.to_string())?;
     let limits = CudaLimits::from_plan(
         model,
         &plan,
         config.max_num_seqs,
         config.max_num_batched_tokens,
     );
-    CudaExecutor::check(model, &limits, rank)
-        .err()
-        .map(|reason| refusal(&reason))
+    CudaExecutor::check(model, &limits, rank).map_err(|reason| refusal(&reason))?;
+    let tried = gpu.try_kernels(model, &limits, rank);
+    tried.map_err(|error| without_trial(error).to_string())
 }

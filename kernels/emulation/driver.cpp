@@ -706,6 +706,7 @@ API cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
     std::shared_ptr<char> argument(static_cast<char*>(aligned_alloc(64, (kernel->params_bytes + 63) / 64 * 64)), free);
     memcpy(argument.get(), params[0], kernel->params_bytes);
     static const unsigned workers = unsigned(environment("CACHALOT_EMULATION_WORKERS", 1));
+    static const char* hung = getenv("CACHALOT_EMULATION_HANG"); // kernels with this in their names never end
     static const int default_schedule = int(environment("CACHALOT_EMULATION_SCHEDULE", 0)) % 3;
     const int schedule = schedule_of_thread >= 0 ? schedule_of_thread : default_schedule;
     Context* context = current;
@@ -718,6 +719,7 @@ API cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
                 return;
             }
         }
+        while (hung && *hung && strstr(kernel->name, hung)) std::this_thread::sleep_for(std::chrono::seconds(1));
         emu::Outcome outcome = emu::run({kernel, {gx, gy, gz}, {bx, by, bz}, shared, argument.get()},
                                         emu::SCHEDULES[schedule], workers);
         std::lock_guard<std::mutex> guard(lock);

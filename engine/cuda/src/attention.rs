@@ -2,21 +2,26 @@
 //!
 //! Hopper's sum in another order, so one of the two serves all rows of a model, from load to unload. Where neither was
 //! asked for, Hopper's are taken on a device of capability 9.0 that passes a check: both attend to the same random
-//! contexts, and must agree. Invariant: the choice depends on the device and the model alone.
+//! contexts, in a context of the device that may be lost, and must agree. Invariant: the choice depends on the device and the model alone.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use engine_model::{Attention as Layer, LatentAttention, Model};
 use engine_spec::KvCacheDtype;
 use half::bf16;
-use kernels::driver::{Arena, Part, Stream};
+use kernels::driver::{Arena, Device, Part, Stream};
 use kernels::params::{MlaCombineParams, MlaDecodeParams};
 use kernels::plan::{self, Format, Launch, MLA_SPLIT_TOKENS, Tables, Unsupported};
 use thiserror::Error;
 
 use crate::layout::CudaLimits;
-use crate::{CudaError, Gpu};
+use crate::{CudaError, Gpu, trial};
+
+/// The environment variable that chooses: `auto`, `portable` or `hopper`.
+pub const VARIABLE: &str = "CACHALOT_CUDA_ATTENTION";
 
 /// Kernels of latent attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +87,7 @@ impl fmt::Display for ChosenAttention {
 /// The kernels of `model` on `gpu`.
 ///
 /// # Errors
-/// The device failed.
+/// [`CudaError::Hung`]: a kernel that was tried does not end.
 pub(crate) fn choose(
     gpu: &Gpu,
     model: &Model,
@@ -108,15 +113,50 @@ pub(crate) fn choose(
         Ok(check) => check,
         Err(unsupported) => return portable(unsupported.to_string()),
     };
-    let difference = check.difference(gpu)?;
-    let percent = 100.0 * difference;
-    if difference <= DIFFERENCE_MAX {
-        let reason = format!("they agree with the portable ones within {percent:.2} %");
-        chosen(AttentionKernels::Hopper, reason)
-    } else {
-        portable(format!(
-            "Hopper's differ by {percent:.0} % of the largest value on this device"
-        ))
+    match gpu.tried.outcome(gpu, check)? {
+        Ok(reason) => chosen(AttentionKernels::Hopper, reason),
+        Err(reason) => portable(reason),
+    }
+}
+
+/// What came of checks on a device: for all models with heads of one shape, and clones of its [`Gpu`].
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Tried(Arc<Mutex<BTreeMap<[usize; 3], Result<String, String>>>>);
+
+impl Tried {
+    /// Why Hopper's kernels are right on this device, or are not to be used.
+    ///
+    /// # Errors
+    /// [`CudaError::Hung`].
+    fn outcome(&self, gpu: &Gpu, check: Check) -> Result<Result<String, String>, CudaError> {
+        let shape = [check.heads, check.latent, check.rotary];
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(outcome) = known.get(&shape) {
+            return Ok(outcome.clone());
+        }
+        // A kernel that fails takes its context with it.
+        let difference = gpu
+            .device
+            .apart()
+            .map_err(CudaError::from)
+            .and_then(|apart| check.difference(&apart));
+        let outcome = match difference {
+            Err(hung @ CudaError::Hung(_)) => return Err(hung),
+            Err(problem) => Err(format!("Hopper's failed on this device: {problem}")),
+            Ok(difference) => {
+                let percent = 100.0 * difference;
+                match difference <= DIFFERENCE_MAX {
+                    true => Ok(format!(
+                        "they agree with the portable ones within {percent:.2} %"
+                    )),
+                    false => Err(format!(
+                        "Hopper's differ by {percent:.0} % of the largest value on this device"
+                    )),
+                }
+            }
+        };
+        known.insert(shape, outcome.clone());
+        Ok(outcome)
     }
 }
 
@@ -199,7 +239,7 @@ impl Check {
         CONTEXTS[0].div_ceil(BLOCK)
     }
 
-    fn difference(&self, gpu: &Gpu) -> Result<f32, CudaError> {
+    fn difference(&self, device: &Arc<Device>) -> Result<f32, CudaError> {
         let (rows, width, table) = (
             CONTEXTS.len(),
             self.latent + self.rotary,
@@ -222,8 +262,8 @@ impl Check {
         });
         let starts: Vec<usize> = starts.collect();
         let total = sizes.iter().map(|bytes| bytes.next_multiple_of(256)).sum();
-        let arena = Arena::new(&gpu.device, total)?;
-        let stream = gpu.device.stream()?;
+        let arena = Arena::new(device, total)?;
+        let stream = device.stream()?;
         let part = |index: usize| arena.part(starts[index], sizes[index]);
         let places = Places {
             queries: part(0)?,
@@ -234,7 +274,7 @@ impl Check {
             lse: part(5)?,
             out: part(6)?,
         };
-        gpu.device.load(&[
+        device.load(&[
             self.portable,
             self.hopper[0].0,
             plan::mla_combine(rows, self.heads)?,
@@ -245,10 +285,16 @@ impl Check {
         let blocks: Vec<i32> = (0..rows * table).map(|i| (i % table) as i32).collect();
         arena.write(&stream, places.blocks, &blocks)?;
         arena.write(&stream, places.lengths, &CONTEXTS.map(|c| c as i32))?;
-        let wanted = self.attend(&arena, &stream, &places, &self.portable, Tables::Own)?;
+        let outcome = self.worst(&arena, &stream, &places);
+        trial::leave((arena, stream, device.clone()), &outcome);
+        outcome
+    }
+
+    fn worst(&self, arena: &Arena, stream: &Stream, places: &Places) -> Result<f32, CudaError> {
+        let wanted = self.attend(arena, stream, places, &self.portable, Tables::Own)?;
         let mut worst = 0f32;
         for (launch, tables) in &self.hopper {
-            let found = self.attend(&arena, &stream, &places, launch, *tables)?;
+            let found = self.attend(arena, stream, places, launch, *tables)?;
             worst = worst.max(difference(&found, &wanted));
         }
         Ok(worst)
@@ -307,6 +353,7 @@ impl Check {
             reserved: 0,
         };
         arena.launch(stream, &plan::mla_combine(rows, heads)?, &combine)?;
+        trial::end(stream, "a trial of Hopper's attention")?;
         let mut out = vec![bf16::ZERO; rows * heads * self.latent];
         arena.read(stream, places.out, &mut out)?;
         Ok(out.iter().map(|value| value.to_f32()).collect())

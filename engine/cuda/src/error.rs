@@ -23,6 +23,9 @@ pub enum CudaError {
     /// Ranks cannot exchange in the way that was asked for.
     #[error("ranks cannot exchange over NCCL: {0}")]
     Exchange(String),
+    /// A kernel that was tried on the device does not end. It holds the device until the process ends.
+    #[error("{0}; it holds the device until this process ends, and portable kernels are chosen by {products}=portable {attention}=portable", products = crate::products::VARIABLE, attention = crate::attention::VARIABLE)]
+    Hung(String),
     /// The kernels that multiply cannot be had, or do not agree.
     #[error("{0}")]
     Products(String),

@@ -3,9 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use engine_spec::{ModelConfig, Rank};
 use kernels::driver::{Device, Driver};
 use kernels::plan;
 
+use crate::attention::{self, Tried};
+use crate::layout::CudaLimits;
 use crate::products::{self, ProductChoice, Products};
 use crate::{AttentionChoice, CudaError, ExchangeChoice};
 
@@ -19,6 +22,7 @@ pub struct Gpu {
     /// The library, where the loader does not find it.
     pub(crate) nccl: Option<PathBuf>,
     fallback: Option<String>,
+    pub(crate) tried: Tried,
 }
 
 impl Gpu {
@@ -54,6 +58,7 @@ impl Gpu {
             exchange: ExchangeChoice::default(),
             nccl: None,
             fallback,
+            tried: Tried::default(),
         })
     }
 
@@ -71,6 +76,20 @@ impl Gpu {
             nccl,
             ..self
         }
+    }
+
+    /// Tries the kernels that a rank of a model could attend with, unless they were tried: before the rank meets the others,
+    /// who would wait for one that has to start anew.
+    ///
+    /// # Errors
+    /// [`CudaError::Hung`].
+    pub fn try_kernels(
+        &self,
+        config: &ModelConfig,
+        limits: &CudaLimits,
+        rank: Rank,
+    ) -> Result<(), CudaError> {
+        attention::choose(self, &limits.build(config, rank), limits.kv_cache).map(|_| ())
     }
 
     /// Which kernels multiply matrices on it.

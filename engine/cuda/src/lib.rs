@@ -18,13 +18,16 @@ mod products;
 mod shapes;
 mod staged;
 mod step;
+mod trial;
 mod weights;
 
+pub use attention::VARIABLE as ATTENTION_VARIABLE;
 pub use attention::{AttentionChoice, AttentionKernels, ChosenAttention, UnknownKernels};
 pub use error::CudaError;
 pub use exchange::{ExchangeChoice, UnknownExchange};
 pub use executor::{AllocatedBytes, CudaExecutor};
 pub use gpu::Gpu;
 pub use layout::CudaLimits;
+pub use products::VARIABLE as PRODUCTS_VARIABLE;
 pub use products::{ProductChoice, Products};
 pub use shapes::refusal;

@@ -17,7 +17,7 @@ use kernels::plan::{Format, Launch, hopper_kernels};
 use crate::CudaError;
 
 /// The environment variable that chooses.
-pub(crate) const VARIABLE: &str = "CACHALOT_CUDA_PRODUCTS";
+pub const VARIABLE: &str = "CACHALOT_CUDA_PRODUCTS";
 
 /// Kernels that multiply matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +106,7 @@ pub(crate) fn choose(
                 .and_then(|apart| check::run(&apart))
             {
                 Ok(()) => (Products::Hopper, None),
+                Err(hung @ CudaError::Hung(_)) => return Err(hung),
                 Err(problem) => (Products::Portable, Some(problem.to_string())),
             },
         ),

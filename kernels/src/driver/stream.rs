@@ -5,6 +5,7 @@
 
 use std::ptr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::{Buffer, Device, DriverError, Handle, Plain};
 use crate::params::Params;
@@ -12,6 +13,8 @@ use crate::plan::Launch;
 
 /// `CUDA_ERROR_NOT_READY`: no failure.
 const NOT_READY: i32 = 600;
+/// Time between two looks at a stream.
+const LOOK: Duration = Duration::from_micros(50);
 
 /// A queue of work on a device.
 pub struct Stream {
@@ -173,6 +176,25 @@ impl Stream {
             }) => Ok(false),
             other => other.map(|()| true),
         }
+    }
+
+    /// Waits for everything queued, but not for ever.
+    ///
+    /// # Errors
+    /// Something queued failed, or `what` was not done by `limit`: it may never be, and then whatever frees memory or ends a
+    /// stream of its context waits for it.
+    pub fn settle_within(&self, what: &'static str, limit: Duration) -> Result<(), DriverError> {
+        let began = Instant::now();
+        while !self.is_idle()? {
+            if began.elapsed() >= limit {
+                return Err(DriverError::Late {
+                    what,
+                    seconds: limit.as_secs(),
+                });
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
     }
 
     /// Records what `queue` queues on this stream instead of running it. Every kernel must have been launched once

@@ -10,7 +10,7 @@ use kernels::driver::{Arena, Device, Part, Plain, Stream};
 use kernels::params::{Address, GemmParams, HopperGemmParams, TensorShape};
 use kernels::plan::{self, Format, HOPPER_PARTIAL_BYTES, HOPPER_TICKET_BYTES, QUANT_GROUP};
 
-use crate::CudaError;
+use crate::{CudaError, trial};
 
 /// Of the weights: two blocks of columns, the second one not whole; two slices of k and a tail.
 const N: usize = 136;
@@ -180,6 +180,7 @@ impl Bench {
     }
 
     fn read(&self, rows: usize) -> Result<Vec<u32>, CudaError> {
+        trial::end(&self.stream, "a trial of Hopper's products")?;
         let mut bits = vec![0u32; rows * N];
         self.arena.read(&self.stream, self.c, &mut bits)?;
         Ok(bits)
@@ -284,25 +285,31 @@ fn same(what: String, found: &[u32], wanted: &[u32]) -> Result<(), CudaError> {
 }
 
 /// # Errors
-/// They differ, or the device failed at one of them.
+/// They differ, or the device failed at one of them, or one of them does not end.
 pub(super) fn run(device: &Arc<Device>) -> Result<(), CudaError> {
     for format in [Format::Bf16, Format::Fp8] {
-        let bench = Bench::new(device, format, Values::Whole)?;
-        let wanted = bench.portable(ROWS, false)?;
+        let whole = Bench::new(device, format, Values::Whole)?;
         let alike = Bench::new(device, format, Values::Fractions)?;
-        let company = alike.hopper(ROWS, 0, false)?;
-        for rows in COUNTS {
-            for room in [0, HOPPER_PARTIAL_BYTES] {
-                let what = format!("{rows} rows of {format:?}, room {room},");
-                let found = bench.hopper(rows, room, false)?;
-                same(format!("{what} in whole numbers"), &found, &wanted)?;
-                let found = alike.hopper(rows, room, false)?;
-                same(format!("{what} and of {ROWS}"), &found, &company)?;
-            }
-        }
-        let wanted = bench.portable(GROUPED_ROWS, true)?;
-        let found = bench.hopper(GROUPED_ROWS, 0, true)?;
-        same(format!("experts in {format:?}"), &found, &wanted)?;
+        let outcome = compare(&whole, &alike, format);
+        trial::leave((whole, alike, device.clone()), &outcome);
+        outcome?;
     }
     Ok(())
+}
+
+fn compare(whole: &Bench, alike: &Bench, format: Format) -> Result<(), CudaError> {
+    let wanted = whole.portable(ROWS, false)?;
+    let company = alike.hopper(ROWS, 0, false)?;
+    for rows in COUNTS {
+        for room in [0, HOPPER_PARTIAL_BYTES] {
+            let what = format!("{rows} rows of {format:?}, room {room},");
+            let found = whole.hopper(rows, room, false)?;
+            same(format!("{what} in whole numbers"), &found, &wanted)?;
+            let found = alike.hopper(rows, room, false)?;
+            same(format!("{what} and of {ROWS}"), &found, &company)?;
+        }
+    }
+    let wanted = whole.portable(GROUPED_ROWS, true)?;
+    let found = whole.hopper(GROUPED_ROWS, 0, true)?;
+    same(format!("experts in {format:?}"), &found, &wanted)
 }
