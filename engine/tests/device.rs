@@ -101,10 +101,15 @@ impl Engine {
             seen: String::new(),
             address: String::new(),
         };
-        let line = engine.line("address=");
-        let address = line.split("address=").nth(1).unwrap();
-        engine.address = address.split_whitespace().next().unwrap().to_owned();
+        engine.listens();
         engine
+    }
+
+    /// Waits for the address at which it listens.
+    fn listens(&mut self) {
+        let line = self.line("address=");
+        let address = line.split("address=").nth(1).unwrap();
+        self.address = address.split_whitespace().next().unwrap().to_owned();
     }
 
     /// The first line of the log that has `word`.
@@ -471,4 +476,70 @@ fn more_ranks_than_gpus_are_refused_with_the_way_out() {
         &odd,
         "one on each of its GPUs: make one a multiple of the other",
     );
+}
+
+const HOPPERS: [(&str, &str); 2] = [
+    ("hopper_gemm", "a trial of Hopper's products"),
+    ("hopper_mla", "a trial of Hopper's attention"),
+];
+
+#[test]
+fn a_hopper_kernel_that_never_ends_costs_hoppers_kernels_and_not_the_start() {
+    let Some(driver) = driver() else { return };
+    let engines = HOPPERS.map(|(kernel, trial)| {
+        let mut command = engine(&tiny(), "cuda", &driver);
+        command.env("CACHALOT_EMULATION_HANG", kernel);
+        (Engine::start(command), trial)
+    });
+    for (mut engine, trial) in engines {
+        let why = engine.line("starting anew with portable kernels");
+        let late = format!("{trial} did not end within 20 seconds");
+        assert!(why.contains(&late), "{why}");
+        engine.listens();
+        engine.line("products=portable");
+        engine.line("attention chosen kernels=portable: as asked for");
+        engine.wait_ready();
+        let (status, body) = engine.ask("What is 123 + 456?", 60);
+        assert!(status == 200 && body.contains("579"), "{body}");
+    }
+}
+
+#[test]
+fn a_hopper_kernel_that_fails_costs_hoppers_kernels_and_not_the_start() {
+    let Some(driver) = driver() else { return };
+    for (kernel, _) in HOPPERS {
+        let mut command = engine(&tiny(), "cuda", &driver);
+        command.env("CACHALOT_EMULATION_FAULT_IN", kernel);
+        let mut engine = Engine::start(command);
+        match kernel {
+            "hopper_gemm" => engine.line("hopper products are not used"),
+            _ => engine.line("attention chosen kernels=portable: Hopper's failed on this device"),
+        };
+        assert!(
+            engine.seen.contains("CUDA_ERROR_ILLEGAL_ADDRESS (700)"),
+            "{}",
+            engine.seen
+        );
+        engine.wait_ready();
+        let (status, body) = engine.ask("What is 123 + 456?", 60);
+        assert!(status == 200 && body.contains("579"), "{body}");
+    }
+}
+
+#[test]
+fn ranks_whose_nccl_moves_wrong_bytes_exchange_over_the_host_and_answer_right() {
+    let Some(driver) = driver() else { return };
+    let mut command = engine(&tiny(), "cuda", &driver);
+    command
+        .args(["--tensor-parallel-size", "2"])
+        .env("CACHALOT_EMULATION_DEVICES", "2")
+        .env("CACHALOT_EMULATION_NCCL_WRONG", "1")
+        .env("LD_LIBRARY_PATH", driver.parent().unwrap());
+    let mut engine = Engine::start(command);
+    let way = engine.line("exchange chosen");
+    let why = "host memory: rank 1: it moved wrong bytes in a gather, a sum";
+    assert!(way.contains(why), "{way}");
+    engine.wait_ready();
+    let (status, body) = engine.ask("What is 123 + 456?", 60);
+    assert!(status == 200 && body.contains("579"), "{body}");
 }

@@ -8,7 +8,8 @@
 // Environment: CACHALOT_EMULATION_SCHEDULE 0, 1 or 2 (default 0), CACHALOT_EMULATION_WORKERS (default 1),
 // CACHALOT_EMULATION_MEMORY bytes of "device" memory (default 8 GiB), CACHALOT_EMULATION_CAPABILITY such as 80 or 90,
 // CACHALOT_EMULATION_VERSION of the driver (default 13000), CACHALOT_EMULATION_DEVICES 0 to 8 (default 1), each with memory and a
-// primary context of its own, CACHALOT_EMULATION_IMAGES 0 for a device that no image fits, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails.
+// primary context of its own, CACHALOT_EMULATION_IMAGES 0 for a device that no image fits, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails,
+// CACHALOT_EMULATION_FAULT_IN and CACHALOT_EMULATION_HANG for kernels that fail or never end, by a part of their names.
 #include "machine.h"
 #include "sanitizer.h"
 
@@ -706,14 +707,16 @@ API cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
     std::shared_ptr<char> argument(static_cast<char*>(aligned_alloc(64, (kernel->params_bytes + 63) / 64 * 64)), free);
     memcpy(argument.get(), params[0], kernel->params_bytes);
     static const unsigned workers = unsigned(environment("CACHALOT_EMULATION_WORKERS", 1));
-    static const char* hung = getenv("CACHALOT_EMULATION_HANG"); // kernels with this in their names never end
+    // Kernels with this in their names never end, or fail.
+    static const char *hung = getenv("CACHALOT_EMULATION_HANG"), *failing = getenv("CACHALOT_EMULATION_FAULT_IN");
     static const int default_schedule = int(environment("CACHALOT_EMULATION_SCHEDULE", 0)) % 3;
     const int schedule = schedule_of_thread >= 0 ? schedule_of_thread : default_schedule;
     Context* context = current;
     return submit(stream, [=] {
         {
             std::lock_guard<std::mutex> guard(lock);
-            if (context->fault_after >= 0 && context->fault_after-- == 0) {
+            const bool fails = failing && *failing && strstr(kernel->name, failing);
+            if (fails || (context->fault_after >= 0 && context->fault_after-- == 0)) {
                 context->error = emu::ILLEGAL_ADDRESS;
                 context->report = std::string("injected fault in kernel ") + kernel->name;
                 return;

@@ -76,6 +76,7 @@ struct Communicator {
     std::atomic<bool> aborted{false};
     std::atomic<int> error{SUCCESS};
     std::atomic<int> at_work{0};
+    bool errs = false; // changes a bit of what it gets
     std::mutex lock; // over operations while they run, and over the list of them
     uint64_t operation = 0;
     std::vector<std::unique_ptr<std::function<void()>>> recorded;
@@ -256,6 +257,7 @@ void all_gather(Communicator& group, uint64_t operation, char* slots, uint64_t b
         flows.push_back(flow(peer, false, slots + uint64_t(peer) * bytes, bytes, operation, kind));
     }
     *error = move(group, flows);
+    if (group.errs) slots[uint64_t((group.rank + 1) % group.ranks) * bytes] ^= 1;
 }
 
 // Queues or records an operation. The communicator keeps it: a graph may call it again.
@@ -357,6 +359,8 @@ API int ncclCommInitRank(Communicator** made, int ranks, UniqueId id, int rank) 
     auto group = std::make_unique<Communicator>();
     group->rank = rank;
     group->ranks = ranks;
+    const char* wrong = getenv("CACHALOT_EMULATION_NCCL_WRONG"); // a rank
+    group->errs = wrong && *wrong && atoi(wrong) == rank;
     if (!meet(*group, identity)) return SYSTEM;
     *made = group.release();
     return SUCCESS;
