@@ -1,5 +1,5 @@
-//! On a real node: an engine that dies, an operator that dies, an API server that restarts; clients
-//! that retry see no wrong answer, and nothing is created twice.
+//! On a real node: an engine that dies, an operator that dies; clients that retry see no wrong answer, and nothing is
+//! created twice.
 #![cfg(feature = "lab")]
 
 use std::collections::BTreeSet;
