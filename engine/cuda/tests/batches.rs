@@ -10,20 +10,18 @@ use engine_load::{Progress, read_config};
 use engine_memory::{Misfit, ResidentDtype, memory_plan};
 use engine_spec::{Dtype, ModelConfig};
 use support::{
-    device, driver, entry, gpu, gpu_of, limits, load, plan, prefill, random_model, request, step,
+    device, entry, gpu, gpu_of, limits, load, plan, prefill, random_model, request, step,
     trained_model,
 };
 
 #[test]
-fn one_allocation_holds_what_the_memory_plan_says() {
+fn each_part_of_the_allocation_is_what_the_memory_plan_says() {
     let Some(device) = device() else { return };
     let gpu = gpu_of(&device);
     let dir = trained_model();
     let config = read_config(&dir).unwrap();
     let (plan, limits) = plan(&config, request(Dtype::Auto));
-    let free = gpu.free_bytes().unwrap();
-    let mut executor = load(&gpu, &dir, limits);
-    let held = executor.allocated_bytes();
+    let held = load(&gpu, &dir, limits).allocated_bytes();
     let planned = plan.per_rank;
     for (name, used, planned) in [
         ("weights", held.weights, planned.weights_bytes),
@@ -35,12 +33,6 @@ fn one_allocation_holds_what_the_memory_plan_says() {
             (share - 1.0).abs() < 0.01,
             "{name}: {used} of {planned} planned"
         );
-    }
-    prefill(&mut executor, &[5, 6, 7]);
-    if driver().is_some_and(|driver| driver.emulation_schedule(0)) {
-        // The tests beside this one allocate from the same memory; what this one took is there all the same.
-        let taken = held.weights + held.kv + held.workspace;
-        assert!(free >= taken);
     }
 }
 

@@ -4,15 +4,19 @@
 
 mod support;
 
+use std::path::Path;
+
 use engine_core::Executor;
 use engine_cpu::{CpuExecutor, CpuLimits, Isa};
 use engine_cuda::{CudaExecutor, CudaLimits, Gpu, ProductChoice, Products};
 use engine_load::{Progress, read_config};
 use engine_memory::{ResidentDtype, resident_dtype};
-use engine_spec::{Device, Dtype, Quantization};
+use engine_spec::{Dtype, Quantization};
+use kernels::driver::{self, Driver};
+use kernels::emulation::Emulation;
 use support::{
-    bits, device, entry, greedy, limits, load, prefill, random_model, step, trained_golden,
-    trained_model,
+    bits, build_folder, device, entry, greedy, limits, load, prefill, random_model, step,
+    trained_golden, trained_model,
 };
 
 const BOTH: [Products; 2] = [Products::Portable, Products::Hopper];
@@ -42,6 +46,33 @@ fn a_hopper_device_that_agrees_gets_hoppers_products() {
     let gpu = Gpu::with_products(device, ProductChoice::Auto).unwrap();
     assert_eq!(gpu.fallback(), None);
     assert_eq!(gpu.products() == Products::Hopper, hopper);
+}
+
+/// The driver's Hopper products leave a slice of long sums out.
+#[test]
+fn a_hopper_device_that_multiplies_wrong_gets_the_portable_products() {
+    let hopper = device().is_some_and(|device| device.capability() == (9, 0));
+    if std::env::var_os("KERNELS_DRIVER").is_some() || !hopper {
+        return;
+    }
+    let source = Path::new("cuda/sm90/hopper_gemm.h");
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../kernels");
+    let text = std::fs::read_to_string(kernels.join(source)).unwrap();
+    let (right, wrong) = ("int slice = 1;", "int slice = 2;");
+    assert!(text.contains(right));
+    let emulation = Emulation::new(&build_folder()).replace(source, text.replace(right, wrong));
+    let driver = Driver::load(Some(&emulation.build().unwrap())).unwrap();
+    let gpu = Gpu::over(driver::Device::open_apart(&driver, 0).unwrap()).unwrap();
+    assert_eq!(gpu.products(), Products::Portable);
+    let why = gpu.fallback().unwrap();
+    assert!(
+        why.contains("Hopper's products of") && why.contains("differ at row"),
+        "{why}"
+    );
+    let prompt = &trained_golden().prompts[0];
+    let mut executor = load(&gpu, &trained_model(), limits(ResidentDtype::Bfloat16));
+    let found = greedy(&mut executor, &prompt.tokens, 4);
+    assert_eq!(found, prompt.greedy[..4]);
 }
 
 #[test]
@@ -122,7 +153,12 @@ fn company_changes_no_byte_with_either_products() {
             };
             let dir = random_model(model);
             let config = read_config(&dir).unwrap();
-            let resident = resident_dtype(Dtype::Auto, Quantization::None, &config, Device::Nvidia);
+            let resident = resident_dtype(
+                Dtype::Auto,
+                Quantization::None,
+                &config,
+                engine_spec::Device::Nvidia,
+            );
             let mut executor = load(&gpu, &dir, wide(limits(resident)));
             company_changes_nothing(&mut executor, &format!("{model}, {products}"));
         }

@@ -52,6 +52,36 @@ fn plan_as_json_and_yaml_says_the_same() {
 }
 
 #[test]
+fn every_answer_is_the_same_as_json_and_as_yaml() {
+    let stored = "tests/inputs/stored.json";
+    let fleet = ["-f", FLEET, "--nodes", "tests/inputs/h200x8x8.json"];
+    let happenings = ["--happenings", "tests/inputs/happenings.yaml"];
+    // What each says of the first ModelDeployment.
+    let cases: [(Vec<&str>, &str, &str); 4] = [
+        (
+            [&["explain", "mdep/deepseek-r1"], &fleet[..]].concat(),
+            "/wanted",
+            "2",
+        ),
+        (vec!["status", "-f", stored], "/0/ready", "\"1/2\""),
+        (vec!["top", "-f", stored], "/0/queued", "3"),
+        (
+            [&["simulate"], &fleet[..], &happenings].concat(),
+            "/0/atSeconds",
+            "0",
+        ),
+    ];
+    for (arguments, place, value) in cases {
+        let with = |form| run(&[&arguments[..], &["-o", form]].concat()).stdout;
+        let json: serde_json::Value = serde_json::from_slice(&with("json")).expect("JSON");
+        let yaml: serde_json::Value = serde_yaml::from_slice(&with("yaml")).expect("YAML");
+        assert_eq!(json, yaml, "{arguments:?}");
+        let found = json.pointer(place).map(ToString::to_string);
+        assert_eq!(found.as_deref(), Some(value), "{arguments:?}: {json}");
+    }
+}
+
+#[test]
 fn explain_judges_every_node() {
     let text = answer(&[
         "explain",
