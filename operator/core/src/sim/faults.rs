@@ -4,6 +4,7 @@ use k8s_openapi::api::core::v1::NodeCondition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::nature::later;
+use super::view::Unseen;
 use super::world::{Key, World};
 use crate::names;
 
@@ -30,6 +31,8 @@ pub struct Faults {
     pub silent_api: u64,
     /// The view is not refreshed in this step.
     pub stale_view: u64,
+    /// The view of one kind, pods, nodes or quotas, is not refreshed when those of others are.
+    pub torn_view: u64,
     /// The view is not refreshed for several steps: 410 Gone, and a relist that takes its time.
     pub relist: u64,
     /// Watch events come twice: who had news is told again.
@@ -72,6 +75,7 @@ impl Faults {
             killed: 30,
             silent_api: 5,
             stale_view: 300,
+            torn_view: 100,
             relist: 20,
             told_twice: 50,
             restart: 10,
@@ -126,7 +130,12 @@ impl World {
         } else if self.blind_steps > 0 {
             self.blind_steps -= 1;
         } else if !self.chance(faults.stale_view) {
-            self.see_everything();
+            let unseen = Unseen {
+                pods: self.chance(faults.torn_view),
+                nodes: self.chance(faults.torn_view),
+                quotas: self.chance(faults.torn_view),
+            };
+            self.see(unseen);
         }
         if self.chance(faults.told_twice) {
             for wish in self.wishes.values_mut() {

@@ -27,6 +27,14 @@ pub(super) struct View {
     pub(super) quotas: BTreeMap<String, Vec<Arc<QuotaView>>>,
 }
 
+/// Kinds whose watches are behind.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Unseen {
+    pub(super) pods: bool,
+    pub(super) nodes: bool,
+    pub(super) quotas: bool,
+}
+
 impl View {
     /// The view that misses nothing.
     pub(super) fn of(world: &World) -> Self {
@@ -87,7 +95,21 @@ fn owners_of_victims(pod: &PodView) -> impl Iterator<Item = Key> + '_ {
 impl World {
     /// The operator's caches catch up; who has news is woken.
     pub fn see_everything(&mut self) {
-        let fresh = View::of(self);
+        self.see(Unseen::default());
+    }
+
+    /// Caches catch up but for some: each kind has a watch of its own, and one may be behind the others.
+    pub(super) fn see(&mut self, unseen: Unseen) {
+        let mut fresh = View::of(self);
+        if unseen.pods {
+            fresh.pods.clone_from(&self.view.pods);
+        }
+        if unseen.nodes {
+            fresh.nodes.clone_from(&self.view.nodes);
+        }
+        if unseen.quotas {
+            fresh.quotas.clone_from(&self.view.quotas);
+        }
         let mut woken: BTreeSet<Key> = BTreeSet::new();
         let mut is_room = self.view.quotas != fresh.quotas;
         let keys: BTreeSet<&Key> = self.view.pods.keys().chain(fresh.pods.keys()).collect();

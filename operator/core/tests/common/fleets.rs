@@ -216,6 +216,7 @@ fn random_faults(dice: &mut Seed) -> Faults {
         },
         2 => Faults {
             stale_view: 800,
+            torn_view: 300,
             relist: 100,
             ..all
         },
