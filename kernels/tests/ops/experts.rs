@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use half::bf16;
 use kernels::params::{Address, CombineParams, GateParams, GemmParams, PermuteParams};
 use kernels::plan::{self, Format};
 use kernels::reference;
@@ -301,6 +300,9 @@ fn grouped_gemm_gives_every_row_its_experts_matrix() {
                 (129, 2, 6, 72, 272, true),
                 (7, 3, 16, 40, 144, false),
                 (129, 1, 5, 72, 80, false),
+                (64, 1, 3, 576, 144, true),
+                (64, 1, 6, 576, 80, false),
+                (64, 2, 4, 17, 208, true),
             ] {
                 let sorted = permute(lab, tokens, top_k, experts);
                 let rows = tokens * top_k;
@@ -309,16 +311,8 @@ fn grouped_gemm_gives_every_row_its_experts_matrix() {
                 let matrices: Vec<Operands> = (0..experts)
                     .map(|_| Operands::new(lab, format, n, k, 0, 128))
                     .collect();
-                let bf16s: Vec<bf16> = matrices.iter().flat_map(|m| m.bf16s.clone()).collect();
-                let codes: Vec<u8> = matrices.iter().flat_map(|m| m.codes.clone()).collect();
-                let scales: Vec<f32> = matrices.iter().flat_map(|m| m.scales.clone()).collect();
                 let (d_a, d_a_scales) = a.upload(lab);
-                let d_b = if format == Format::Bf16 {
-                    lab.upload(&bf16s)
-                } else {
-                    lab.upload(&codes)
-                };
-                let d_b_scales = lab.upload(if scales.is_empty() { &[0f32] } else { &scales });
+                let (d_b, d_b_scales) = Operands::stacked(&matrices).upload(lab);
                 let c = lab.poisoned(rows * n * 4);
                 let k_blocks = k.div_ceil(128);
                 lab.run(
@@ -349,6 +343,10 @@ fn grouped_gemm_gives_every_row_its_experts_matrix() {
                 let got = lab.read_f32(&c, rows * n);
                 let row_token = lab.read_i32(&sorted.row_token, rows);
                 let offsets = lab.read_i32(&sorted.offsets, experts + 1);
+                let wide: Vec<Vec<Vec<f64>>> = matrices
+                    .iter()
+                    .map(|matrix| (0..n).map(|j| matrix.row(j)).collect())
+                    .collect();
                 for row in 0..rows {
                     let expert = (0..experts)
                         .find(|e| (row as i32) < offsets[e + 1])
@@ -360,10 +358,9 @@ fn grouped_gemm_gives_every_row_its_experts_matrix() {
                     };
                     let token = a.row(from);
                     for j in 0..n {
-                        let weights = matrices[expert].row(j);
-                        let want = reference::dot(&token, &weights);
-                        let size: f64 =
-                            token.iter().zip(&weights).map(|(x, y)| (x * y).abs()).sum();
+                        let weights = &wide[expert][j];
+                        let want = reference::dot(&token, weights);
+                        let size: f64 = token.iter().zip(weights).map(|(x, y)| (x * y).abs()).sum();
                         close(
                             &format!("{format:?} [{row}, {j}]"),
                             &[got[row * n + j]],

@@ -5,7 +5,7 @@ use kernels::params::{CacheWriteParams, CopyBlocksParams, MlaCombineParams, MlaD
 use kernels::plan::{self, Format, QUANT_GROUP};
 use kernels::reference::{self, e4m3_value};
 
-use crate::attention::table;
+use crate::attention::{short, table};
 use crate::harness::{BF16, Lab, close, on_every_schedule};
 
 const LATENT: usize = 512;
@@ -36,7 +36,7 @@ fn values(row: &[u8]) -> (Vec<f64>, Vec<f32>, Vec<f64>) {
 fn a_row_is_normed_quantised_rotated_and_put_in_its_slot() {
     assert_eq!(plan::mla_row_bytes(Format::Fp8, LATENT, ROTARY), ROW);
     on_every_schedule("fp8 cache write", |lab| {
-        for (rows, stride) in [(1, 576), (7, 2112), (64, 576)] {
+        for (rows, stride) in [(1, 576), (7, 2112), (64, 576), (129, 584)] {
             let mut kv = lab.random.bf16s(rows * stride, 2.0);
             if rows > 5 {
                 kv[5 * stride + 300] = bf16::NAN;
@@ -258,7 +258,14 @@ impl Cached {
 #[test]
 fn decode_reads_fp8_rows_and_copied_blocks() {
     on_every_schedule("fp8 decode", |lab| {
-        for (heads, block_size, lengths) in [(16, 64, vec![1, 45, 530]), (3, 7, vec![33, 96])] {
+        for (heads, block_size, lengths) in [
+            (16, 64, vec![1, 45, 530]),
+            (3, 7, vec![33, 96]),
+            (128, 16, vec![37]),
+            (1, 4, short(lab, 7)),
+            (1, 4, short(lab, 64)),
+            (2, 4, short(lab, 129)),
+        ] {
             let cached = Cached::new(lab, heads, block_size, &lengths);
             let got = cached.run(lab, 0.13, false);
             for row in 0..lengths.len() {

@@ -5,7 +5,7 @@ use kernels::params::{Address, GqaCacheWriteParams, GqaDecodeParams, MlaCombineP
 use kernels::plan;
 use kernels::reference;
 
-use crate::attention::table;
+use crate::attention::{short, table};
 use crate::harness::{BF16, Lab, close, on_every_schedule};
 
 const POSITIONS: usize = 50;
@@ -364,6 +364,9 @@ fn grouped_decode_attends_to_the_paged_context() {
             ([7, 1, 64, 16], vec![0, 33, 1100, 512, 513], 0.125),
             ([36, 2, 64, 7], vec![96, 16], 0.125),
             ([3, 3, 128, 8], vec![17, 64], 0.088),
+            ([2, 1, 64, 4], short(lab, 7), 0.125),
+            ([2, 2, 64, 4], short(lab, 64), 0.125),
+            ([2, 1, 64, 4], short(lab, 129), 0.125),
         ] {
             let [heads, _, width, _] = shape;
             let decode = Decode::new(lab, shape, &lengths);
@@ -428,6 +431,8 @@ fn grouped_prefill_attends_with_the_bits_of_decode() {
             ([36, 2, 64, 16], 9, 5),
             ([5, 1, 128, 8], 1020, 9),
             ([16, 1, 64, 64], 60, 3),
+            ([4, 2, 64, 16], 3, 64),
+            ([1, 1, 64, 16], 0, 129),
         ] {
             let [heads, _, width, _] = shape;
             let chunk = Decode::chunk(lab, shape, before, rows);

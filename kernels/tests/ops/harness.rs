@@ -1,7 +1,9 @@
 //! Devices, random inputs and comparisons for the tests.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use half::bf16;
 use kernels::driver::{Buffer, Device, Driver, NCCL_LIBRARY, Nccl, Plain, Stream};
@@ -73,17 +75,44 @@ pub struct Lab {
     pub random: Random,
 }
 
+/// Of all random inputs: `KERNELS_SEED`, or a fresh one of the clock's for each run.
+pub fn seed() -> u64 {
+    static SEED: OnceLock<u64> = OnceLock::new();
+    *SEED.get_or_init(|| match std::env::var("KERNELS_SEED") {
+        Ok(seed) => seed.parse().expect("KERNELS_SEED is a number"),
+        Err(_) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            now.map_or(1, |since| since.as_nanos() as u64)
+        }
+    })
+}
+
+/// Says how to repeat a test's inputs when it fails.
+struct SaidOnFailure;
+
+impl Drop for SaidOnFailure {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let thread = std::thread::current();
+            let test = thread.name().unwrap_or_default();
+            let seed = seed();
+            eprintln!(
+                "with these inputs again: KERNELS_SEED={seed} cargo test -p kernels --test ops -- --exact {test}"
+            );
+        }
+    }
+}
+
 /// Runs a test under every schedule of the emulator, or once on a real device, with fresh inputs each time.
 pub fn on_every_schedule(name: &str, test: impl Fn(&mut Lab)) {
     let Some(driver) = driver() else { return };
+    let _said = SaidOnFailure;
     let schedules = if driver.emulation_schedule(0) { 3 } else { 1 };
     for schedule in 0..schedules {
         driver.emulation_schedule(schedule);
         let device = Device::open_apart(&driver, 0).expect("a device");
         let stream = device.stream().expect("a stream");
-        let seed: u64 = std::env::var("KERNELS_SEED")
-            .map_or(1, |s| s.parse().expect("KERNELS_SEED is a number"));
-        let random = Random::new(seed, name, schedule);
+        let random = Random::new(seed(), name, schedule);
         test(&mut Lab {
             device,
             stream,
@@ -217,4 +246,41 @@ pub fn close(what: &str, got: &[f64], want: &[f64], relative: f64, absolute: f64
             "{what}: value {index} is {g}, but should be {w}"
         );
     }
+}
+
+/// Set where the test below runs itself, to fail.
+const FAILING: &str = "KERNELS_HARNESS_FAILS";
+
+#[test]
+fn inputs_are_fresh_and_a_failure_says_how_to_repeat_them() {
+    const NAME: &str = "harness::inputs_are_fresh_and_a_failure_says_how_to_repeat_them";
+    if std::env::var_os(FAILING).is_some() {
+        on_every_schedule("harness", |lab| panic!("drew {}", lab.random.next()));
+        return;
+    }
+    if driver().is_none() {
+        return;
+    }
+    let failing = |seed: Option<&str>| {
+        let mut command = Command::new(std::env::current_exe().expect("this test"));
+        command.args(["--exact", NAME]).env(FAILING, "1");
+        match seed {
+            Some(seed) => command.env("KERNELS_SEED", seed),
+            None => command.env_remove("KERNELS_SEED"),
+        };
+        let output = command.output().expect("this test runs");
+        assert!(!output.status.success());
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let after = |words: &str| {
+            let rest = said.split_once(words).map(|(_, rest)| rest);
+            let word = rest.and_then(|rest| rest.split_whitespace().next());
+            word.unwrap_or_else(|| panic!("no {words} in {said}"))
+                .to_owned()
+        };
+        assert!(said.contains(&format!("--exact {NAME}")), "{said}");
+        (after("KERNELS_SEED="), after("drew "))
+    };
+    let (first, second) = (failing(None), failing(None));
+    assert!(first.0 != second.0 && first.1 != second.1, "{first:?}");
+    assert_eq!(failing(Some(&first.0)), first);
 }

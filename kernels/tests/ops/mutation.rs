@@ -275,6 +275,8 @@ fn passes(target: &Target, library: &Path, patience: Patience) -> bool {
         .arg(std::env::current_exe().expect("this test"))
         .args(target.tests)
         .env("KERNELS_DRIVER", library)
+        // A figure that another run repeats.
+        .env("KERNELS_SEED", "1")
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()

@@ -8,6 +8,8 @@ use crate::harness::{Lab, on_every_schedule};
 
 /// Off the warp, the block and the mask's word; few and many.
 const VOCABULARIES: [usize; 4] = [1, 33, 700, 2051];
+/// Of small vocabularies, how many rows.
+const ROWS: [(usize, usize); 3] = [(35, 1), (35, 64), (33, 129)];
 
 /// Some rows' histories, biases and masks.
 struct Adjust {
@@ -41,7 +43,7 @@ impl Adjust {
                 })
                 .collect(),
             histories: (0..rows)
-                .map(|row| (any(lab, 40 * row), any(lab, 700 / (row + 1))))
+                .map(|row| (any(lab, 40 * (row % 7)), any(lab, 700 / (row + 1))))
                 .collect(),
             biases: (0..rows)
                 .map(|row| {
@@ -148,11 +150,11 @@ impl Adjust {
 #[test]
 fn adjusted_logits_have_bias_penalties_and_mask() {
     on_every_schedule("sample adjust", |lab| {
-        for vocabulary in VOCABULARIES {
-            let adjust = Adjust::new(lab, vocabulary, 7);
+        for (vocabulary, rows) in VOCABULARIES.map(|v| (v, 7)).into_iter().chain(ROWS) {
+            let adjust = Adjust::new(lab, vocabulary, rows);
             for (biased, masked) in [(false, false), (true, true)] {
                 let got = adjust.run(lab, biased, masked);
-                for row in 0..7 {
+                for row in 0..rows {
                     assert_eq!(
                         got[row * adjust.stride..][..vocabulary],
                         adjust.want(row, biased, masked),
@@ -244,9 +246,10 @@ fn sampling_chooses_the_token_of_the_sorted_reference() {
             (1.0, 0.95, 0.02, 20),
             (1e-4, 0.5, 0.0, 0),
         ];
-        for vocabulary in VOCABULARIES {
+        for (vocabulary, count) in VOCABULARIES.map(|v| (v, 11)).into_iter().chain(ROWS) {
             let mut rows = Vec::new();
-            for (index, (temperature, top_p, min_p, top_k)) in settings.into_iter().enumerate() {
+            for index in 0..count - 1 {
+                let (temperature, top_p, min_p, top_k) = settings[index % settings.len()];
                 let sampling = Sampling {
                     temperature,
                     top_p,
@@ -284,8 +287,8 @@ fn sampling_chooses_the_token_of_the_sorted_reference() {
                 assert_eq!(Some(*got as usize), want, "{sampling:?} of {vocabulary}");
             }
             // Alone as in company.
-            let alone = sample(lab, &rows[5..6], vocabulary);
-            assert_eq!(alone, got[5..6]);
+            let one = count / 2..count / 2 + 1;
+            assert_eq!(sample(lab, &rows[one.clone()], vocabulary), got[one]);
         }
     });
 }
@@ -309,12 +312,14 @@ fn a_row_that_allows_nothing_gives_no_token() {
 #[test]
 fn logprobs_are_of_the_whole_row_best_first() {
     on_every_schedule("logprobs", |lab| {
-        for vocabulary in VOCABULARIES {
-            let (rows, top, stride) = (7, 5, vocabulary + 1);
+        for (vocabulary, rows) in VOCABULARIES.map(|v| (v, 7)).into_iter().chain(ROWS) {
+            let (top, stride) = (5, vocabulary + 1);
             let mut logits = lab.random.floats(rows * stride, 9.0);
-            logits[2 * stride..3 * stride].fill(1.0); // all equal
             let sick = vocabulary / 2;
-            logits[3 * stride + sick] = f32::INFINITY;
+            if rows > 3 {
+                logits[2 * stride..3 * stride].fill(1.0); // all equal
+                logits[3 * stride + sick] = f32::INFINITY;
+            }
             let tokens: Vec<i32> = (0..rows)
                 .map(|row| match row {
                     6 => vocabulary as i32, // unknown
