@@ -8,7 +8,8 @@
 // Environment: CACHALOT_EMULATION_SCHEDULE 0, 1 or 2 (default 0), CACHALOT_EMULATION_WORKERS (default 1),
 // CACHALOT_EMULATION_MEMORY bytes of "device" memory (default 8 GiB), CACHALOT_EMULATION_CAPABILITY such as 80 or 90,
 // CACHALOT_EMULATION_VERSION of the driver (default 13000), CACHALOT_EMULATION_DEVICES 0 to 8 (default 1), each with memory and a
-// primary context of its own, CACHALOT_EMULATION_IMAGES 0 for a device that no image fits, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails.
+// primary context of its own, CACHALOT_EMULATION_IMAGES 0 for a device that no image fits or another error of loading one,
+// CACHALOT_EMULATION_MISSING for kernels with this in their names that images lack, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails.
 #include "machine.h"
 #include "sanitizer.h"
 
@@ -600,7 +601,8 @@ API cuGraphExecDestroy(Graph* executable) {
 API cuModuleLoadData(Module** module, const void* image) {
     if (int error = sticky()) return error;
     if (captures_of_thread) return CAPTURE_UNSUPPORTED;
-    if (!environment("CACHALOT_EMULATION_IMAGES", 1)) return NO_BINARY_FOR_GPU;
+    const size_t images = environment("CACHALOT_EMULATION_IMAGES", 1);
+    if (images != 1) return images ? int(images) : NO_BINARY_FOR_GPU;
     uint32_t magic;
     memcpy(&magic, image, 4);
     if (magic != 0xba55ed50 && magic != 0x464c457f) return INVALID_IMAGE;
@@ -612,6 +614,8 @@ API cuModuleUnload(Module* module) {
     return SUCCESS;
 }
 API cuModuleGetFunction(Function** function, Module* module, const char* name) {
+    const char* missing = getenv("CACHALOT_EMULATION_MISSING");
+    if (missing && *missing && strstr(name, missing)) return NOT_FOUND;
     for (const emu::Kernel& kernel : emu::kernels())
         if (!strcmp(kernel.name, name)) {
             *function = &module->functions.emplace(name, Function{&kernel, SHARED_DEFAULT}).first->second;
