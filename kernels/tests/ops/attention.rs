@@ -155,16 +155,12 @@ fn the_cache_row_is_normed_rotated_and_put_in_its_slot() {
             {
                 let slot = *slot as usize;
                 written[slot] = true;
-                let source = reference::widen(&kv[row * stride..][..width]);
-                let mut want =
-                    reference::rms_norm(&source[..latent], &reference::widen(&weight), 1e-6);
-                let mut rope = source[latent..].to_vec();
-                reference::rotate(
-                    &mut rope,
+                let want = reference::mla_cache_row(
+                    &reference::widen(&kv[row * stride..][..width]),
+                    &reference::widen(&weight),
+                    1e-6,
                     &angles[positions[row] as usize * rotary..][..rotary],
-                    false,
                 );
-                want.extend(rope);
                 close(
                     &format!("slot {slot}"),
                     &got[slot * width..][..width],

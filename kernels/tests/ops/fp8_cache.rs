@@ -82,18 +82,19 @@ fn a_row_is_normed_quantised_rotated_and_put_in_its_slot() {
                     assert!(stored.iter().all(|b| *b == 0xFF), "slot {slot} was written");
                     continue;
                 };
-                let source = reference::widen(&kv[row * stride..][..LATENT + ROTARY]);
                 let (latent, scales, rotary) = values(stored);
                 if row == 5 {
                     // The sum of squares is broken, and so is every scale.
                     assert!(scales.iter().all(|scale| scale.is_nan()), "{scales:?}");
                     continue;
                 }
-                let want = reference::rms_norm(
-                    &source[..LATENT],
+                let want = reference::mla_cache_row(
+                    &reference::widen(&kv[row * stride..][..LATENT + ROTARY]),
                     &reference::widen(&weight),
                     f64::from(1e-6f32),
+                    &angles[positions[row] as usize * ROTARY..][..ROTARY],
                 );
+                let (want, turned) = want.split_at(LATENT);
                 for (group, part) in want.chunks(QUANT_GROUP).enumerate() {
                     let amax = part.iter().fold(1e-4f64, |best, v| best.max(v.abs()));
                     let scale = f64::from(scales[group]);
@@ -102,10 +103,7 @@ fn a_row_is_normed_quantised_rotated_and_put_in_its_slot() {
                     let found = &latent[group * QUANT_GROUP..][..QUANT_GROUP];
                     close("latent", found, part, 1.0 / 15.9, scale / 1023.0);
                 }
-                let mut turned = source[LATENT..].to_vec();
-                let angle = &angles[positions[row] as usize * ROTARY..][..ROTARY];
-                reference::rotate(&mut turned, angle, false);
-                close("rotary", &rotary, &turned, BF16, 1e-6);
+                close("rotary", &rotary, turned, BF16, 1e-6);
             }
         }
     });

@@ -2,7 +2,7 @@
 
 use kernels::params::{Address, LogprobsParams, SAMPLE_NUMBERS, SampleAdjustParams, SampleParams};
 use kernels::plan;
-use kernels::reference::Sampling;
+use kernels::reference::{self, Adjustment, Sampling, uniform};
 
 use crate::harness::{Lab, on_every_schedule};
 
@@ -65,30 +65,17 @@ impl Adjust {
     fn want(&self, row: usize, biased: bool, masked: bool) -> Vec<f32> {
         let [.., presence, frequency, repetition] = self.numbers[row];
         let (prompt, output) = &self.histories[row];
-        let mut logits = self.logits[row * self.stride..][..self.vocabulary].to_vec();
-        for (token, logit) in logits.iter_mut().enumerate() {
-            let wanted = |other: &&i32| **other == token as i32;
-            if let Some((_, bias)) = self.biases[row].iter().find(|(t, _)| *t == token as i32)
-                && biased
-            {
-                *logit += bias;
-            }
-            let count = output.iter().filter(wanted).count();
-            if count + prompt.iter().filter(wanted).count() > 0 {
-                *logit = match *logit > 0.0 {
-                    true => *logit / repetition,
-                    false => *logit * repetition,
-                };
-            }
-            if count > 0 {
-                *logit -= presence + frequency * count as f32;
-            }
-            let word = self.masks[row * plan::mask_words(self.vocabulary) + token / 32];
-            if masked && word >> (token % 32) & 1 == 0 {
-                *logit = f32::NEG_INFINITY;
-            }
-        }
-        logits
+        let words = plan::mask_words(self.vocabulary);
+        let adjustment = Adjustment {
+            presence,
+            frequency,
+            repetition,
+            prompt,
+            output,
+            bias: if biased { &self.biases[row] } else { &[] },
+            mask: masked.then(|| &self.masks[row * words..][..words]),
+        };
+        adjustment.apply(&self.logits[row * self.stride..][..self.vocabulary])
     }
 
     fn run(&self, lab: &Lab, biased: bool, masked: bool) -> Vec<f32> {
@@ -206,29 +193,6 @@ fn sample(lab: &Lab, rows: &[Row], vocabulary: usize) -> Vec<i32> {
         },
     );
     lab.read(&chosen, rows.len())
-}
-
-/// Philox4x32-10, written for this test: a uniform number with 53 bits.
-fn uniform([seed, choice, position]: [i64; 3]) -> f64 {
-    let mut counter = [position as u32, (position >> 32) as u32, choice as u32, 0];
-    let mut key = [seed as u32, (seed >> 32) as u32];
-    for _ in 0..10 {
-        let [a, b] = [
-            u64::from(counter[0]) * 0xD251_1F53,
-            u64::from(counter[2]) * 0xCD9E_8D57,
-        ];
-        counter = [
-            (b >> 32) as u32 ^ counter[1] ^ key[0],
-            b as u32,
-            (a >> 32) as u32 ^ counter[3] ^ key[1],
-            a as u32,
-        ];
-        key = [
-            key[0].wrapping_add(0x9E37_79B9),
-            key[1].wrapping_add(0xBB67_AE85),
-        ];
-    }
-    ((u64::from(counter[0]) << 32 | u64::from(counter[1])) >> 11) as f64 / 2f64.powi(53)
 }
 
 #[test]
@@ -349,22 +313,22 @@ fn logprobs_are_of_the_whole_row_best_first() {
             let top_tokens = lab.read_i32(&top_tokens, rows * top);
             let top_values = lab.read::<f32>(&top_values, rows * top);
             for row in 0..rows {
-                if row == 3 {
-                    assert_eq!(broken[row], sick as i32);
-                    continue;
-                }
-                assert_eq!(broken[row], -1, "row {row}");
                 let values = &logits[row * stride..][..vocabulary];
-                let norm = values.iter().map(|l| f64::from(*l).exp()).sum::<f64>().ln();
-                let of = |token: usize| f64::from(values[token]) - norm;
+                let (all, order) = match reference::logprobs(values, top) {
+                    Ok(want) => want,
+                    Err(first) => {
+                        assert_eq!((row, first), (3, sick));
+                        assert_eq!(broken[row], sick as i32);
+                        continue;
+                    }
+                };
+                assert_eq!(broken[row], -1, "row {row}");
                 if row == 6 {
                     assert!(chosen[row].is_nan());
                 } else {
-                    let want = of(tokens[row] as usize);
+                    let want = all[tokens[row] as usize];
                     assert!((chosen[row] - want).abs() <= 1e-6 * want.abs().max(1.0));
                 }
-                let mut order: Vec<usize> = (0..vocabulary).collect();
-                order.sort_by(|a, b| values[*b].total_cmp(&values[*a]).then(a.cmp(b)));
                 for n in 0..top {
                     let (token, value) = (top_tokens[row * top + n], top_values[row * top + n]);
                     let Some(want) = order.get(n) else {
@@ -372,8 +336,8 @@ fn logprobs_are_of_the_whole_row_best_first() {
                         continue;
                     };
                     assert_eq!(token, *want as i32, "row {row} of {vocabulary}, place {n}");
-                    let error = (f64::from(value) - of(*want)).abs();
-                    assert!(error <= 1e-6 * of(*want).abs().max(1.0));
+                    let error = (f64::from(value) - all[*want]).abs();
+                    assert!(error <= 1e-6 * all[*want].abs().max(1.0));
                 }
             }
         }
