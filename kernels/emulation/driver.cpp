@@ -8,8 +8,7 @@
 // Environment: CACHALOT_EMULATION_SCHEDULE 0, 1 or 2 (default 0), CACHALOT_EMULATION_WORKERS (default 1),
 // CACHALOT_EMULATION_MEMORY bytes of "device" memory (default 8 GiB), CACHALOT_EMULATION_CAPABILITY such as 80 or 90,
 // CACHALOT_EMULATION_VERSION of the driver (default 13000), CACHALOT_EMULATION_DEVICES 0 to 8 (default 1), each with memory and a
-// primary context of its own, CACHALOT_EMULATION_IMAGES 0 for a device that no image fits or another error of loading one,
-// CACHALOT_EMULATION_MISSING for kernels with this in their names that images lack, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails.
+// primary context of its own, CACHALOT_EMULATION_IMAGES 0 for a device that no image fits, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails.
 #include "machine.h"
 #include "sanitizer.h"
 
@@ -597,7 +596,8 @@ API cuGraphExecDestroy(Graph* executable) {
     return SUCCESS;
 }
 
-// A fatbin's magic; the code in it is not looked at, kernels are found by name.
+// A fatbin's magic; the code in it is not looked at, kernels are found by name. CACHALOT_EMULATION_IMAGES may be the error that
+// loading gives, and kernels with CACHALOT_EMULATION_MISSING in their names are in no image.
 API cuModuleLoadData(Module** module, const void* image) {
     if (int error = sticky()) return error;
     if (captures_of_thread) return CAPTURE_UNSUPPORTED;
