@@ -20,7 +20,7 @@ template <int NOPE, int ROTARY, int VALUE> struct HopperMlaPrefill {
     static constexpr int CHUNKS = ceil_div(WIDTH, CHUNK_VALUES), VALUE_CHUNKS = ceil_div(VALUE, CHUNK_VALUES);
     // Of the output that a product makes; those past VALUE are of no row and are not stored.
     static constexpr int COLUMNS = VALUE_CHUNKS * CHUNK_VALUES;
-    static_assert(WIDTH % 16 == 0 && NOPE % 8 == 0 && VALUE % 8 == 0, "whole products and whole pieces");
+    static_assert(WIDTH % CHUNK_VALUES == 0 && NOPE % 8 == 0 && VALUE % 8 == 0, "whole chunks and whole pieces");
     struct Shared {
         alignas(1024) unsigned char q[2][CHUNKS * QUERY_CHUNK];
         alignas(1024) unsigned char k[PREFILL_STAGES][CHUNKS * KEY_CHUNK];
@@ -96,8 +96,7 @@ template <int NOPE, int ROTARY, int VALUE> struct HopperMlaPrefill {
 #pragma unroll
                 for (int c = 0; c < CHUNKS; c++) {
                     const int at = c * CHUNK_VALUES + piece * 8;
-                    if (within(at, WIDTH))
-                        copy_async(s.k[stage] + c * KEY_CHUNK + place, at < NOPE ? nope + at : rope + at - NOPE, valid);
+                    copy_async(s.k[stage] + c * KEY_CHUNK + place, at < NOPE ? nope + at : rope + at - NOPE, valid);
                 }
             }
             landed(&s.keys_full[stage]);
