@@ -1,7 +1,6 @@
 //! Devices, random inputs and comparisons for the tests.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -246,41 +245,4 @@ pub fn close(what: &str, got: &[f64], want: &[f64], relative: f64, absolute: f64
             "{what}: value {index} is {g}, but should be {w}"
         );
     }
-}
-
-/// Set where the test below runs itself, to fail.
-const FAILING: &str = "KERNELS_HARNESS_FAILS";
-
-#[test]
-fn inputs_are_fresh_and_a_failure_says_how_to_repeat_them() {
-    const NAME: &str = "harness::inputs_are_fresh_and_a_failure_says_how_to_repeat_them";
-    if std::env::var_os(FAILING).is_some() {
-        on_every_schedule("harness", |lab| panic!("drew {}", lab.random.next()));
-        return;
-    }
-    if driver().is_none() {
-        return;
-    }
-    let failing = |seed: Option<&str>| {
-        let mut command = Command::new(std::env::current_exe().expect("this test"));
-        command.args(["--exact", NAME]).env(FAILING, "1");
-        match seed {
-            Some(seed) => command.env("KERNELS_SEED", seed),
-            None => command.env_remove("KERNELS_SEED"),
-        };
-        let output = command.output().expect("this test runs");
-        assert!(!output.status.success());
-        let said = String::from_utf8_lossy(&output.stdout).into_owned();
-        let after = |words: &str| {
-            let rest = said.split_once(words).map(|(_, rest)| rest);
-            let word = rest.and_then(|rest| rest.split_whitespace().next());
-            word.unwrap_or_else(|| panic!("no {words} in {said}"))
-                .to_owned()
-        };
-        assert!(said.contains(&format!("--exact {NAME}")), "{said}");
-        (after("KERNELS_SEED="), after("drew "))
-    };
-    let (first, second) = (failing(None), failing(None));
-    assert!(first.0 != second.0 && first.1 != second.1, "{first:?}");
-    assert_eq!(failing(Some(&first.0)), first);
 }

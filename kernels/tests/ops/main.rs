@@ -20,4 +20,5 @@ mod ranks;
 mod rows;
 mod sampling;
 mod sanitizer;
+mod seeds;
 mod streams;
