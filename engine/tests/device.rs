@@ -209,36 +209,109 @@ fn a_gpu_that_the_file_asks_for_is_not_replaced_either() {
     );
 }
 
+/// Settings of the emulated driver, and what is said of each.
+const UNUSABLE: [(&str, &str, &str); 6] = [
+    (
+        "VERSION",
+        "12080",
+        "the CUDA driver is 12.8, but the kernels need 13.0",
+    ),
+    (
+        "DEVICES",
+        "0",
+        "cuInit failed with CUDA_ERROR_NO_DEVICE (100)",
+    ),
+    (
+        "CAPABILITY",
+        "75",
+        "CPU emulation of CUDA has compute capability 7.5, but the kernels need 8.0 or later",
+    ),
+    (
+        "IMAGES",
+        "0",
+        "kernel embed_bf16 cannot be had from fatbin embed_bf16: cuModuleLoadData failed with \
+         CUDA_ERROR_NO_BINARY_FOR_GPU (209)",
+    ),
+    (
+        "IMAGES",
+        "200",
+        "kernel embed_bf16 cannot be had from fatbin embed_bf16: cuModuleLoadData failed with \
+         CUDA_ERROR_INVALID_IMAGE (200)",
+    ),
+    // The fatbin of another build: one kernel of the model is not in it.
+    (
+        "MISSING",
+        "mla_combine_bf16",
+        "kernel mla_combine_bf16 cannot be had from fatbin mla_combine_bf16: cuModuleGetFunction failed with \
+         CUDA_ERROR_NOT_FOUND (500)",
+    ),
+];
+
+/// What to do about a fatbin that does not fit.
+const MEND: &str = "The fatbin does not fit compute capability 9.0 or this program: use a release that does, or build it \
+                    anew with make kernels";
+
 #[test]
 fn every_kind_of_unusable_gpu_is_named() {
     let Some(driver) = driver() else { return };
-    for (name, value, why) in [
-        (
-            "VERSION",
-            "12080",
-            "the CUDA driver is 12.8, but the kernels need 13.0",
-        ),
-        (
-            "DEVICES",
-            "0",
-            "cuInit failed with CUDA_ERROR_NO_DEVICE (100)",
-        ),
-        (
-            "CAPABILITY",
-            "75",
-            "CPU emulation of CUDA has compute capability 7.5, but the kernels need 8.0 or later",
-        ),
-        (
-            "IMAGES",
-            "0",
-            "cuModuleLoadData failed with CUDA_ERROR_NO_BINARY_FOR_GPU (209)",
-        ),
-    ] {
+    for (name, value, why) in UNUSABLE {
         let mut command = engine(&tiny(), "cuda", &driver);
         command.env(format!("CACHALOT_EMULATION_{name}"), value);
         let (code, text) = run(command);
         assert_eq!(code, 1, "{text}");
         assert!(text.contains(why), "{name}: {text}");
+        let is_image = matches!(name, "IMAGES" | "MISSING");
+        assert_eq!(text.contains(MEND), is_image, "{name}: {text}");
+    }
+}
+
+#[test]
+fn auto_serves_on_the_cpu_beside_every_kind_of_unusable_gpu() {
+    let Some(driver) = driver() else { return };
+    for (name, value, why) in UNUSABLE {
+        let mut command = engine(&tiny(), "auto", &driver);
+        command.env(format!("CACHALOT_EMULATION_{name}"), value);
+        let mut engine = Engine::start(command);
+        let line = engine.line("device chosen");
+        assert!(line.contains("device=\"cpu\""), "{name}: {line}");
+        assert!(line.contains(why), "{name}: {line}");
+        // Here the GPU was in use already.
+        if name == "MISSING" {
+            engine.wait_ready();
+        }
+    }
+}
+
+#[test]
+fn devices_without_wgmma_of_their_own_answer_with_portable_kernels() {
+    let Some(driver) = driver() else { return };
+    let mut answers = Vec::new();
+    // The last one is Hopper's, with a fatbin that lacks what is Hopper's alone.
+    for (capability, missing) in [("80", ""), ("100", ""), ("120", ""), ("90", "hopper")] {
+        let mut command = engine(&tiny(), "auto", &driver);
+        command
+            .env("CACHALOT_EMULATION_CAPABILITY", capability)
+            .env("CACHALOT_EMULATION_MISSING", missing);
+        let mut engine = Engine::start(command);
+        let line = engine.line("device chosen");
+        let (major, minor) = capability.split_at(capability.len() - 1);
+        for words in [
+            "device=\"cuda\"",
+            &format!("capability=\"{major}.{minor}\""),
+            "products=portable",
+        ] {
+            assert!(line.contains(words), "{words}: {line}");
+        }
+        if !missing.is_empty() {
+            let line = engine.line("hopper products are not used");
+            assert!(line.contains("kernel hopper_gemm_bf16_"), "{line}");
+            assert!(line.contains("make kernels"), "{line}");
+        }
+        engine.wait_ready();
+        answers.push(text(&engine));
+    }
+    for answer in &answers[1..] {
+        assert_eq!(answer, &answers[0]);
     }
 }
 

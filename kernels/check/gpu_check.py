@@ -42,6 +42,7 @@ class Check:
     def run(self, command, limit, driver=None):
         """Standard output of a command; what it said to standard error is kept beside the results."""
         environment = {**os.environ, "KERNELS_DRIVER": driver or self.driver}
+        environment.setdefault("KERNELS_SEED", "1")  # the same inputs on every card
         if (library := nccl()) and not self.emulated:
             environment.setdefault("KERNELS_NCCL", library)
         limit = max(min(limit, self.end - time.monotonic()), 0.1)

@@ -597,11 +597,13 @@ API cuGraphExecDestroy(Graph* executable) {
     return SUCCESS;
 }
 
-// A fatbin's magic; the code in it is not looked at, kernels are found by name.
+// A fatbin's magic; the code in it is not looked at, kernels are found by name. CACHALOT_EMULATION_IMAGES may be the error that
+// loading gives, and kernels with CACHALOT_EMULATION_MISSING in their names are in no image.
 API cuModuleLoadData(Module** module, const void* image) {
     if (int error = sticky()) return error;
     if (captures_of_thread) return CAPTURE_UNSUPPORTED;
-    if (!environment("CACHALOT_EMULATION_IMAGES", 1)) return NO_BINARY_FOR_GPU;
+    const size_t images = environment("CACHALOT_EMULATION_IMAGES", 1);
+    if (images != 1) return images ? int(images) : NO_BINARY_FOR_GPU;
     uint32_t magic;
     memcpy(&magic, image, 4);
     if (magic != 0xba55ed50 && magic != 0x464c457f) return INVALID_IMAGE;
@@ -613,6 +615,8 @@ API cuModuleUnload(Module* module) {
     return SUCCESS;
 }
 API cuModuleGetFunction(Function** function, Module* module, const char* name) {
+    const char* missing = getenv("CACHALOT_EMULATION_MISSING");
+    if (missing && *missing && strstr(name, missing)) return NOT_FOUND;
     for (const emu::Kernel& kernel : emu::kernels())
         if (!strcmp(kernel.name, name)) {
             *function = &module->functions.emplace(name, Function{&kernel, SHARED_DEFAULT}).first->second;

@@ -103,6 +103,23 @@ pub enum DriverError {
         /// Its name.
         kernel: String,
     },
+    /// A fatbin that holds nothing for the device, or not the kernel, or is damaged.
+    #[error(
+        "kernel {kernel} cannot be had from fatbin {fatbin}: {reason}. The fatbin does not fit compute capability {major}.{minor} or this program: use a release that does, or build it anew with make kernels"
+    )]
+    Image {
+        /// The kernel.
+        kernel: &'static str,
+        /// What should hold it.
+        fatbin: &'static str,
+        /// Of the device's capability.
+        major: u32,
+        /// Of the device's capability.
+        minor: u32,
+        /// What the driver said.
+        #[source]
+        reason: Box<DriverError>,
+    },
     /// A place outside the arena.
     #[error("{what}: address {address:#x} with {bytes} bytes is outside the arena")]
     Outside {

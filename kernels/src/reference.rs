@@ -1,4 +1,4 @@
-//! What each kernel computes, in float64 and in the plainest form.
+//! What each kernel computes, in the plainest form: in float64, or in the bits themselves where those are asked for.
 //!
 //! Invariant: nothing here shares an algorithm with a kernel; e4m3 is found by looking at all codes, experts by sorting,
 //! softmax over the whole row.
@@ -61,6 +61,15 @@ pub fn quantise(row: &[f32], power_of_two: bool) -> (Vec<u8>, Vec<f32>) {
     (codes, scales)
 }
 
+/// Rows of a table `[vocabulary, width]` by tokens `[rows]`: `[rows, width]`, all `absent` for a token that it lacks.
+pub fn embed(table: &[f64], width: usize, tokens: &[u32], absent: f64) -> Vec<f64> {
+    let row = |token: &u32| match table.chunks(width).nth(*token as usize) {
+        Some(row) => row.to_vec(),
+        None => vec![absent; width],
+    };
+    tokens.iter().flat_map(row).collect()
+}
+
 /// `x * rsqrt(mean(x^2) + eps) * weight`.
 pub fn rms_norm(x: &[f64], weight: &[f64], eps: f64) -> Vec<f64> {
     let mean = x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64;
@@ -80,22 +89,6 @@ pub fn swiglu(row: &[f64]) -> Vec<f64> {
 /// `a · b`.
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
-}
-
-/// The dot product of block-scaled rows: scales change every 128 values.
-pub fn dot_fp8(a: &[u8], a_scales: &[f32], b: &[u8], b_scales: &[f32]) -> f64 {
-    a.chunks(128)
-        .zip(b.chunks(128))
-        .zip(a_scales.iter().zip(b_scales))
-        .map(|((x, y), (s, t))| {
-            let part: f64 = x
-                .iter()
-                .zip(y)
-                .map(|(x, y)| e4m3_value(*x) * e4m3_value(*y))
-                .sum();
-            part * f64::from(*s) * f64::from(*t)
-        })
-        .sum()
 }
 
 /// How a gate chooses.
@@ -168,6 +161,39 @@ fn best(values: &[f64], count: usize) -> Vec<usize> {
     order
 }
 
+/// Choices `[tokens, top_k]` sorted by expert, equal ones in their order: the place of each row in the choices
+/// `[tokens * top_k]`, and the first row of each expert, `[experts + 1]` with the end of the last.
+pub fn permute(chosen: &[i32], experts: usize) -> (Vec<usize>, Vec<usize>) {
+    let mut pairs: Vec<(i32, usize)> = chosen.iter().copied().zip(0..).collect();
+    pairs.sort_unstable();
+    let before = |expert: usize| chosen.iter().filter(|e| **e < expert as i32).count();
+    (
+        pairs.into_iter().map(|(_, slot)| slot).collect(),
+        (0..=experts).map(before).collect(),
+    )
+}
+
+/// The sum of a token's experts and the shared one: rows `y` of `[tokens * top_k, width]`, found by `slot_row` and weighed by
+/// `weights`, both `[tokens, top_k]`, and `shared` of `[tokens, width]`; `[tokens, width]`.
+pub fn combine(
+    y: &[f64],
+    width: usize,
+    top_k: usize,
+    slot_row: &[i32],
+    weights: &[f64],
+    shared: Option<&[f64]>,
+) -> Vec<f64> {
+    let tokens = slot_row.len() / top_k;
+    let mut out = shared.map_or_else(|| vec![0.0; tokens * width], <[f64]>::to_vec);
+    for (slot, (row, weight)) in slot_row.iter().zip(weights).enumerate() {
+        let of_token = &mut out[slot / top_k * width..][..width];
+        for (o, v) in of_token.iter_mut().zip(&y[*row as usize * width..]) {
+            *o += weight * v;
+        }
+    }
+    out
+}
+
 /// Rotates neighbours by angles given as `[cos, sin]` pairs.
 pub fn rotate(values: &mut [f64], cos_sin: &[f32], half_split: bool) {
     let half = values.len() / 2;
@@ -183,6 +209,96 @@ pub fn rotate(values: &mut [f64], cos_sin: &[f32], half_split: bool) {
         );
         (values[i], values[j]) = (values[i] * c - values[j] * s, values[i] * s + values[j] * c);
     }
+}
+
+/// What the latent cache stores of a token: `kv` of `[latent + rotary]`, the latent normed by `weight` of `[latent]`, the rest
+/// rotated by `[rotary / 2]` pairs of `[cos, sin]`.
+pub fn mla_cache_row(kv: &[f64], weight: &[f64], eps: f64, cos_sin: &[f32]) -> Vec<f64> {
+    let (latent, rotary) = kv.split_at(weight.len());
+    let mut row = rms_norm(latent, weight, eps);
+    row.extend(rotary);
+    rotate(&mut row[weight.len()..], cos_sin, false);
+    row
+}
+
+/// A token's query, key or value heads `[heads, width]` as they are used: plus `bias` of `[heads, width]`, each head normed by
+/// `norm` of `[width]` and rotated by `[width / 2]` pairs of `[cos, sin]`, whichever there are.
+pub fn gqa_heads(
+    heads: &[f64],
+    width: usize,
+    bias: Option<&[f64]>,
+    norm: Option<(&[f64], f64)>,
+    cos_sin: Option<&[f32]>,
+) -> Vec<f64> {
+    let mut out = Vec::with_capacity(heads.len());
+    for (index, head) in heads.chunks(width).enumerate() {
+        let mut head = head.to_vec();
+        if let Some(bias) = bias {
+            let bias = &bias[index * width..][..width];
+            head.iter_mut().zip(bias).for_each(|(v, b)| *v += b);
+        }
+        if let Some((weight, eps)) = norm {
+            head = rms_norm(&head, weight, eps);
+        }
+        if let Some(cos_sin) = cos_sin {
+            rotate(&mut head, cos_sin, true);
+        }
+        out.extend(head);
+    }
+    out
+}
+
+/// The line of the cache `[blocks, kv_heads, {key, value}, block_size, width]` that a head's key (0) or value (1) has in a slot.
+pub fn gqa_line(
+    slot: usize,
+    block_size: usize,
+    kv_heads: usize,
+    kv_head: usize,
+    kind: usize,
+) -> usize {
+    let (block, offset) = (slot / block_size, slot % block_size);
+    ((block * kv_heads + kv_head) * 2 + kind) * block_size + offset
+}
+
+/// Copies blocks `[from, to]` of `pairs` one after the other in every layer of a cache of `[layers, layer_bytes]`; a pair of
+/// which the cache of `blocks` lacks one does nothing.
+pub fn copy_blocks(
+    cache: &mut [u8],
+    layer_bytes: usize,
+    block_bytes: usize,
+    blocks: usize,
+    pairs: &[i32],
+) {
+    for pair in pairs.chunks(2) {
+        if pair.iter().any(|b| !(0..blocks as i32).contains(b)) {
+            continue;
+        }
+        let [from, to] = [0, 1].map(|i| pair[i] as usize * block_bytes);
+        for layer in cache.chunks_mut(layer_bytes) {
+            layer.copy_within(from..from + block_bytes, to);
+        }
+    }
+}
+
+/// First unit and number of units that a rank has of `units`: the first ranks have one more where they do not divide.
+pub fn share(units: usize, ranks: usize, rank: usize) -> (usize, usize) {
+    let of = |rank: usize| units / ranks + usize::from(rank < units % ranks);
+    ((0..rank).map(of).sum(), of(rank))
+}
+
+/// Every rank's columns of rows `[rows, units * unit]`, packed: `[ranks, rows, slot]`, where a slot has room for the largest
+/// share, and zeros where it is smaller.
+pub fn share_columns(whole: &[u8], units: usize, unit: usize, ranks: usize) -> Vec<u8> {
+    let slot = units.div_ceil(ranks) * unit;
+    let mut packed = Vec::new();
+    for rank in 0..ranks {
+        let (first, held) = share(units, ranks, rank);
+        for row in whole.chunks(units * unit) {
+            packed.extend(&row[first * unit..][..held * unit]);
+            packed.resize(packed.len() + slot - held * unit, 0);
+        }
+    }
+    packed
 }
 
 /// Softmax attention of one query over `keys` and `values`; the output and the natural log of the sum of exponents.
@@ -203,6 +319,102 @@ pub fn attend(
         }
     }
     (out, top + sum.ln())
+}
+
+/// Log-probabilities of a row `[vocabulary]` and its `top` best tokens, the lower one first among equals.
+///
+/// # Errors
+/// The first token whose logit is no finite number.
+pub fn logprobs(logits: &[f32], top: usize) -> Result<(Vec<f64>, Vec<usize>), usize> {
+    if let Some(broken) = logits.iter().position(|logit| !logit.is_finite()) {
+        return Err(broken);
+    }
+    let logits: Vec<f64> = logits.iter().map(|logit| f64::from(*logit)).collect();
+    let most = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let norm = most + logits.iter().map(|l| (l - most).exp()).sum::<f64>().ln();
+    let order = best(&logits, top);
+    Ok((logits.iter().map(|logit| logit - norm).collect(), order))
+}
+
+/// The best token of a row `[vocabulary]`, the lower one among equals, and its log-probability.
+///
+/// # Errors
+/// See [`logprobs`].
+pub fn greedy(logits: &[f32]) -> Result<(usize, f64), usize> {
+    let (all, order) = logprobs(logits, 1)?;
+    Ok((order[0], all[order[0]]))
+}
+
+/// What is done to a row's logits before it is sampled. In float32 and in this order: the choice rests on the very bits.
+#[derive(Clone, Copy, Debug)]
+pub struct Adjustment<'a> {
+    /// Taken from every token that was put out.
+    pub presence: f32,
+    /// Taken for each time that it was.
+    pub frequency: f32,
+    /// Divides what is positive of a token of the prompt or the output, and multiplies the rest.
+    pub repetition: f32,
+    /// Tokens; those outside of the vocabulary count for nothing.
+    pub prompt: &'a [i32],
+    /// Tokens, as above.
+    pub output: &'a [i32],
+    /// Token and what is added to it, as above.
+    pub bias: &'a [(i32, f32)],
+    /// A bit for each token that may be chosen, `[vocabulary / 32]` words; without it all may.
+    pub mask: Option<&'a [u32]>,
+}
+
+impl Adjustment<'_> {
+    /// The logits `[vocabulary]` to sample from.
+    pub fn apply(&self, logits: &[f32]) -> Vec<f32> {
+        let adjusted = |(token, logit): (usize, &f32)| {
+            let mut logit = *logit;
+            let times = |tokens: &[i32]| tokens.iter().filter(|t| **t == token as i32).count();
+            if let Some((_, bias)) = self.bias.iter().find(|(t, _)| *t == token as i32) {
+                logit += bias;
+            }
+            let count = times(self.output);
+            if count + times(self.prompt) > 0 {
+                logit = match logit > 0.0 {
+                    true => logit / self.repetition,
+                    false => logit * self.repetition,
+                };
+            }
+            if count > 0 {
+                logit -= self.presence + self.frequency * count as f32;
+            }
+            let word = self.mask.map_or(u32::MAX, |mask| mask[token / 32]);
+            match word >> (token % 32) & 1 {
+                0 => f32::NEG_INFINITY,
+                _ => logit,
+            }
+        };
+        logits.iter().enumerate().map(adjusted).collect()
+    }
+}
+
+/// The number in `[0, 1)` with 53 bits that a row draws, by its seed, choice and position: Philox4x32-10 (Salmon, Moraes, Dror,
+/// Shaw 2011).
+pub fn uniform([seed, choice, position]: [i64; 3]) -> f64 {
+    let mut counter = [position as u32, (position >> 32) as u32, choice as u32, 0];
+    let mut key = [seed as u32, (seed >> 32) as u32];
+    for _ in 0..10 {
+        let [a, b] = [
+            u64::from(counter[0]) * 0xD251_1F53,
+            u64::from(counter[2]) * 0xCD9E_8D57,
+        ];
+        counter = [
+            (b >> 32) as u32 ^ counter[1] ^ key[0],
+            b as u32,
+            (a >> 32) as u32 ^ counter[3] ^ key[1],
+            a as u32,
+        ];
+        key = [
+            key[0].wrapping_add(0x9E37_79B9),
+            key[1].wrapping_add(0xBB67_AE85),
+        ];
+    }
+    ((u64::from(counter[0]) << 32 | u64::from(counter[1])) >> 11) as f64 / 2f64.powi(53)
 }
 
 /// How a row is sampled.

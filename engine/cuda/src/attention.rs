@@ -119,16 +119,19 @@ pub(crate) fn choose(
     }
 }
 
+/// Why Hopper's kernels are right on a device, or are not to be used.
+type Outcome = Result<String, String>;
+
 /// What came of checks on a device: for all models with heads of one shape, and clones of its [`Gpu`].
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Tried(Arc<Mutex<BTreeMap<[usize; 3], Result<String, String>>>>);
+pub(crate) struct Tried(Arc<Mutex<BTreeMap<[usize; 3], Outcome>>>);
 
 impl Tried {
-    /// Why Hopper's kernels are right on this device, or are not to be used.
+    /// Of the check, which is made once for a shape.
     ///
     /// # Errors
     /// [`CudaError::Hung`].
-    fn outcome(&self, gpu: &Gpu, check: Check) -> Result<Result<String, String>, CudaError> {
+    fn outcome(&self, gpu: &Gpu, check: Check) -> Result<Outcome, CudaError> {
         let shape = [check.heads, check.latent, check.rotary];
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(outcome) = known.get(&shape) {

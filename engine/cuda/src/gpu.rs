@@ -10,6 +10,7 @@ use kernels::plan;
 use crate::attention::{self, Tried};
 use crate::layout::CudaLimits;
 use crate::products::{self, ProductChoice, Products};
+use crate::shapes::check_shapes;
 use crate::{AttentionChoice, CudaError, ExchangeChoice};
 
 /// A GPU that the kernels run on.
@@ -78,18 +79,23 @@ impl Gpu {
         }
     }
 
-    /// Tries the kernels that a rank of a model could attend with, unless they were tried: before the rank meets the others,
-    /// who would wait for one that has to start anew.
+    /// Loads the kernels of a rank of a model, and tries those that it could attend with unless they were tried: before the
+    /// rank meets the others, who would wait for one that has to start anew or cannot.
     ///
     /// # Errors
-    /// [`CudaError::Hung`].
+    /// One has no image that fits; [`CudaError::Hung`].
     pub fn try_kernels(
         &self,
         config: &ModelConfig,
         limits: &CudaLimits,
         rank: Rank,
     ) -> Result<(), CudaError> {
-        attention::choose(self, &limits.build(config, rank), limits.kv_cache).map(|_| ())
+        let model = limits.build(config, rank);
+        let mut launches = check_shapes(&model, limits)?;
+        launches.extend(self.products.kernels());
+        let chosen = attention::choose(self, &model, limits.kv_cache)?;
+        launches.extend(attention::launches(chosen.kernels, &model, limits)?);
+        Ok(self.device.load(&launches)?)
     }
 
     /// Which kernels multiply matrices on it.

@@ -26,4 +26,6 @@ constexpr float LOG2_E = 1.4426950408889634f;
 // Every bounds check goes through here, so that the mutation test finds them all.
 DEVICE bool within(int index, int count) { return (unsigned)index < (unsigned)count; }
 DEVICE bool within(int64_t index, int64_t count) { return (uint64_t)index < (uint64_t)count; }
+// Every clamp to what is there goes through here, for the same test: it gives the first number back as it is.
+DEVICE int at_most(int wanted, int there) { return wanted < there ? wanted : there; }
 CONSTANT int ceil_div(int a, int b) { return (a + b - 1) / b; }

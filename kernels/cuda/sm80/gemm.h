@@ -102,7 +102,7 @@ template <class E, int MT> DEVICE void gemm_stream(const GemmParams& p, const Pr
     const int lane = lane_index(), g = lane / 4, t = lane % 4, n0 = block_x() * STREAM_COLUMNS;
     constexpr int PIECE = 16 / E::BYTES, CHUNK = 4 * PIECE; // elements of k per lane and per warp and load
     const int slice = slice_length(p.k), begin = warp_index() * slice;
-    const int end = begin + slice < p.k ? begin + slice : p.k;
+    const int end = at_most(begin + slice, p.k);
     const unsigned char* a_row[MT][2];
     const float* a_scale[MT][2];
 #pragma unroll

@@ -39,7 +39,7 @@ template <int WIDTH, int FRAGMENTS> struct GroupedAttention {
         DEVICE int end(const GqaDecodeParams& p, int query) const {
             if (!within(query, queries())) return 0;
             const int length = p.lengths[row + query / heads], last = begin + p.split_tokens;
-            return last < length ? last : length;
+            return at_most(last, length);
         }
     };
 
@@ -147,16 +147,16 @@ template <int WIDTH, int FRAGMENTS> struct GroupedAttention {
         w.kv_head = block_y() / passes;
         const int pass = block_y() % passes;
         w.head = w.kv_head * group + pass * GQA_HEADS;
-        w.heads = group - pass * GQA_HEADS < GQA_HEADS ? group - pass * GQA_HEADS : GQA_HEADS;
+        w.heads = at_most(GQA_HEADS, group - pass * GQA_HEADS);
         // As many in every pass: the last one may have fewer heads.
-        const int rows = FRAGMENTS == 1 ? 1 : QUERIES / (group < GQA_HEADS ? group : GQA_HEADS);
+        const int rows = FRAGMENTS == 1 ? 1 : QUERIES / at_most(group, GQA_HEADS);
         w.row = block_x() * rows;
-        w.rows = p.rows - w.row < rows ? p.rows - w.row : rows;
+        w.rows = at_most(rows, p.rows - w.row);
         w.begin = w.split * p.split_tokens;
         int length = 0;
         for (int i = 0; i < w.rows; i++) length = p.lengths[w.row + i] > length ? p.lengths[w.row + i] : length;
         if (!within(w.begin, length)) return; // the whole block
-        const int end = w.begin + p.split_tokens < length ? w.begin + p.split_tokens : length;
+        const int end = at_most(w.begin + p.split_tokens, length);
         const int tiles = ceil_div(end - w.begin, GQA_TOKENS);
         const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
 

@@ -109,7 +109,7 @@ template <int LATENT, int ROTARY, class Tiles> struct MlaDecode {
         const int row = block_x(), head0 = block_y() * MLA_HEADS, split = block_z();
         const int length = p.lengths[row], begin = split * p.split_tokens;
         if (!within(begin, length)) return; // the whole block
-        const int end = begin + p.split_tokens < length ? begin + p.split_tokens : length;
+        const int end = at_most(begin + p.split_tokens, length);
         const int tiles = ceil_div(end - begin, MLA_TOKENS);
         const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
 

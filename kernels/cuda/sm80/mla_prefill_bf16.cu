@@ -43,7 +43,7 @@ template <int NOPE, int ROTARY, int VALUE> struct MlaPrefill {
         if (!within(first, queries)) return; // the whole block
         const int lane = lane_index(), warp = warp_index(), g = lane / 4, t = lane % 4;
         const int shift = keys - queries; // query i sees keys up to i + shift
-        const int last = first + PREFILL_QUERIES < queries ? first + PREFILL_QUERIES : queries;
+        const int last = at_most(first + PREFILL_QUERIES, queries);
         const int visible = last + shift; // keys that some query of the block sees
         const int tiles = ceil_div(visible, PREFILL_KEYS);
 
@@ -85,7 +85,7 @@ template <int NOPE, int ROTARY, int VALUE> struct MlaPrefill {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int query = first + warp * 16 + g + 8 * h;
-                const int limit = query + shift + 1 < keys ? query + shift + 1 : keys;
+                const int limit = query + shift + 1; // past the keys only for a line that is not stored
                 float tile_best = best[h];
 #pragma unroll
                 for (int j = 0; j < PREFILL_KEYS / 8; j++)

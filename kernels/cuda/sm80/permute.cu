@@ -37,7 +37,7 @@ KERNEL(permute, PermuteParams, PERMUTE_THREADS) {
     }
     // floor(before / tile) + expert never collides with the neighbours and needs no prefix sum over tiles.
     const int first = before / p.tile_rows + expert, next = (before + own) / p.tile_rows + expert + 1;
-    for (int i = t; first + i < next; i += PERMUTE_THREADS) {
+    for (int i = t; within(first + i, next); i += PERMUTE_THREADS) {
         const bool used = within(i * p.tile_rows, own) && within(expert - p.first_expert, p.experts_held);
         p.tiles[2 * (first + i)] = used ? expert - p.first_expert : -1;
         p.tiles[2 * (first + i) + 1] = before + i * p.tile_rows;

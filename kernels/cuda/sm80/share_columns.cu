@@ -9,7 +9,7 @@ KERNEL(share_columns, ShareColumnsParams, SHARE_COLUMNS_THREADS) {
     const int row = block_x(), rank = p.unpack ? block_y() : p.rank;
     if (p.unpack && rank == p.rank) return; // no barrier below
     const int each = p.units / p.ranks, more = p.units % p.ranks;
-    const int first = rank * each + (rank < more ? rank : more), held = each + (rank < more ? 1 : 0);
+    const int first = rank * each + at_most(rank, more), held = each + (rank < more ? 1 : 0);
     const int slot_bytes = (each + (more > 0 ? 1 : 0)) * p.unit_bytes, bytes = held * p.unit_bytes;
     unsigned char* whole = p.rows + ((int64_t)row * p.units + first) * p.unit_bytes;
     unsigned char* slot = p.slots + ((int64_t)rank * p.count + row) * slot_bytes;

@@ -61,7 +61,7 @@ struct HopperPlace {
 template <class E, int ROWS> DEVICE HopperPlace hopper_place(const HopperGemmParams& p) {
     const int columns = ceil_div(p.n, HOPPER_COLUMNS), band = block_x() / (HOPPER_BAND * columns);
     const int inside = block_x() % (HOPPER_BAND * columns), left = p.row_tiles - band * HOPPER_BAND;
-    const int height = left < HOPPER_BAND ? left : HOPPER_BAND, row_tile = band * HOPPER_BAND + inside % height;
+    const int height = at_most(HOPPER_BAND, left), row_tile = band * HOPPER_BAND + inside % height;
     HopperPlace at;
     at.column = inside / height * HOPPER_COLUMNS;
     at.matrix = at.batch = block_y();
@@ -76,7 +76,7 @@ template <class E, int ROWS> DEVICE HopperPlace hopper_place(const HopperGemmPar
     const int tiles = ceil_div(p.k, E::VALUES);
     at.slice_tiles = p.slice_blocks * (QUANT_GROUP / E::VALUES);
     at.first = p.partial ? block_z() * at.slice_tiles : 0;
-    at.end = p.partial && at.first + at.slice_tiles < tiles ? at.first + at.slice_tiles : tiles;
+    at.end = p.partial ? at_most(at.first + at.slice_tiles, tiles) : tiles;
     return at;
 }
 
@@ -122,7 +122,7 @@ template <int ROWS> DEVICE void hopper_scale(const HopperGemmParams& p, const Ho
         mbarrier_wait(&s.empty[turn.stage], turn.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < EACH; i++)
-            if (ROWS % 32 == 0 || lane_index() < ROWS) s.scales[turn.stage][32 * i + lane_index()] = both[i];
+            if (ROWS % 32 == 0 || within(lane_index(), ROWS)) s.scales[turn.stage][32 * i + lane_index()] = both[i];
         mbarrier_arrive(&s.full[turn.stage]); // every lane, for what it wrote
     }
 }
@@ -184,7 +184,7 @@ DEVICE void hopper_multiply(const HopperGemmParams& p, const HopperPlace& at, Ho
     float sum[SUMS];
     for (int tile = at.first; tile < at.end; tile += at.slice_tiles) {
         const int left = at.end - tile;
-        hopper_sum<E, ROWS>(sum, s, turn, left < at.slice_tiles ? left : at.slice_tiles);
+        hopper_sum<E, ROWS>(sum, s, turn, at_most(at.slice_tiles, left));
         if (p.partial) {
             float* partial = p.partial + ((int64_t)block_x() * p.slices + block_z()) * SUMS * HOPPER_THREADS;
 #pragma unroll

@@ -26,11 +26,11 @@ struct DecodeLines {
 
     DEVICE static DecodeLines of(const MlaDecodeParams& p) {
         DecodeLines lines;
-        lines.per_row = p.heads < DECODE_LINES ? p.heads : DECODE_LINES;
+        lines.per_row = at_most(p.heads, DECODE_LINES);
         lines.rows = p.blocks_stride == 0 ? DECODE_LINES / lines.per_row : 1;
         lines.row0 = block_x() * lines.rows;
         lines.head0 = block_y() * DECODE_LINES;
-        if (p.rows - lines.row0 < lines.rows) lines.rows = p.rows - lines.row0;
+        lines.rows = at_most(lines.rows, p.rows - lines.row0);
         return lines;
     }
     DEVICE int row(int line) const { return row0 + line / per_row; }
@@ -77,9 +77,9 @@ template <int LATENT, int ROTARY> struct HopperMlaDecode {
         Part part;
         part.lines = DecodeLines::of(p);
         part.begin = block_z() * p.split_tokens;
-        part.end = part.lines.longest(p);
-        if (!within(part.begin, part.end)) return; // the whole block
-        if (part.end > part.begin + p.split_tokens) part.end = part.begin + p.split_tokens;
+        const int longest = part.lines.longest(p);
+        if (!within(part.begin, longest)) return; // the whole block
+        part.end = at_most(part.begin + p.split_tokens, longest);
         part.tiles = ceil_div(part.end - part.begin, DECODE_TOKENS);
         if (thread_index() == 0) {
 #pragma unroll
@@ -126,7 +126,7 @@ template <int LATENT, int ROTARY> struct HopperMlaDecode {
                 if (valid) from += (int64_t)at * WIDTH + piece * 8;
 #pragma unroll
                 for (int c = 0; c < CHUNKS; c++)
-                    if (c * CHUNK_VALUES + piece * 8 < WIDTH)
+                    if (within(c * CHUNK_VALUES + piece * 8, WIDTH))
                         copy_async(s.k[stage] + c * DECODE_CHUNK + place, from + c * CHUNK_VALUES, valid);
             }
             copy_async_commit();

@@ -20,7 +20,7 @@ template <int NOPE, int ROTARY, int VALUE> struct HopperMlaPrefill {
     static constexpr int CHUNKS = ceil_div(WIDTH, CHUNK_VALUES), VALUE_CHUNKS = ceil_div(VALUE, CHUNK_VALUES);
     // Of the output that a product makes; those past VALUE are of no row and are not stored.
     static constexpr int COLUMNS = VALUE_CHUNKS * CHUNK_VALUES;
-    static_assert(WIDTH % 16 == 0 && NOPE % 8 == 0 && VALUE % 8 == 0, "whole products and whole pieces");
+    static_assert(WIDTH % CHUNK_VALUES == 0 && NOPE % 8 == 0 && VALUE % 8 == 0, "whole chunks and whole pieces");
     struct Shared {
         alignas(1024) unsigned char q[2][CHUNKS * QUERY_CHUNK];
         alignas(1024) unsigned char k[PREFILL_STAGES][CHUNKS * KEY_CHUNK];
@@ -48,7 +48,7 @@ template <int NOPE, int ROTARY, int VALUE> struct HopperMlaPrefill {
         w.first = (ceil_div(w.queries, 2 * PREFILL_QUERIES) - 1 - block_x()) * 2 * PREFILL_QUERIES;
         if (!within(w.first, w.queries)) return; // the whole block
         w.shift = w.keys - w.queries;
-        const int last = w.first + 2 * PREFILL_QUERIES < w.queries ? w.first + 2 * PREFILL_QUERIES : w.queries;
+        const int last = at_most(w.first + 2 * PREFILL_QUERIES, w.queries);
         w.tiles = ceil_div(last + w.shift, PREFILL_KEYS);
         if (thread_index() == 0) {
 #pragma unroll
@@ -96,8 +96,7 @@ template <int NOPE, int ROTARY, int VALUE> struct HopperMlaPrefill {
 #pragma unroll
                 for (int c = 0; c < CHUNKS; c++) {
                     const int at = c * CHUNK_VALUES + piece * 8;
-                    if (at < WIDTH)
-                        copy_async(s.k[stage] + c * KEY_CHUNK + place, at < NOPE ? nope + at : rope + at - NOPE, valid);
+                    copy_async(s.k[stage] + c * KEY_CHUNK + place, at < NOPE ? nope + at : rope + at - NOPE, valid);
                 }
             }
             landed(&s.keys_full[stage]);
@@ -116,7 +115,7 @@ template <int NOPE, int ROTARY, int VALUE> struct HopperMlaPrefill {
                 unsigned char* to = s.v[stage] + chunk_place(line, piece);
 #pragma unroll
                 for (int c = 0; c < VALUE_CHUNKS; c++)
-                    if (c * CHUNK_VALUES + piece * 8 < VALUE)
+                    if (within(c * CHUNK_VALUES + piece * 8, VALUE))
                         copy_async(to + c * KEY_CHUNK, from + c * CHUNK_VALUES, valid);
             }
             landed(&s.values_full[stage]);
@@ -197,7 +196,8 @@ template <int NOPE, int ROTARY, int VALUE> struct HopperMlaPrefill {
         const int t = lane_index() % 4;
 #pragma unroll
         for (int i = 0; i < PREFILL_KEYS / 2; i++) {
-            const int seen = query0 + 8 * (i >> 1 & 1) + w.shift + 1, limit = seen < w.keys ? seen : w.keys;
+            // Past the keys only for a line that is not stored.
+            const int limit = query0 + 8 * (i >> 1 & 1) + w.shift + 1;
             if (!within(first + i / 4 * 8 + 2 * t + (i & 1), limit)) score[i] = -__builtin_huge_valf();
         }
     }

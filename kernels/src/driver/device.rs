@@ -6,7 +6,7 @@ use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Driver, DriverError, Handle, Stream};
-use crate::image::fatbin_of;
+use crate::image::{Fatbin, fatbin_of};
 use crate::params::{Address, TensorMap, TensorShape};
 use crate::plan::{Format, Launch};
 
@@ -280,6 +280,36 @@ impl Device {
         let fatbin = fatbin_of(kernel).ok_or_else(|| DriverError::NoKernel {
             kernel: kernel.to_owned(),
         })?;
+        let handle = self.load_from(fatbin, kernel).map_err(|reason| {
+            if !is_misfit(&reason) {
+                return reason;
+            }
+            let (major, minor) = self.capability();
+            DriverError::Image {
+                kernel,
+                fatbin: fatbin.name,
+                major,
+                minor,
+                reason: Box::new(reason),
+            }
+        })?;
+        if shared_bytes > SHARED_DEFAULT_BYTES {
+            // 8: the most dynamic shared memory that launches may ask for.
+            call!(self, cuFuncSetAttribute(handle, 8, shared_bytes as c_int))?;
+        }
+        let shared_bytes = shared_bytes.max(SHARED_DEFAULT_BYTES);
+        functions.insert(
+            kernel,
+            Function {
+                handle,
+                shared_bytes,
+            },
+        );
+        Ok(handle)
+    }
+
+    /// A kernel of a fatbin, which is loaded once.
+    fn load_from(&self, fatbin: &Fatbin, kernel: &'static str) -> Result<Handle, DriverError> {
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         let module = match modules.get(fatbin.name) {
             Some(module) => *module,
@@ -301,20 +331,30 @@ impl Device {
             self,
             cuModuleGetFunction(&mut handle, module, name.as_ptr())
         )?;
-        if shared_bytes > SHARED_DEFAULT_BYTES {
-            // 8: the most dynamic shared memory that launches may ask for.
-            call!(self, cuFuncSetAttribute(handle, 8, shared_bytes as c_int))?;
-        }
-        let shared_bytes = shared_bytes.max(SHARED_DEFAULT_BYTES);
-        functions.insert(
-            kernel,
-            Function {
-                handle,
-                shared_bytes,
-            },
-        );
         Ok(handle)
     }
+}
+
+/// Whether the driver speaks of an image: other errors are of the device, wherever they come up.
+fn is_misfit(error: &DriverError) -> bool {
+    const INVALID_IMAGE: i32 = 200;
+    const NO_BINARY_FOR_GPU: i32 = 209;
+    const INVALID_PTX: i32 = 218;
+    const JIT_COMPILER_NOT_FOUND: i32 = 221;
+    const UNSUPPORTED_PTX_VERSION: i32 = 222;
+    const NOT_FOUND: i32 = 500;
+    let DriverError::Call { code, .. } = error else {
+        return false;
+    };
+    [
+        INVALID_IMAGE,
+        NO_BINARY_FOR_GPU,
+        INVALID_PTX,
+        JIT_COMPILER_NOT_FOUND,
+        UNSUPPORTED_PTX_VERSION,
+        NOT_FOUND,
+    ]
+    .contains(code)
 }
 
 impl Drop for Device {

@@ -155,16 +155,12 @@ fn the_cache_row_is_normed_rotated_and_put_in_its_slot() {
             {
                 let slot = *slot as usize;
                 written[slot] = true;
-                let source = reference::widen(&kv[row * stride..][..width]);
-                let mut want =
-                    reference::rms_norm(&source[..latent], &reference::widen(&weight), 1e-6);
-                let mut rope = source[latent..].to_vec();
-                reference::rotate(
-                    &mut rope,
+                let want = reference::mla_cache_row(
+                    &reference::widen(&kv[row * stride..][..width]),
+                    &reference::widen(&weight),
+                    1e-6,
                     &angles[positions[row] as usize * rotary..][..rotary],
-                    false,
                 );
-                want.extend(rope);
                 close(
                     &format!("slot {slot}"),
                     &got[slot * width..][..width],
@@ -357,6 +353,11 @@ impl Decode {
     }
 }
 
+/// Contexts of `rows` sequences, a few tokens each.
+pub fn short(lab: &mut Lab, rows: usize) -> Vec<i32> {
+    (0..rows).map(|_| 1 + lab.random.below(9) as i32).collect()
+}
+
 #[test]
 fn decode_attends_to_the_paged_context() {
     on_every_schedule("decode", |lab| {
@@ -364,6 +365,10 @@ fn decode_attends_to_the_paged_context() {
             (16, 512, 64, 64, vec![1, 45, 530], 0.13),
             (3, 64, 32, 16, vec![0, 33, 1100, 512, 513], 0.2),
             (20, 64, 32, 7, vec![96, 31], 0.2),
+            (128, 512, 64, 16, vec![37], 0.13),
+            (1, 64, 32, 4, short(lab, 7), 0.2),
+            (1, 64, 32, 4, short(lab, 64), 0.2),
+            (17, 64, 32, 4, short(lab, 129), 0.2),
         ] {
             let decode = Decode::new(lab, heads, latent, rotary, block_size, &lengths);
             let got = decode.run(lab, 0..lengths.len(), scale);

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use half::bf16;
 use kernels::params::{Address, CombineParams, GateParams, GemmParams, PermuteParams};
 use kernels::plan::{self, Format};
 use kernels::reference;
@@ -229,19 +228,16 @@ fn permutation_is_a_stable_sort_with_a_tile_for_every_row() {
         ] {
             let sorted = permute(lab, tokens, top_k, experts);
             let rows = tokens * top_k;
-            let mut pairs: Vec<(i32, usize)> = sorted.chosen.iter().copied().zip(0..rows).collect();
-            pairs.sort(); // by expert, then by slot
+            let (slots, first_rows) = reference::permute(&sorted.chosen, experts);
             let row_token = lab.read_i32(&sorted.row_token, rows);
             let slot_row = lab.read_i32(&sorted.slot_row, rows);
-            for (row, (_, slot)) in pairs.iter().enumerate() {
+            for (row, slot) in slots.iter().enumerate() {
                 assert_eq!(row_token[row], (slot / top_k) as i32);
                 assert_eq!(slot_row[*slot], row as i32);
             }
             let offsets = lab.read_i32(&sorted.offsets, experts + 1);
-            for (expert, offset) in offsets.iter().enumerate() {
-                let before = pairs.iter().filter(|(e, _)| *e < expert as i32).count();
-                assert_eq!(*offset, before as i32, "expert {expert}");
-            }
+            let first_rows: Vec<i32> = first_rows.iter().map(|row| *row as i32).collect();
+            assert_eq!(offsets, first_rows);
             let tile_rows = plan::grouped_tile_rows(rows, experts);
             let tiles = lab.read_i32(&sorted.tiles, plan::grouped_tiles(rows, experts) * 2);
             let mut covered = vec![0; rows];
@@ -266,10 +262,10 @@ fn tiles_are_of_the_experts_held_and_rows_of_all() {
         let (rows, tile_rows) = (tokens * top_k, 16);
         for held in [0..16, 0..4, 4..12, 12..16] {
             let sorted = permute_held(lab, tokens, top_k, experts, tile_rows, held.clone());
-            let mut pairs: Vec<(i32, usize)> = sorted.chosen.iter().copied().zip(0..rows).collect();
-            pairs.sort();
+            let (slots, _) = reference::permute(&sorted.chosen, experts);
+            let expert_of = |row: usize| sorted.chosen[slots[row]] as usize;
             let slot_row = lab.read_i32(&sorted.slot_row, rows);
-            for (row, (_, slot)) in pairs.iter().enumerate() {
+            for (row, slot) in slots.iter().enumerate() {
                 assert_eq!(slot_row[*slot], row as i32);
             }
             let offsets = lab.read_i32(&sorted.offsets, experts + 1);
@@ -278,13 +274,13 @@ fn tiles_are_of_the_experts_held_and_rows_of_all() {
             for tile in tiles.chunks(2).filter(|tile| tile[0] >= 0) {
                 let (expert, first) = (held.start + tile[0] as usize, tile[1] as usize);
                 assert!(held.contains(&expert), "{expert}");
-                assert_eq!(pairs[first].0 as usize, expert);
+                assert_eq!(expert_of(first), expert);
                 let end = (offsets[expert + 1] as usize).min(first + tile_rows);
                 covered[first..end].iter_mut().for_each(|count| *count += 1);
             }
-            for (row, (expert, _)) in pairs.iter().enumerate() {
-                let wanted = usize::from(held.contains(&(*expert as usize)));
-                assert_eq!(covered[row], wanted, "{held:?}: row {row}");
+            for (row, covered) in covered.into_iter().enumerate() {
+                let wanted = usize::from(held.contains(&expert_of(row)));
+                assert_eq!(covered, wanted, "{held:?}: row {row}");
             }
         }
     });
@@ -301,6 +297,9 @@ fn grouped_gemm_gives_every_row_its_experts_matrix() {
                 (129, 2, 6, 72, 272, true),
                 (7, 3, 16, 40, 144, false),
                 (129, 1, 5, 72, 80, false),
+                (64, 1, 3, 576, 144, true),
+                (64, 1, 6, 576, 80, false),
+                (64, 2, 4, 17, 208, true),
             ] {
                 let sorted = permute(lab, tokens, top_k, experts);
                 let rows = tokens * top_k;
@@ -309,16 +308,8 @@ fn grouped_gemm_gives_every_row_its_experts_matrix() {
                 let matrices: Vec<Operands> = (0..experts)
                     .map(|_| Operands::new(lab, format, n, k, 0, 128))
                     .collect();
-                let bf16s: Vec<bf16> = matrices.iter().flat_map(|m| m.bf16s.clone()).collect();
-                let codes: Vec<u8> = matrices.iter().flat_map(|m| m.codes.clone()).collect();
-                let scales: Vec<f32> = matrices.iter().flat_map(|m| m.scales.clone()).collect();
                 let (d_a, d_a_scales) = a.upload(lab);
-                let d_b = if format == Format::Bf16 {
-                    lab.upload(&bf16s)
-                } else {
-                    lab.upload(&codes)
-                };
-                let d_b_scales = lab.upload(if scales.is_empty() { &[0f32] } else { &scales });
+                let (d_b, d_b_scales) = Operands::stacked(&matrices).upload(lab);
                 let c = lab.poisoned(rows * n * 4);
                 let k_blocks = k.div_ceil(128);
                 lab.run(
@@ -349,6 +340,10 @@ fn grouped_gemm_gives_every_row_its_experts_matrix() {
                 let got = lab.read_f32(&c, rows * n);
                 let row_token = lab.read_i32(&sorted.row_token, rows);
                 let offsets = lab.read_i32(&sorted.offsets, experts + 1);
+                let wide: Vec<Vec<Vec<f64>>> = matrices
+                    .iter()
+                    .map(|matrix| (0..n).map(|j| matrix.row(j)).collect())
+                    .collect();
                 for row in 0..rows {
                     let expert = (0..experts)
                         .find(|e| (row as i32) < offsets[e + 1])
@@ -360,10 +355,9 @@ fn grouped_gemm_gives_every_row_its_experts_matrix() {
                     };
                     let token = a.row(from);
                     for j in 0..n {
-                        let weights = matrices[expert].row(j);
-                        let want = reference::dot(&token, &weights);
-                        let size: f64 =
-                            token.iter().zip(&weights).map(|(x, y)| (x * y).abs()).sum();
+                        let weights = &wide[expert][j];
+                        let want = reference::dot(&token, weights);
+                        let size: f64 = token.iter().zip(weights).map(|(x, y)| (x * y).abs()).sum();
                         close(
                             &format!("{format:?} [{row}, {j}]"),
                             &[got[row * n + j]],
@@ -398,6 +392,8 @@ fn combination_sums_each_tokens_experts_and_the_shared_one() {
                 lab.upload(&weights),
                 lab.upload(&shared),
             );
+            let wide_weights: Vec<f64> = weights.iter().map(|w| f64::from(*w)).collect();
+            let wide_shared = reference::widen(&shared);
             for with_shared in [true, false] {
                 let out = lab.poisoned(tokens * width * 2);
                 lab.run(
@@ -418,25 +414,14 @@ fn combination_sums_each_tokens_experts_and_the_shared_one() {
                         y_stride: width as i32,
                     },
                 );
-                let want: Vec<f64> = (0..tokens * width)
-                    .map(|index| {
-                        let (token, column) = (index / width, index % width);
-                        let routed: f64 = (token * top_k..(token + 1) * top_k)
-                            .map(|slot| {
-                                f64::from(weights[slot])
-                                    * f64::from(
-                                        y[slot_row[slot] as usize * width + column].to_f32(),
-                                    )
-                            })
-                            .sum();
-                        routed
-                            + if with_shared {
-                                f64::from(shared[index].to_f32())
-                            } else {
-                                0.0
-                            }
-                    })
-                    .collect();
+                let want = reference::combine(
+                    &reference::widen(&y),
+                    width,
+                    top_k,
+                    &slot_row,
+                    &wide_weights,
+                    with_shared.then_some(&wide_shared),
+                );
                 close(
                     "combine",
                     &lab.read_bf16(&out, tokens * width),

@@ -9,7 +9,7 @@ use kernels::image::FATBINS;
 use kernels::params::{self, EmbedParams, RmsNormParams};
 use kernels::plan::{self, Format};
 
-use crate::harness::{Lab, Random, build_folder, driver};
+use crate::harness::{Lab, Random, build_folder, driver, seed};
 
 /// A lab on the emulated driver; none on a real one, whose faults would not be reported like this.
 fn emulated() -> Option<Lab> {
@@ -28,7 +28,7 @@ fn lab(driver: &std::sync::Arc<Driver>) -> Lab {
         device,
         stream,
         schedule: 0,
-        random: Random::new(1, "faults", 0),
+        random: Random::new(seed(), "faults", 0),
     }
 }
 

@@ -5,7 +5,7 @@ use kernels::params::{CacheWriteParams, CopyBlocksParams, MlaCombineParams, MlaD
 use kernels::plan::{self, Format, QUANT_GROUP};
 use kernels::reference::{self, e4m3_value};
 
-use crate::attention::table;
+use crate::attention::{short, table};
 use crate::harness::{BF16, Lab, close, on_every_schedule};
 
 const LATENT: usize = 512;
@@ -36,7 +36,7 @@ fn values(row: &[u8]) -> (Vec<f64>, Vec<f32>, Vec<f64>) {
 fn a_row_is_normed_quantised_rotated_and_put_in_its_slot() {
     assert_eq!(plan::mla_row_bytes(Format::Fp8, LATENT, ROTARY), ROW);
     on_every_schedule("fp8 cache write", |lab| {
-        for (rows, stride) in [(1, 576), (7, 2112), (64, 576)] {
+        for (rows, stride) in [(1, 576), (7, 2112), (64, 576), (129, 584)] {
             let mut kv = lab.random.bf16s(rows * stride, 2.0);
             if rows > 5 {
                 kv[5 * stride + 300] = bf16::NAN;
@@ -82,18 +82,19 @@ fn a_row_is_normed_quantised_rotated_and_put_in_its_slot() {
                     assert!(stored.iter().all(|b| *b == 0xFF), "slot {slot} was written");
                     continue;
                 };
-                let source = reference::widen(&kv[row * stride..][..LATENT + ROTARY]);
                 let (latent, scales, rotary) = values(stored);
                 if row == 5 {
                     // The sum of squares is broken, and so is every scale.
                     assert!(scales.iter().all(|scale| scale.is_nan()), "{scales:?}");
                     continue;
                 }
-                let want = reference::rms_norm(
-                    &source[..LATENT],
+                let want = reference::mla_cache_row(
+                    &reference::widen(&kv[row * stride..][..LATENT + ROTARY]),
                     &reference::widen(&weight),
                     f64::from(1e-6f32),
+                    &angles[positions[row] as usize * ROTARY..][..ROTARY],
                 );
+                let (want, turned) = want.split_at(LATENT);
                 for (group, part) in want.chunks(QUANT_GROUP).enumerate() {
                     let amax = part.iter().fold(1e-4f64, |best, v| best.max(v.abs()));
                     let scale = f64::from(scales[group]);
@@ -102,10 +103,7 @@ fn a_row_is_normed_quantised_rotated_and_put_in_its_slot() {
                     let found = &latent[group * QUANT_GROUP..][..QUANT_GROUP];
                     close("latent", found, part, 1.0 / 15.9, scale / 1023.0);
                 }
-                let mut turned = source[LATENT..].to_vec();
-                let angle = &angles[positions[row] as usize * ROTARY..][..ROTARY];
-                reference::rotate(&mut turned, angle, false);
-                close("rotary", &rotary, &turned, BF16, 1e-6);
+                close("rotary", &rotary, turned, BF16, 1e-6);
             }
         }
     });
@@ -258,7 +256,14 @@ impl Cached {
 #[test]
 fn decode_reads_fp8_rows_and_copied_blocks() {
     on_every_schedule("fp8 decode", |lab| {
-        for (heads, block_size, lengths) in [(16, 64, vec![1, 45, 530]), (3, 7, vec![33, 96])] {
+        for (heads, block_size, lengths) in [
+            (16, 64, vec![1, 45, 530]),
+            (3, 7, vec![33, 96]),
+            (128, 16, vec![37]),
+            (1, 4, short(lab, 7)),
+            (1, 4, short(lab, 64)),
+            (2, 4, short(lab, 129)),
+        ] {
             let cached = Cached::new(lab, heads, block_size, &lengths);
             let got = cached.run(lab, 0.13, false);
             for row in 0..lengths.len() {

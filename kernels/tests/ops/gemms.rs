@@ -51,6 +51,20 @@ impl Operands {
         operands
     }
 
+    /// Matrices of one shape, one behind the other.
+    pub fn stacked(matrices: &[Self]) -> Self {
+        let first = &matrices[0];
+        Self {
+            format: first.format,
+            k: first.k,
+            stride: first.stride,
+            bf16s: matrices.iter().flat_map(|m| m.bf16s.clone()).collect(),
+            codes: matrices.iter().flat_map(|m| m.codes.clone()).collect(),
+            scales: matrices.iter().flat_map(|m| m.scales.clone()).collect(),
+            scale_rows: first.scale_rows,
+        }
+    }
+
     pub fn upload(&self, lab: &Lab) -> (kernels::driver::Buffer, kernels::driver::Buffer) {
         match self.format {
             Format::Bf16 => (lab.upload(&self.bf16s), lab.upload(&[0f32])),

@@ -5,7 +5,7 @@ use kernels::params::{Address, GqaCacheWriteParams, GqaDecodeParams, MlaCombineP
 use kernels::plan;
 use kernels::reference;
 
-use crate::attention::table;
+use crate::attention::{short, table};
 use crate::harness::{BF16, Lab, close, on_every_schedule};
 
 const POSITIONS: usize = 50;
@@ -30,24 +30,14 @@ impl Heads {
         norm: Option<&[bf16]>,
         turn: Option<&[f32]>,
     ) -> Vec<f64> {
-        let mut values = reference::widen(fresh);
-        if self.bias {
-            for (value, bias) in values.iter_mut().zip(reference::widen(bias)) {
-                *value += bias;
-            }
-        }
-        let mut out = Vec::new();
-        for head in values.chunks(self.width) {
-            let mut head = match norm.filter(|_| self.norm) {
-                Some(weight) => reference::rms_norm(head, &reference::widen(weight), 1e-6),
-                None => head.to_vec(),
-            };
-            if let Some(turn) = turn {
-                reference::rotate(&mut head, turn, true);
-            }
-            out.extend(head);
-        }
-        out
+        let norm = norm.filter(|_| self.norm).map(reference::widen);
+        reference::gqa_heads(
+            &reference::widen(fresh),
+            self.width,
+            self.bias.then(|| reference::widen(bias)).as_deref(),
+            norm.as_deref().map(|weight| (weight, 1e-6)),
+            turn,
+        )
     }
 
     fn check(&self, lab: &mut Lab) {
@@ -135,10 +125,9 @@ impl Heads {
             let of = |from: &[bf16]| from[row * kv_stride..][..kv_heads * width].to_vec();
             let keys = self.want(&of(&k), &biases[1], Some(&norms[1]), Some(turn));
             let values = self.want(&of(&v), &biases[2], None, None);
-            let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
             for head in 0..kv_heads {
                 for (kind, from) in [&keys, &values].into_iter().enumerate() {
-                    let line = ((block * kv_heads + head) * 2 + kind) * block_size + offset;
+                    let line = reference::gqa_line(slot as usize, block_size, kv_heads, head, kind);
                     want[line * width..][..width].copy_from_slice(&from[head * width..][..width]);
                 }
             }
@@ -258,9 +247,8 @@ impl Decode {
     fn line(&self, row: usize, kv_head: usize, kind: usize, token: usize) -> usize {
         let table = if self.is_chunk { 0 } else { row };
         let block = self.blocks[table * self.blocks_stride + token / self.block_size] as usize;
-        let line = ((block * self.kv_heads + kv_head) * 2 + kind) * self.block_size
-            + token % self.block_size;
-        line * self.width
+        let slot = block * self.block_size + token % self.block_size;
+        reference::gqa_line(slot, self.block_size, self.kv_heads, kv_head, kind) * self.width
     }
 
     fn run(&self, lab: &Lab, rows: std::ops::Range<usize>, scale: f32) -> Vec<f64> {
@@ -364,6 +352,9 @@ fn grouped_decode_attends_to_the_paged_context() {
             ([7, 1, 64, 16], vec![0, 33, 1100, 512, 513], 0.125),
             ([36, 2, 64, 7], vec![96, 16], 0.125),
             ([3, 3, 128, 8], vec![17, 64], 0.088),
+            ([2, 1, 64, 4], short(lab, 7), 0.125),
+            ([2, 2, 64, 4], short(lab, 64), 0.125),
+            ([2, 1, 64, 4], short(lab, 129), 0.125),
         ] {
             let [heads, _, width, _] = shape;
             let decode = Decode::new(lab, shape, &lengths);
@@ -428,6 +419,8 @@ fn grouped_prefill_attends_with_the_bits_of_decode() {
             ([36, 2, 64, 16], 9, 5),
             ([5, 1, 128, 8], 1020, 9),
             ([16, 1, 64, 64], 60, 3),
+            ([4, 2, 64, 16], 3, 64),
+            ([1, 1, 64, 16], 0, 129),
         ] {
             let [heads, _, width, _] = shape;
             let chunk = Decode::chunk(lab, shape, before, rows);

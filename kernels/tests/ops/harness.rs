@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use half::bf16;
 use kernels::driver::{Buffer, Device, Driver, NCCL_LIBRARY, Nccl, Plain, Stream};
@@ -73,17 +74,44 @@ pub struct Lab {
     pub random: Random,
 }
 
+/// Of all random inputs: `KERNELS_SEED`, or a fresh one of the clock's for each run.
+pub fn seed() -> u64 {
+    static SEED: OnceLock<u64> = OnceLock::new();
+    *SEED.get_or_init(|| match std::env::var("KERNELS_SEED") {
+        Ok(seed) => seed.parse().expect("KERNELS_SEED is a number"),
+        Err(_) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            now.map_or(1, |since| since.as_nanos() as u64)
+        }
+    })
+}
+
+/// Says how to repeat a test's inputs when it fails.
+struct SaidOnFailure;
+
+impl Drop for SaidOnFailure {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let thread = std::thread::current();
+            let test = thread.name().unwrap_or_default();
+            let seed = seed();
+            eprintln!(
+                "with these inputs again: KERNELS_SEED={seed} cargo test -p kernels --test ops -- --exact {test}"
+            );
+        }
+    }
+}
+
 /// Runs a test under every schedule of the emulator, or once on a real device, with fresh inputs each time.
 pub fn on_every_schedule(name: &str, test: impl Fn(&mut Lab)) {
     let Some(driver) = driver() else { return };
+    let _said = SaidOnFailure;
     let schedules = if driver.emulation_schedule(0) { 3 } else { 1 };
     for schedule in 0..schedules {
         driver.emulation_schedule(schedule);
         let device = Device::open_apart(&driver, 0).expect("a device");
         let stream = device.stream().expect("a stream");
-        let seed: u64 = std::env::var("KERNELS_SEED")
-            .map_or(1, |s| s.parse().expect("KERNELS_SEED is a number"));
-        let random = Random::new(seed, name, schedule);
+        let random = Random::new(seed(), name, schedule);
         test(&mut Lab {
             device,
             stream,

@@ -244,23 +244,8 @@ fn grouped(
             lab.upload(&row_token.iter().flat_map(of_row).collect::<Vec<u8>>())
         }
     };
-    let scales: Vec<f32> = matrices.iter().flat_map(|m| m.scales.clone()).collect();
-    let d_b = match format {
-        Format::Bf16 => {
-            let all: Vec<bf16> = matrices.iter().flat_map(|m| m.bf16s.clone()).collect();
-            lab.upload(&all)
-        }
-        Format::Fp8 => {
-            let all: Vec<u8> = matrices.iter().flat_map(|m| m.codes.clone()).collect();
-            lab.upload(&all)
-        }
-    };
-    let d_a_scales = lab.upload(if scales.is_empty() {
-        &[0f32]
-    } else {
-        &a.scales
-    });
-    let d_b_scales = lab.upload(if scales.is_empty() { &[0f32] } else { &scales });
+    let (_, d_a_scales) = a.upload(lab);
+    let (d_b, d_b_scales) = Operands::stacked(matrices).upload(lab);
     let c = lab.poisoned(rows * n * 4);
     let map = |shape| lab.device.tensor_map(&shape).expect("a map");
     lab.run(
@@ -308,6 +293,7 @@ fn a_grouped_product_gives_every_row_its_experts_matrix() {
                 (60, 2, 6, 72, 272),
                 (129, 1, 5, 72, 80),
                 (140, 4, 6, 24, 400),
+                (64, 1, 3, 576, 144),
             ] {
                 let a = Operands::new(lab, format, tokens, k, 0, 1);
                 let matrices: Vec<Operands> = (0..experts)
@@ -318,12 +304,16 @@ fn a_grouped_product_gives_every_row_its_experts_matrix() {
                     tokens,
                     experts,
                 } = grouped(lab, &matrices, &a, (tokens, top_k, n));
+                let wide: Vec<Vec<Vec<f64>>> = matrices
+                    .iter()
+                    .map(|matrix| (0..n).map(|j| matrix.row(j)).collect())
+                    .collect();
                 for (row, (token, expert)) in tokens.iter().zip(experts).enumerate() {
                     let values = a.row(*token);
                     for j in 0..n {
-                        let weights = matrices[expert].row(j);
-                        let want = reference::dot(&values, &weights);
-                        let terms = values.iter().zip(&weights);
+                        let weights = &wide[expert][j];
+                        let want = reference::dot(&values, weights);
+                        let terms = values.iter().zip(weights);
                         let size: f64 = terms.map(|(x, y)| (x * y).abs()).sum();
                         let got = &got[row * n + j..=row * n + j];
                         close(

@@ -2,6 +2,7 @@
 
 use kernels::params::ShareColumnsParams;
 use kernels::plan;
+use kernels::reference::{share, share_columns};
 
 use crate::harness::on_every_schedule;
 
@@ -15,15 +16,6 @@ const SHAPES: [(usize, usize, usize, usize); 6] = [
     (2, 1100, 16, 2),
 ];
 
-/// First unit and units of a rank.
-fn share(units: usize, ranks: usize, rank: usize) -> (usize, usize) {
-    let (each, more) = (units / ranks, units % ranks);
-    (
-        rank * each + rank.min(more),
-        each + usize::from(rank < more),
-    )
-}
-
 #[test]
 fn columns_go_to_a_slot_and_come_out_of_all_others() {
     on_every_schedule("share columns", |lab| {
@@ -33,14 +25,7 @@ fn columns_go_to_a_slot_and_come_out_of_all_others() {
             let whole: Vec<u8> = (0..rows * row_bytes)
                 .map(|_| lab.random.next() as u8)
                 .collect();
-            let mut packed = vec![0u8; ranks * rows * slot];
-            for rank in 0..ranks {
-                let (first, held) = share(units, ranks, rank);
-                for row in 0..rows {
-                    let from = &whole[row * row_bytes + first * unit..][..held * unit];
-                    packed[(rank * rows + row) * slot..][..held * unit].copy_from_slice(from);
-                }
-            }
+            let packed = share_columns(&whole, units, unit, ranks);
             for rank in 0..ranks {
                 let params = |rows_at, slots_at, unpack| ShareColumnsParams {
                     rows: rows_at,

@@ -2,12 +2,14 @@
 
 use kernels::params::{Address, LogprobsParams, SAMPLE_NUMBERS, SampleAdjustParams, SampleParams};
 use kernels::plan;
-use kernels::reference::Sampling;
+use kernels::reference::{self, Adjustment, Sampling, uniform};
 
 use crate::harness::{Lab, on_every_schedule};
 
 /// Off the warp, the block and the mask's word; few and many.
 const VOCABULARIES: [usize; 4] = [1, 33, 700, 2051];
+/// Of small vocabularies, how many rows.
+const ROWS: [(usize, usize); 3] = [(35, 1), (35, 64), (33, 129)];
 
 /// Some rows' histories, biases and masks.
 struct Adjust {
@@ -41,7 +43,7 @@ impl Adjust {
                 })
                 .collect(),
             histories: (0..rows)
-                .map(|row| (any(lab, 40 * row), any(lab, 700 / (row + 1))))
+                .map(|row| (any(lab, 40 * (row % 7)), any(lab, 700 / (row + 1))))
                 .collect(),
             biases: (0..rows)
                 .map(|row| {
@@ -63,30 +65,17 @@ impl Adjust {
     fn want(&self, row: usize, biased: bool, masked: bool) -> Vec<f32> {
         let [.., presence, frequency, repetition] = self.numbers[row];
         let (prompt, output) = &self.histories[row];
-        let mut logits = self.logits[row * self.stride..][..self.vocabulary].to_vec();
-        for (token, logit) in logits.iter_mut().enumerate() {
-            let wanted = |other: &&i32| **other == token as i32;
-            if let Some((_, bias)) = self.biases[row].iter().find(|(t, _)| *t == token as i32)
-                && biased
-            {
-                *logit += bias;
-            }
-            let count = output.iter().filter(wanted).count();
-            if count + prompt.iter().filter(wanted).count() > 0 {
-                *logit = match *logit > 0.0 {
-                    true => *logit / repetition,
-                    false => *logit * repetition,
-                };
-            }
-            if count > 0 {
-                *logit -= presence + frequency * count as f32;
-            }
-            let word = self.masks[row * plan::mask_words(self.vocabulary) + token / 32];
-            if masked && word >> (token % 32) & 1 == 0 {
-                *logit = f32::NEG_INFINITY;
-            }
-        }
-        logits
+        let words = plan::mask_words(self.vocabulary);
+        let adjustment = Adjustment {
+            presence,
+            frequency,
+            repetition,
+            prompt,
+            output,
+            bias: if biased { &self.biases[row] } else { &[] },
+            mask: masked.then(|| &self.masks[row * words..][..words]),
+        };
+        adjustment.apply(&self.logits[row * self.stride..][..self.vocabulary])
     }
 
     fn run(&self, lab: &Lab, biased: bool, masked: bool) -> Vec<f32> {
@@ -148,11 +137,11 @@ impl Adjust {
 #[test]
 fn adjusted_logits_have_bias_penalties_and_mask() {
     on_every_schedule("sample adjust", |lab| {
-        for vocabulary in VOCABULARIES {
-            let adjust = Adjust::new(lab, vocabulary, 7);
+        for (vocabulary, rows) in VOCABULARIES.map(|v| (v, 7)).into_iter().chain(ROWS) {
+            let adjust = Adjust::new(lab, vocabulary, rows);
             for (biased, masked) in [(false, false), (true, true)] {
                 let got = adjust.run(lab, biased, masked);
-                for row in 0..7 {
+                for row in 0..rows {
                     assert_eq!(
                         got[row * adjust.stride..][..vocabulary],
                         adjust.want(row, biased, masked),
@@ -206,29 +195,6 @@ fn sample(lab: &Lab, rows: &[Row], vocabulary: usize) -> Vec<i32> {
     lab.read(&chosen, rows.len())
 }
 
-/// Philox4x32-10, written for this test: a uniform number with 53 bits.
-fn uniform([seed, choice, position]: [i64; 3]) -> f64 {
-    let mut counter = [position as u32, (position >> 32) as u32, choice as u32, 0];
-    let mut key = [seed as u32, (seed >> 32) as u32];
-    for _ in 0..10 {
-        let [a, b] = [
-            u64::from(counter[0]) * 0xD251_1F53,
-            u64::from(counter[2]) * 0xCD9E_8D57,
-        ];
-        counter = [
-            (b >> 32) as u32 ^ counter[1] ^ key[0],
-            b as u32,
-            (a >> 32) as u32 ^ counter[3] ^ key[1],
-            a as u32,
-        ];
-        key = [
-            key[0].wrapping_add(0x9E37_79B9),
-            key[1].wrapping_add(0xBB67_AE85),
-        ];
-    }
-    ((u64::from(counter[0]) << 32 | u64::from(counter[1])) >> 11) as f64 / 2f64.powi(53)
-}
-
 #[test]
 fn sampling_chooses_the_token_of_the_sorted_reference() {
     on_every_schedule("sample", |lab| {
@@ -244,9 +210,10 @@ fn sampling_chooses_the_token_of_the_sorted_reference() {
             (1.0, 0.95, 0.02, 20),
             (1e-4, 0.5, 0.0, 0),
         ];
-        for vocabulary in VOCABULARIES {
+        for (vocabulary, count) in VOCABULARIES.map(|v| (v, 11)).into_iter().chain(ROWS) {
             let mut rows = Vec::new();
-            for (index, (temperature, top_p, min_p, top_k)) in settings.into_iter().enumerate() {
+            for index in 0..count - 1 {
+                let (temperature, top_p, min_p, top_k) = settings[index % settings.len()];
                 let sampling = Sampling {
                     temperature,
                     top_p,
@@ -284,8 +251,8 @@ fn sampling_chooses_the_token_of_the_sorted_reference() {
                 assert_eq!(Some(*got as usize), want, "{sampling:?} of {vocabulary}");
             }
             // Alone as in company.
-            let alone = sample(lab, &rows[5..6], vocabulary);
-            assert_eq!(alone, got[5..6]);
+            let one = count / 2..count / 2 + 1;
+            assert_eq!(sample(lab, &rows[one.clone()], vocabulary), got[one]);
         }
     });
 }
@@ -309,12 +276,14 @@ fn a_row_that_allows_nothing_gives_no_token() {
 #[test]
 fn logprobs_are_of_the_whole_row_best_first() {
     on_every_schedule("logprobs", |lab| {
-        for vocabulary in VOCABULARIES {
-            let (rows, top, stride) = (7, 5, vocabulary + 1);
+        for (vocabulary, rows) in VOCABULARIES.map(|v| (v, 7)).into_iter().chain(ROWS) {
+            let (top, stride) = (5, vocabulary + 1);
             let mut logits = lab.random.floats(rows * stride, 9.0);
-            logits[2 * stride..3 * stride].fill(1.0); // all equal
             let sick = vocabulary / 2;
-            logits[3 * stride + sick] = f32::INFINITY;
+            if rows > 3 {
+                logits[2 * stride..3 * stride].fill(1.0); // all equal
+                logits[3 * stride + sick] = f32::INFINITY;
+            }
             let tokens: Vec<i32> = (0..rows)
                 .map(|row| match row {
                     6 => vocabulary as i32, // unknown
@@ -344,22 +313,22 @@ fn logprobs_are_of_the_whole_row_best_first() {
             let top_tokens = lab.read_i32(&top_tokens, rows * top);
             let top_values = lab.read::<f32>(&top_values, rows * top);
             for row in 0..rows {
-                if row == 3 {
-                    assert_eq!(broken[row], sick as i32);
-                    continue;
-                }
-                assert_eq!(broken[row], -1, "row {row}");
                 let values = &logits[row * stride..][..vocabulary];
-                let norm = values.iter().map(|l| f64::from(*l).exp()).sum::<f64>().ln();
-                let of = |token: usize| f64::from(values[token]) - norm;
+                let (all, order) = match reference::logprobs(values, top) {
+                    Ok(want) => want,
+                    Err(first) => {
+                        assert_eq!((row, first), (3, sick));
+                        assert_eq!(broken[row], sick as i32);
+                        continue;
+                    }
+                };
+                assert_eq!(broken[row], -1, "row {row}");
                 if row == 6 {
                     assert!(chosen[row].is_nan());
                 } else {
-                    let want = of(tokens[row] as usize);
+                    let want = all[tokens[row] as usize];
                     assert!((chosen[row] - want).abs() <= 1e-6 * want.abs().max(1.0));
                 }
-                let mut order: Vec<usize> = (0..vocabulary).collect();
-                order.sort_by(|a, b| values[*b].total_cmp(&values[*a]).then(a.cmp(b)));
                 for n in 0..top {
                     let (token, value) = (top_tokens[row * top + n], top_values[row * top + n]);
                     let Some(want) = order.get(n) else {
@@ -367,8 +336,8 @@ fn logprobs_are_of_the_whole_row_best_first() {
                         continue;
                     };
                     assert_eq!(token, *want as i32, "row {row} of {vocabulary}, place {n}");
-                    let error = (f64::from(value) - of(*want)).abs();
-                    assert!(error <= 1e-6 * of(*want).abs().max(1.0));
+                    let error = (f64::from(value) - all[*want]).abs();
+                    assert!(error <= 1e-6 * all[*want].abs().max(1.0));
                 }
             }
         }
