@@ -119,9 +119,12 @@ pub(crate) fn choose(
     }
 }
 
+/// Why Hopper's kernels are right for heads of a shape, or are not to be used.
+type Verdicts = BTreeMap<[usize; 3], Result<String, String>>;
+
 /// What came of checks on a device: for all models with heads of one shape, and clones of its [`Gpu`].
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Tried(Arc<Mutex<BTreeMap<[usize; 3], Result<String, String>>>>);
+pub(crate) struct Tried(Arc<Mutex<Verdicts>>);
 
 impl Tried {
     /// Why Hopper's kernels are right on this device, or are not to be used.
