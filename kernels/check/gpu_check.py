@@ -139,7 +139,11 @@ def sanitizer(tool):
         if not check.emulated and not program:
             return {"skipped": "needs compute-sanitizer"}
         under = [] if check.emulated else [program, "--tool", tool, "--error-exitcode", "9"]
-        done = check.run([*under, check.folder / "device", "once"], 60)
+        try:
+            done = check.run([*under, check.folder / "device", "once"], 60)
+        except Late as late:
+            said = [line for line in late.stdout.splitlines() if line.startswith("=========")]
+            return {"ok": False, "said": said[:60], "error": f"{late}; the last case was {last_line(late.stderr)}"}
         said = [line for line in done.stdout.splitlines() if line.startswith("=========")]
         answer = "\n".join(line for line in done.stdout.splitlines() if not line.startswith("========="))
         found = json.loads(answer) if answer.strip() else {"cases": 0, "failed": [], "unseen": []}
@@ -186,29 +190,27 @@ def config_of(name):
     return json.loads((HERE / f"shapes/{name}.json").read_text())
 
 
-def scratch(check, arguments, size):
-    """A folder for so many bytes of files, in memory where there is room: the page cache that is spoken of holds them there too."""
-    places = [arguments.scratch] if arguments.scratch else ["/dev/shm", tempfile.gettempdir(), check.out]
+def scratch(check, size):
+    """A new folder for so many bytes of files, in memory where there is room: what is spoken of as page cache is there too."""
+    places = [check.room] if check.room else ["/dev/shm", tempfile.gettempdir(), check.out]
     for place in places:
         if pathlib.Path(place).is_dir() and shutil.disk_usage(place).free > 1.1 * size:
             return pathlib.Path(tempfile.mkdtemp(prefix="gpu-check-", dir=place))
     return None
 
 
-def start(arguments):
+def start(check):
     """From the opening of the driver to the first token of V2-Lite's shape, from files in the page cache."""
-    def run(check):
-        name, size = ("tiny-v2", 10e6) if check.emulated else ("v2-lite", 32e9)
-        folder = scratch(check, arguments, size)
-        if folder is None:
-            return {"skipped": f"needs {size / 1e9:.0f} GB of room: name a folder with --scratch"}
-        check.scratch = folder
-        files = check.json([check.folder / "gpu-check", "write", HERE / f"shapes/{name}.json", folder], 60)
-        check.files = folder
-        # Twice: the first one also finds the driver's own files cold.
-        runs = [check.backend(["start", folder], 40) for _ in range(2)]
-        return {"ok": True, "model": name, "folder": str(folder.parent), "files": files, "runs": runs}
-    return run
+    name, size = ("tiny-v2", 10e6) if check.emulated else ("v2-lite", 32e9)
+    folder = scratch(check, size)
+    if folder is None:
+        return {"skipped": f"needs {size / 1e9:.0f} GB of room: name a folder with --scratch"}
+    check.kept.append(folder)
+    files = check.json([check.folder / "gpu-check", "write", HERE / f"shapes/{name}.json", folder], 60)
+    check.files = folder
+    # Twice: the first one also finds the driver's own files cold.
+    runs = [check.backend(["start", folder], 40) for _ in range(2)]
+    return {"ok": True, "model": name, "folder": str(folder.parent), "files": files, "runs": runs}
 
 
 def decode(check, shape, words, limit):
@@ -289,15 +291,19 @@ def transformers_logits(check):
     if (lacks := absent("torch", "transformers", "safetensors")):
         return lacks
     environment = {"GPU_CHECK_PROGRAM": str(check.folder / "gpu-check"), **(PORTABLE if check.hung else {})}
-    command = [sys.executable, HERE / "torch_side.py", "logits", *torch_words(check), check.out / "weights"]
-    return check.json(command, 100, environment)
+    folder = scratch(check, 5e9 if not check.emulated else 10e6)
+    if folder is None:
+        return {"skipped": "needs 5 GB of room: name a folder with --scratch"}
+    check.kept.append(folder)
+    return check.json([sys.executable, HERE / "torch_side.py", "logits", *torch_words(check), folder], 100, environment)
 
 
-def lines(arguments):
-    """In their order: the emulator's reading of the hardware first, for what it says decides how the others are read."""
-    return [("machine", machine), ("emulator", emulator), ("tests", tests), ("golden", golden), ("bounds", bounds),
-            ("speed", speed), ("start", start(arguments)), ("model", model), ("slices", slices), ("logits", transformers_logits),
-            ("memcheck", sanitizer("memcheck")), ("racecheck", sanitizer("racecheck"))]
+# In their order: the emulator's reading of the hardware first, for what it says decides how the others are read.
+LINES = {"machine": machine, "emulator": emulator, "tests": tests, "golden": golden, "bounds": bounds, "speed": speed, "start": start,
+         "model": model, "slices": slices, "logits": transformers_logits, "memcheck": sanitizer("memcheck"),
+         "racecheck": sanitizer("racecheck")}
+# Whose files a line uses that comes before another one.
+LAST_WITH_FILES = ("model", "logits")
 
 
 def main():
@@ -308,18 +314,17 @@ def main():
     parser.add_argument("--only")
     parser.add_argument("--scratch", type=pathlib.Path)
     arguments = parser.parse_args()
-    known = [name for name, _ in lines(arguments)]
-    if arguments.only and (unknown := set(arguments.only.split(",")) - set(known)):
-        parser.error(f"there is no line {', '.join(sorted(unknown))}; the lines are {', '.join(known)}")
+    if arguments.only and (unknown := set(arguments.only.split(",")) - LINES.keys()):
+        parser.error(f"there is no line {', '.join(sorted(unknown))}; the lines are {', '.join(LINES)}")
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
     check = Check(arguments, HERE)
     # Whoever ends this ends its programs and its files with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        for name, work in lines(arguments):
+        for name, work in LINES.items():
             check.line(name, lambda work=work: work(check))
-            if name == "model":
+            if name in LAST_WITH_FILES:
                 check.clear()
     finally:
         check.clear()

@@ -96,8 +96,9 @@ class Check:
         self.end = time.monotonic() + SECONDS_MAX
         # Why the backend runs without Hopper's kernels, once one of them did not end.
         self.hung = None
-        # Weight files that a line left for a later one, and the folder to delete.
-        self.files = self.scratch = None
+        # Where weight files may go, those that a line left for a later one, and folders to delete.
+        self.room = arguments.scratch
+        self.files, self.kept = None, []
 
     def run(self, command, limit, environment=None):
         """What a command said; what it said to standard error is kept beside the results, also where it was not done."""
@@ -113,7 +114,14 @@ class Check:
         return done
 
     def json(self, command, limit, environment=None):
-        done = self.run(command, limit, environment)
+        try:
+            done = self.run(command, limit, environment)
+        except Late as late:
+            # A program that a kernel holds may have answered, and yet not go.
+            try:
+                return json.loads(late.stdout)
+            except ValueError:
+                raise late from None
         if done.returncode:
             raise Failed(done)
         return json.loads(done.stdout)
@@ -151,9 +159,9 @@ class Check:
 
     def clear(self):
         """Deletes what lines left for each other."""
-        if self.scratch:
-            shutil.rmtree(self.scratch, ignore_errors=True)
-        self.files = self.scratch = None
+        for folder in self.kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.files, self.kept = None, []
 
     def write(self):
         results = {"emulated": self.emulated, "lines": self.lines}

@@ -41,6 +41,11 @@ class Runner(unittest.TestCase):
             self.assertIn("no device", found["broken"]["error"])
             self.assertIn("not done after", found["slow"]["error"])
 
+    def test_an_answer_counts_also_where_its_program_does_not_go(self):
+        with tempfile.TemporaryDirectory() as folder:
+            text = "import time; print('{\\"cases\\": [1]}', flush=True); time.sleep(60)"
+            self.assertEqual(check(folder).json([sys.executable, "-c", text], 2), {"cases": [1]})
+
     def test_no_command_outlives_the_whole_run(self):
         with tempfile.TemporaryDirectory() as folder:
             one = check(folder)
@@ -182,6 +187,17 @@ sys.exit(9 if {says!r} else code)""")
         self.assertFalse(judged(good | {"cases": 0})["ok"])
         self.assertFalse(judged(good, code=1)["ok"])
 
+    def test_a_sanitizer_that_is_late_says_where_it_was(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder)
+            one.end = time.monotonic() + 2
+            program(folder, "device", """print("========= Invalid read", flush=True)
+print("gemm\\nhopper_gemm", file=sys.stderr, flush=True)
+time.sleep(60)""")
+            found = gpu_check.sanitizer("racecheck")(one)
+            self.assertEqual((found["ok"], found["said"]), (False, ["========= Invalid read"]))
+            self.assertIn("the last case was hopper_gemm", found["error"])
+
     def test_times_that_were_taken_before_the_limit_are_kept(self):
         with tempfile.TemporaryDirectory() as folder:
             one = check(folder)
@@ -194,16 +210,15 @@ time.sleep(60)""")
 
     def test_weight_files_go_where_there_is_room_and_away_after_their_use(self):
         with tempfile.TemporaryDirectory() as folder:
-            one = check(folder)
+            one = check(folder, scratch=pathlib.Path(folder))
             program(folder, "gpu-check", "print(json.dumps({'words': sys.argv[1:]}))")
-            arguments = argparse.Namespace(scratch=pathlib.Path(folder))
-            found = gpu_check.start(arguments)(one)
+            found = gpu_check.start(one)
             place = one.files
             self.assertEqual(found["files"]["words"], ["write", str(HERE / "shapes/tiny-v2.json"), str(place)])
             self.assertEqual([run["words"] for run in found["runs"]], [["start", str(place)]] * 2)
             one.clear()
             self.assertFalse(place.exists())
-            self.assertIsNone(gpu_check.scratch(one, arguments, 1e18))
+            self.assertIsNone(gpu_check.scratch(one, 1e18))
 
 
 class Torch(unittest.TestCase):

@@ -24,8 +24,9 @@ mod products;
 mod rows;
 
 use std::collections::BTreeSet;
+use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,12 +45,15 @@ const LAUNCHES: usize = 48;
 const REPLAYS: usize = 11;
 /// Of a graph: longer ones gain nothing, and the time on a device is short.
 const GRAPH_MILLISECONDS: f64 = 40.0;
-/// Longest that a case's launches may take before its kernel is taken for one that does not end.
+/// Longest that a case's launches may take before its kernel is taken for one that does not end; a tool that watches launches
+/// may slow them a thousandfold.
 const LIMIT: Duration = Duration::from_secs(20);
+const SMALL_LIMIT: Duration = Duration::from_secs(5);
 
 /// How much is repeated.
 #[derive(Clone, Copy)]
 struct Effort {
+    limit: Duration,
     copies_max: usize,
     launches: usize,
     replays: usize,
@@ -60,12 +64,14 @@ impl Effort {
     fn of(small: bool) -> Self {
         if small {
             return Self {
+                limit: SMALL_LIMIT,
                 copies_max: 2,
                 launches: 2,
                 replays: 1,
             };
         }
         Self {
+            limit: LIMIT,
             copies_max: COPIES_MAX,
             launches: LAUNCHES,
             replays: REPLAYS,
@@ -97,29 +103,60 @@ fn is_for(name: &str, device: &Device) -> bool {
     !name.starts_with("hopper") || device.capability().0 == 9
 }
 
-fn settle(stream: &Stream) -> Result<(), DriverError> {
-    stream.settle_within("a case", LIMIT)
+fn settle(stream: &Stream, limit: Duration) -> Result<(), DriverError> {
+    stream.settle_within("a case", limit)
 }
 
-/// What was made of a case; its failure in words, also where it panicked, as making one does where the device fails. What a
-/// kernel that does not end still uses is not freed, since that would wait for it.
-fn attempt<T, U>(
-    lab: Result<Lab, DriverError>,
-    make: impl FnOnce(&mut Lab) -> T,
-    run: impl FnOnce(&Lab, &T) -> Result<U, DriverError>,
-) -> Result<U, String> {
-    let whole = || {
-        let mut lab = lab?;
-        let made = make(&mut lab);
-        let outcome = run(&lab, &made);
-        if matches!(outcome, Err(DriverError::Late { .. })) {
-            std::mem::forget((lab, made));
+/// Answers and is gone. A kernel that does not end would hold a process that ends as others do; one that becomes another
+/// program frees the device at once.
+fn leave(answer: &Value) -> ! {
+    println!("{answer:#}");
+    let error = Command::new("true").exec();
+    eprintln!("device: true: {error}");
+    std::process::abort()
+}
+
+/// Kinds of cases, the first words of their names, of which one did not end: the others are not tried, for each would cost the
+/// whole limit.
+#[derive(Default)]
+struct Hung(BTreeSet<String>);
+
+impl Hung {
+    /// The answer, where no kernel holds this process.
+    fn over(&self, answer: Value) -> Value {
+        if !self.0.is_empty() {
+            leave(&answer);
         }
-        outcome
-    };
-    match catch_unwind(AssertUnwindSafe(whole)) {
-        Ok(outcome) => outcome.map_err(|error| error.to_string()),
-        Err(_) => Err("the device failed while the case was made".into()),
+        answer
+    }
+
+    /// What was made of a case; its failure in words, also where it panicked, as making one does where the device fails. What a
+    /// kernel that does not end still uses is not freed, since that would wait for it.
+    fn attempt<T, U>(
+        &mut self,
+        name: &str,
+        device: Result<Arc<Device>, DriverError>,
+        make: impl FnOnce(&mut Lab) -> T,
+        run: impl FnOnce(&Lab, &T) -> Result<U, DriverError>,
+    ) -> Result<U, String> {
+        let kind = name.split(' ').next().unwrap_or(name);
+        if self.0.contains(kind) {
+            return Err("not tried: one of its kind does not end".into());
+        }
+        let whole = || {
+            let mut lab = lab(device?, name)?;
+            let made = make(&mut lab);
+            let outcome = run(&lab, &made);
+            if matches!(outcome, Err(DriverError::Late { .. })) {
+                std::mem::forget((lab, made));
+                self.0.insert(kind.to_owned());
+            }
+            outcome
+        };
+        match catch_unwind(AssertUnwindSafe(whole)) {
+            Ok(outcome) => outcome.map_err(|error| error.to_string()),
+            Err(_) => Err("the device failed while the case was made".into()),
+        }
     }
 }
 
@@ -127,11 +164,11 @@ fn attempt<T, U>(
 fn time(stream: &Stream, copies: &[Case], effort: Effort) -> Result<f64, DriverError> {
     let once = || copies.iter().try_for_each(|copy| copy.queue(stream));
     once()?; // loads the code, which a capture may not
-    settle(stream)?;
+    settle(stream, effort.limit)?;
     let begin = stream.record()?;
     once()?;
     let end = stream.record()?;
-    settle(stream)?;
+    settle(stream, effort.limit)?;
     let round = f64::from(end.milliseconds_since(&begin)?).max(1e-3);
     let rounds = effort.launches.div_ceil(copies.len());
     let rounds = rounds.min((GRAPH_MILLISECONDS / round).ceil() as usize);
@@ -147,7 +184,7 @@ fn time(stream: &Stream, copies: &[Case], effort: Effort) -> Result<f64, DriverE
             stream.replay(&graph)?;
         }
         let end = stream.record()?;
-        settle(stream)?;
+        settle(stream, effort.limit)?;
         if replay >= 2 {
             times.push(f64::from(end.milliseconds_since(&begin)?) / (rounds * copies.len()) as f64);
         }
@@ -157,7 +194,12 @@ fn time(stream: &Stream, copies: &[Case], effort: Effort) -> Result<f64, DriverE
 }
 
 /// A case's line of the table; a failure is a line too.
-fn measure(driver: &Arc<Driver>, name: &str, make: &Maker, effort: Effort) -> Value {
+fn measure(
+    driver: &Arc<Driver>,
+    hung: &mut Hung,
+    (name, make): (&str, &Maker),
+    effort: Effort,
+) -> Value {
     let copies = |lab: &mut Lab| {
         let first = make(lab);
         let wanted = (COLD_BYTES / first.bytes)
@@ -170,8 +212,8 @@ fn measure(driver: &Arc<Driver>, name: &str, make: &Maker, effort: Effort) -> Va
         copies
     };
     // A context of its own: one that a fault has broken is no other case's.
-    let lab = Device::open_apart(driver, 0).and_then(|device| lab(device, name));
-    let measured = attempt(lab, copies, |lab, copies| {
+    let device = Device::open_apart(driver, 0);
+    let measured = hung.attempt(name, device, copies, |lab, copies| {
         let milliseconds = time(&lab.stream, copies, effort)?;
         let (bytes, flops) = (copies[0].bytes, copies[0].flops);
         Ok(json!({
@@ -185,34 +227,33 @@ fn measure(driver: &Arc<Driver>, name: &str, make: &Maker, effort: Effort) -> Va
 fn speed(driver: &Arc<Driver>, small: bool) -> Result<Value, String> {
     let device = Device::open(driver, 0).map_err(|error| error.to_string())?;
     let (major, minor) = device.capability();
-    let mut lines = Vec::new();
+    let (mut lines, mut hung) = (Vec::new(), Hung::default());
     for (name, make) in cases(small) {
         if !is_for(&name, &device) {
             lines.push(json!({"name": name, "skipped": "needs capability 9.0"}));
             continue;
         }
-        let line = measure(driver, &name, &make, Effort::of(small));
+        let line = measure(driver, &mut hung, (&name, &make), Effort::of(small));
         // So that a run that is cut off leaves what it had.
         eprintln!("{line}");
         lines.push(line);
     }
-    Ok(json!({
+    Ok(hung.over(json!({
         "device": device.name(), "capability": [major, minor],
         "emulated": driver.emulation_schedule(0), "cases": lines,
-    }))
+    })))
 }
 
 fn outputs(driver: &Arc<Driver>, path: &str) -> Result<Value, String> {
     let device = Device::open(driver, 0).map_err(|error| error.to_string())?;
-    let (mut found, mut failed) = (Vec::new(), Vec::new());
+    let (mut found, mut failed, mut hung) = (Vec::new(), Vec::new(), Hung::default());
     for (name, make) in cases(true) {
         if !is_for(&name, &device) {
             continue;
         }
-        let lab = device.apart().and_then(|device| lab(device, &name));
-        let read = attempt(lab, make, |lab, case| {
+        let read = hung.attempt(&name, device.apart(), make, |lab, case| {
             case.queue(&lab.stream)?;
-            settle(&lab.stream)?;
+            settle(&lab.stream, SMALL_LIMIT)?;
             case.read(&lab.stream, &name)
         });
         match read {
@@ -222,33 +263,38 @@ fn outputs(driver: &Arc<Driver>, path: &str) -> Result<Value, String> {
     }
     compare::write(path, &found).map_err(|error| format!("{path}: {error}"))?;
     let hopper = device.capability().0 == 9;
-    Ok(json!({"outputs": found.len(), "hopper": hopper, "failed": failed}))
+    Ok(hung.over(json!({"outputs": found.len(), "hopper": hopper, "failed": failed})))
 }
 
-/// One launch of every small case in one context, and the fatbins that none of them is of.
+/// One launch of every small case in one context, until one does not end, and the fatbins that none of them is of.
 fn once(driver: &Arc<Driver>) -> Result<Value, String> {
     let device = Device::open(driver, 0).map_err(|error| error.to_string())?;
     let (mut count, mut failed, mut seen) = (0, Vec::new(), BTreeSet::new());
+    let mut hung = Hung::default();
     for (name, make) in cases(true) {
         if !is_for(&name, &device) {
             continue;
         }
+        if !hung.0.is_empty() {
+            break; // what frees or fills memory of the context would wait for it
+        }
         count += 1;
-        let ran = attempt(lab(device.clone(), &name), make, |lab, case| {
+        let ran = hung.attempt(&name, Ok(device.clone()), make, |lab, case| {
             case.queue(&lab.stream)?;
-            settle(&lab.stream)?;
+            settle(&lab.stream, LIMIT)?;
             Ok(case.kernels())
         });
         match ran {
             Ok(kernels) => seen.extend(kernels.into_iter().filter_map(fatbin_of).map(|f| f.name)),
             Err(error) => failed.push(json!({"name": name, "error": error})),
         }
+        eprintln!("{name}"); // where a run that is cut off came to
     }
     let all = FATBINS.iter().map(|fatbin| fatbin.name);
     let unseen: Vec<&str> = all
         .filter(|name| is_for(name, &device) && !seen.contains(name))
         .collect();
-    Ok(json!({"cases": count, "failed": failed, "seen": seen, "unseen": unseen}))
+    Ok(hung.over(json!({"cases": count, "failed": failed, "seen": seen, "unseen": unseen})))
 }
 
 fn with_driver(work: impl Fn(&Arc<Driver>) -> Result<Value, String>) -> Result<Value, String> {

@@ -16,12 +16,15 @@ mod files;
 mod start;
 
 use std::error::Error;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, TokenId, argmax};
-use engine_cuda::{ATTENTION_VARIABLE, AttentionChoice, CudaExecutor, CudaLimits, Gpu};
+use engine_cuda::{
+    ATTENTION_VARIABLE, AttentionChoice, CudaExecutor, CudaLimits, Gpu, PRODUCTS_VARIABLE,
+};
 use engine_load::{Progress, read_config};
 use engine_memory::{MemoryRequest, ResidentDtype, memory_plan, resident_dtype};
 use engine_spec::{Device, Dtype, KvCacheDtype, ModelConfig, Parallelism, Quantization};
@@ -259,17 +262,26 @@ fn model(path: &Path, length: usize, batches: &[usize]) -> Outcome {
     )
 }
 
+/// Whether a kernel that was tried does not end: [`engine_cuda::CudaError::Hung`], also where a load wrapped it in words.
+fn holds_device(error: &dyn Error) -> bool {
+    error.to_string().contains(PRODUCTS_VARIABLE)
+}
+
 fn run(arguments: &[String]) -> Outcome {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match words.as_slice() {
-        ["golden", dirs @ ..] if !dirs.is_empty() => Ok(dirs
-            .iter()
-            .map(|dir| {
-                // One model's failure is its line.
-                golden(Path::new(dir))
-                    .unwrap_or_else(|error| json!({"model": dir, "error": error.to_string()}))
-            })
-            .collect()),
+        ["golden", dirs @ ..] if !dirs.is_empty() => {
+            let mut found = Vec::new();
+            for dir in dirs {
+                // One model's failure is its line, unless it holds the device from the others.
+                match golden(Path::new(dir)) {
+                    Err(error) if holds_device(&*error) => return Err(error),
+                    Err(error) => found.push(json!({"model": dir, "error": error.to_string()})),
+                    Ok(line) => found.push(line),
+                }
+            }
+            Ok(found.into())
+        }
         ["logits", dir, prompts] => logits(Path::new(dir), Path::new(prompts)),
         ["model", config, length, batches @ ..] if !batches.is_empty() => {
             let batches: Result<Vec<usize>, _> = batches.iter().map(|b| b.parse()).collect();
@@ -288,6 +300,14 @@ fn run(arguments: &[String]) -> Outcome {
 fn main() -> std::process::ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match run(&arguments) {
+        Err(error) if holds_device(&*error) => {
+            // A kernel that does not end would hold a process that ends as others do; one that becomes another program frees
+            // the device at once.
+            eprintln!("gpu-check: {error}");
+            let failed = std::process::Command::new("false").exec();
+            eprintln!("gpu-check: false: {failed}");
+            std::process::abort()
+        }
         Ok(value) => {
             println!("{value:#}");
             std::process::ExitCode::SUCCESS
