@@ -249,12 +249,12 @@ def bounds(device, widths):
             except Exception as error:  # noqa: BLE001: what one cannot do the next one may
                 reasons.append(f"{how}: {type(error).__name__}: {error}"[:200])
             else:
-                say(torch={name: milliseconds}, by={name: how})
+                say(torch={name: milliseconds}, by={name: how}, passed_over={name: "; ".join(reasons)} if reasons else {})
                 break
             finally:
                 if b.is_cuda:
                     torch.cuda.empty_cache()
-        if reasons:
+        else:
             say(absent={name: "; ".join(reasons)})
 
 
