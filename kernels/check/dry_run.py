@@ -22,7 +22,7 @@ import torch_side
 KERNELS = pathlib.Path(__file__).resolve().parent.parent
 BYTES_MAX = 40 << 20
 # Over the emulated driver on a busy machine; a device takes nine minutes at most.
-SECONDS_MAX = 1200
+SECONDS_MAX = 1800
 # Lines that may be left out here, and what for.
 OF_TORCH = {"bounds": {"torch"}, "logits": {"torch", "transformers", "safetensors"}}
 
@@ -87,7 +87,7 @@ class DryRun(unittest.TestCase):
         self.assertEqual(theirs - ours, set())
 
     def test_the_table_and_the_plots_are_there(self):
-        for words in ("times mean nothing", "Start of tiny-v2", "layers of V3"):
+        for words in ("times mean nothing", "Start of tiny-v2", "| tiny | 1 |"):
             self.assertTrue(words in self.table, words)
         self.assertTrue((self.out / "bandwidth.svg").is_file() and (self.out / "decode.svg").is_file())
 

@@ -44,7 +44,7 @@ class Runner(unittest.TestCase):
     def test_an_answer_counts_also_where_its_program_does_not_go(self):
         with tempfile.TemporaryDirectory() as folder:
             text = "import time; print('[1]', flush=True); time.sleep(60)"
-            self.assertEqual(check(folder).json([sys.executable, "-c", text], 2), [1])
+            self.assertEqual(check(folder, emulated=False).json([sys.executable, "-c", text], 2), [1])
 
     def test_no_command_outlives_the_whole_run(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +55,7 @@ class Runner(unittest.TestCase):
 
     def test_what_a_late_program_started_is_gone_and_what_it_said_is_kept(self):
         with tempfile.TemporaryDirectory() as folder:
-            one = check(folder)
+            one = check(folder, emulated=False)
             # As compute-sanitizer does: the program that is killed only watches the one that uses the device.
             text = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); import time; time.sleep(60)"
             with self.assertRaises(Late) as late:
@@ -90,6 +90,14 @@ print(json.dumps([portable])) if portable else sys.exit("a trial was not done; {
             one.line("golden", lambda: one.backend(["golden"], 20))
             self.assertIn("no device", one.lines["golden"]["error"])
             self.assertEqual((pathlib.Path(folder) / "count").read_text(), "x")
+
+
+    def test_a_dry_run_may_take_longer(self):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-c", "import time; time.sleep(1.5)"]
+            self.assertEqual(check(folder).run(command, 1).returncode, 0)
+            with self.assertRaises(Late):
+                check(folder, emulated=False).run(command, 1)
 
 
 class Lines(unittest.TestCase):
