@@ -94,6 +94,7 @@ stage "kubelab" env GOWORK=off CGO_ENABLED=0 go -C e2e/kubelab test -trimpath -v
 stage "up" env GOWORK=off CGO_ENABLED=0 go -C e2e/up test -v ./...
 stage "dashboards" env GOWORK=off CGO_ENABLED=0 go -C e2e/dashboards test -v ./...
 stage "gpu check scripts" python3 -m unittest discover -s kernels/check -p 'test_*.py'
+stage "gpu check dry run" python3 -m unittest discover -s kernels/check -p dry_run.py
 stage "model scripts" python3 -m unittest discover -s e2e/models/tiny-r1 -p 'test_*.py'
 if [ "$mode" != fast ]; then
   stage "engine build" cargo build --release --locked -p engine -p operator -p kubectl-cachalot

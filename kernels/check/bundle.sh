@@ -14,7 +14,7 @@ mkdir -p "$folder/emulated" "$folder/models"
 
 # built PACKAGE TARGET... : the program that cargo built for a target.
 built() {
-  cargo "${@:2}" --locked -p "$1" --message-format json 2>/dev/null |
+  cargo "${@:2}" --locked --quiet -p "$1" --message-format json-render-diagnostics |
     python3 -c 'import json, sys
 found = [m["executable"] for m in map(json.loads, sys.stdin) if m.get("reason") == "compiler-artifact" and m.get("executable")]
 print(found[-1] if found else "")'
@@ -34,13 +34,16 @@ strip "$folder/ops" "$folder/device" "$folder/gpu-check"
 cp "$(cat "$folder/emulated/path")" "$folder/emulated/libcuda.so.1"
 rm "$folder/emulated/path"
 # The emulator's outputs, so that the machine with the GPU need not run it.
-KERNELS_DRIVER="$folder/emulated/libcuda.so.1" "$folder/device" outputs "$folder/emulator.bin"
+KERNELS_DRIVER="$folder/emulated/libcuda.so.1" "$folder/device" outputs "$folder/emulator.bin" |
+  python3 -c 'import json, sys
+failed = json.load(sys.stdin)["failed"]
+sys.exit(f"gpu-bundle: the emulator fails at {failed}" if failed else 0)'
 for model in engine/cpu/tests/golden/*-cuda; do
   name=$(basename "$model")
   mkdir "$folder/models/$name"
   cp "$model/config.json" "$model/golden.json" "$model"/*.safetensors* "$folder/models/$name/"
 done
-cp kernels/check/{gpu_check,plots,torch_side,whole}.py "$folder/"
+cp kernels/check/{gpu_check,plots,runner,torch_side,whole}.py "$folder/"
 cp -r kernels/check/shapes "$folder/shapes"
 
 tar -C "$(dirname "$folder")" --owner 0 --group 0 -czf "$out" "$(basename "$folder")"

@@ -1,24 +1,35 @@
 import argparse
 import json
 import pathlib
-import subprocess
 import sys
 import tempfile
+import time
 import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import gpu_check
 import plots
+import torch_side
 import whole
+from runner import HUNG, PORTABLE, Check, Late
+
+HERE = pathlib.Path(__file__).resolve().parent
 
 
 def check(folder, **changes):
-    arguments = {"emulated": True, "out": pathlib.Path(folder), "only": None, "driver": "libcuda.so.1"} | changes
-    return gpu_check.Check(argparse.Namespace(**arguments))
+    arguments = {"emulated": True, "out": pathlib.Path(folder), "only": None, "driver": "libcuda.so.1", "scratch": None} | changes
+    return Check(argparse.Namespace(**arguments), pathlib.Path(folder))
 
 
-class Lines(unittest.TestCase):
+def program(folder, name, text):
+    """An executable of the bundle that runs some Python instead."""
+    path = pathlib.Path(folder) / name
+    path.write_text(f"#!{sys.executable}\nimport json, os, sys, time\n{text}\n")
+    path.chmod(0o755)
+
+
+class Runner(unittest.TestCase):
     def test_a_failing_line_is_recorded_and_the_next_one_runs(self):
         with tempfile.TemporaryDirectory() as folder:
             one = check(folder)
@@ -30,13 +41,66 @@ class Lines(unittest.TestCase):
             self.assertIn("no device", found["broken"]["error"])
             self.assertIn("not done after", found["slow"]["error"])
 
+    def test_an_answer_counts_also_where_its_program_does_not_go(self):
+        with tempfile.TemporaryDirectory() as folder:
+            text = "import time; print('[1]', flush=True); time.sleep(60)"
+            self.assertEqual(check(folder, emulated=False).json([sys.executable, "-c", text], 2), [1])
+
     def test_no_command_outlives_the_whole_run(self):
         with tempfile.TemporaryDirectory() as folder:
             one = check(folder)
             one.end = 0
-            with self.assertRaises(subprocess.TimeoutExpired):
+            with self.assertRaises(Late):
                 one.run([sys.executable, "-c", "import time; time.sleep(60)"], 100)
 
+    def test_what_a_late_program_started_is_gone_and_what_it_said_is_kept(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder, emulated=False)
+            # As compute-sanitizer does: the program that is killed only watches the one that uses the device.
+            text = "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); import time; time.sleep(60)"
+            with self.assertRaises(Late) as late:
+                one.run([sys.executable, "-c", text], 2)
+            child = pathlib.Path("/proc") / late.exception.stdout.strip() / "stat"
+            for _ in range(100):
+                try:
+                    if "(sleep) Z" in child.read_text():
+                        return
+                except OSError:
+                    return
+                time.sleep(0.05)
+            self.fail(f"{child} is of a program that still runs")
+
+    def test_after_a_kernel_that_does_not_end_the_backend_runs_without_such_kernels(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder)
+            program(folder, "gpu-check", f"""
+portable = all(os.environ.get(name) == value for name, value in {PORTABLE}.items())
+print(json.dumps([portable])) if portable else sys.exit("a trial was not done; {HUNG} this and that")""")
+            one.line("golden", lambda: {"ok": True, "portable": one.backend(["golden"], 20)})
+            one.line("model", lambda: {"ok": True, "portable": one.backend(["model"], 20)})
+            self.assertEqual([line["portable"] for line in one.lines.values()], [[True], [True]])
+            # What does not end is reported by the line that met it.
+            self.assertEqual([line["ok"] for line in one.lines.values()], [False, True])
+            self.assertIn("a trial was not done", one.lines["golden"]["error"])
+
+    def test_another_failure_of_the_backend_is_not_tried_again(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder)
+            program(folder, "gpu-check", "open('count', 'a').write('x'); sys.exit('no device')")
+            one.line("golden", lambda: one.backend(["golden"], 20))
+            self.assertIn("no device", one.lines["golden"]["error"])
+            self.assertEqual((pathlib.Path(folder) / "count").read_text(), "x")
+
+
+    def test_a_dry_run_may_take_longer(self):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, "-c", "import time; time.sleep(1.5)"]
+            self.assertEqual(check(folder).run(command, 1).returncode, 0)
+            with self.assertRaises(Late):
+                check(folder, emulated=False).run(command, 1)
+
+
+class Lines(unittest.TestCase):
     def test_outputs_that_differ_fail_the_line(self):
         with tempfile.TemporaryDirectory() as folder:
             one = check(folder)
@@ -44,12 +108,177 @@ class Lines(unittest.TestCase):
             cases = [({}, True), ({"relative_difference": 0.5}, False), ({"same_length": False}, False),
                      ({"exact_kind": True, "same_bits": 1.0}, True), ({"exact_kind": True, "same_bits": 0.5}, False)]
             for change, expected in cases:
-                one.run = lambda command, *_: command[-1].touch() or argparse.Namespace(returncode=0, stderr="")
-                one.json = lambda *_, change=change: {"outputs": [good | change], "missing": 0}
-                self.assertEqual(gpu_check.emulator(one)["ok"], expected, change)
+                self.assertEqual(self.emulator(one, {"outputs": [good | change], "missing": []}), expected, change)
+
+    def emulator(self, one, compared, failed=(), hopper=True):
+        def answer(command, *_):
+            if command[1] == "compare":
+                return compared
+            command[-1].touch()
+            return {"outputs": 1, "hopper": hopper, "failed": list(failed)}
+        one.json = answer
+        return gpu_check.emulator(one)["ok"]
+
+    def test_outputs_that_are_missing_fail_the_line_where_the_device_could_have_made_them(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder)
+            lacks = {"outputs": [], "missing": ["hopper_gemm: c"]}
+            self.assertFalse(self.emulator(one, lacks))
+            self.assertTrue(self.emulator(one, lacks, hopper=False))
+            self.assertFalse(self.emulator(one, {"outputs": [], "missing": ["gemm: c"]}, hopper=False))
+            failed = [{"name": "gemm", "error": "CUDA error 700"}]
+            self.assertFalse(self.emulator(one, {"outputs": [], "missing": []}, failed=failed))
+
+    def test_a_test_that_does_not_end_costs_neither_its_module_nor_the_others(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder, emulated=False)
+            program(folder, "ops", """
+tests = ["gemms::first", "gemms::hangs", "gemms::last", "rows::only"]
+if "--list" in sys.argv:
+    print("\\n".join(f"{name}: test" for name in tests)); sys.exit()
+skipped = [sys.argv[i + 1] for i, word in enumerate(sys.argv) if word == "--skip"]
+for name in tests:
+    if name.startswith(sys.argv[3]) and name not in skipped:
+        print(f"test {name} ... ", end="", flush=True)
+        time.sleep(60 if "hangs" in name else 0)
+        print("ok", flush=True)""")
+            seconds, gpu_check.MODULE_SECONDS = gpu_check.MODULE_SECONDS, 2
+            try:
+                found = gpu_check.tests(one)
+            finally:
+                gpu_check.MODULE_SECONDS = seconds
+            self.assertEqual((found["tests"], found["failed"], found["ok"]), (4, ["gemms::hangs"], False))
+
+    def test_a_run_of_tests_that_dies_is_not_ok(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder)
+            program(folder, "ops", "print('test rows::a ... ok', flush=True); os.abort()")
+            found = gpu_check.tests(one)
+            self.assertEqual((found["tests"], found["ok"]), (1, False))
+
+    def test_every_model_is_held_to_a_bound(self):
+        def judged(**changes):
+            one = {"model": "m", "fp8_products": False, "relative_errors": [0.04, 0.01], "worst": 0.04} | changes
+            with tempfile.TemporaryDirectory() as folder:
+                found = check(folder)
+                found.backend = lambda *_: [one]
+                return gpu_check.golden(found)["ok"]
+        narrow = {"fp8_products": True, "worst": 0.2}
+        self.assertTrue(judged())
+        self.assertFalse(judged(worst=0.06))
+        self.assertFalse(judged(error="a shape"))
+        self.assertTrue(judged(**narrow, relative_errors=[0.2, 0.1]))
+        self.assertFalse(judged(**narrow, relative_errors=[0.2, 0.2]))
+        self.assertFalse(judged(**narrow, relative_errors=[float("nan")]))
+
+    def test_the_sanitizer_wants_every_fatbin_launched_and_nothing_said(self):
+        good = {"cases": 2, "failed": [], "seen": ["a"], "unseen": []}
+
+        def judged(answer, code=0, emulated=True, says=""):
+            with tempfile.TemporaryDirectory() as folder:
+                program(folder, "device", f"print({json.dumps(answer)!r}); sys.exit({code})")
+                program(folder, "tool", f"""import subprocess
+print("========= COMPUTE-SANITIZER")
+code = subprocess.call(sys.argv[5:])
+print({says!r})
+sys.exit(9 if {says!r} else code)""")
+                places, gpu_check.sanitizer_program = gpu_check.sanitizer_program, lambda: str(pathlib.Path(folder) / "tool")
+                try:
+                    return gpu_check.sanitizer("memcheck")(check(folder, emulated=emulated))
+                finally:
+                    gpu_check.sanitizer_program = places
+
+        self.assertTrue(judged(good)["ok"])
+        self.assertTrue(judged(good, emulated=False)["ok"])
+        found = judged(good, emulated=False, says="========= ERROR SUMMARY: 3 errors")
+        self.assertEqual((found["ok"], found["error"]), (False, "ERROR SUMMARY: 3 errors"))
+        self.assertIn("hopper_gemm_fp8", judged(good | {"unseen": ["hopper_gemm_fp8"]})["error"])
+        self.assertFalse(judged(good | {"failed": [{"name": "gemm", "error": "late"}]})["ok"])
+        self.assertFalse(judged(good | {"cases": 0})["ok"])
+        self.assertFalse(judged(good, code=1)["ok"])
+
+    def test_a_sanitizer_that_is_late_says_where_it_was(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder)
+            one.end = time.monotonic() + 2
+            program(folder, "device", """print("========= Invalid read", flush=True)
+print("gemm\\nhopper_gemm", file=sys.stderr, flush=True)
+time.sleep(60)""")
+            found = gpu_check.sanitizer("racecheck")(one)
+            self.assertEqual((found["ok"], found["said"]), (False, ["========= Invalid read"]))
+            self.assertIn("the last case was hopper_gemm", found["error"])
+
+    def test_times_that_were_taken_before_the_limit_are_kept(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder)
+            one.end = time.monotonic() + 2
+            program(folder, "device", """print('{"name": "gemm"}\\nthread panicked\\n{"na', end="", file=sys.stderr, flush=True)
+time.sleep(60)""")
+            found = gpu_check.speed(one)
+            self.assertEqual((found["ok"], found["cases"]), (False, [{"name": "gemm"}]))
+            self.assertIn("not done after", found["error"])
+
+    def test_weight_files_go_where_there_is_room_and_away_after_their_use(self):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder, scratch=pathlib.Path(folder))
+            program(folder, "gpu-check", "print(json.dumps({'words': sys.argv[1:]}))")
+            found = gpu_check.start(one)
+            place = one.files
+            self.assertEqual(found["files"]["words"], ["write", str(HERE / "shapes/tiny-v2.json"), str(place)])
+            self.assertEqual([run["words"] for run in found["runs"]], [["start", str(place)]] * 2)
+            one.clear()
+            self.assertFalse(place.exists())
+            self.assertIsNone(gpu_check.scratch(one, 1e18))
 
 
-SHAPES = pathlib.Path(__file__).resolve().parent / "shapes"
+class Torch(unittest.TestCase):
+    def run_bounds(self, lines, code=0):
+        with tempfile.TemporaryDirectory() as folder:
+            one = check(folder)
+            one.run = lambda *_: argparse.Namespace(returncode=code, stdout="\n".join(map(json.dumps, lines)), stderr="no memory")
+            lacks, gpu_check.absent = gpu_check.absent, lambda *_: None
+            try:
+                return gpu_check.bounds(one)
+            finally:
+                gpu_check.absent = lacks
+
+    def test_what_was_measured_is_gathered_from_the_lines(self):
+        rates = [{"copy_gb_per_s": 4000.0}, {"bf16_tflop_per_s": 0.0}]
+        times = [{"torch": {"a": 1.0}, "by": {"a": "mm"}}, {"absent": {"b": "no"}}, {"torch": {"c": 2.0}, "by": {"c": "mm"}}]
+        found = self.run_bounds(rates + times)
+        self.assertEqual((found["ok"], found["torch"], found["absent"]), (True, {"a": 1.0, "c": 2.0}, {"b": "no"}))
+        self.assertFalse(self.run_bounds(times)["ok"])
+        cut = self.run_bounds(rates + times, code=1)
+        self.assertEqual((cut["ok"], cut["torch"], cut["error"]), (False, {"a": 1.0, "c": 2.0}, "no memory"))
+
+    def test_a_module_that_is_not_there_leaves_the_line_out(self):
+        self.assertEqual(gpu_check.absent("json", "no_such_module"), {"skipped": "needs no_such_module"})
+        self.assertIsNone(gpu_check.absent("json"))
+
+    def test_small_widths_name_no_case_twice_and_are_of_the_same_kinds(self):
+        kinds = {}
+        for widths, values in torch_side.WIDTHS.items():
+            names = [name for name, _ in torch_side.comparisons(values)]
+            self.assertEqual(len(names), len(set(names)))
+            kinds[widths] = {" ".join(word for word in name.split() if not word[0].isdigit()) for name in names}
+        self.assertEqual(kinds["small"], kinds["true"])
+
+
+class Bundle(unittest.TestCase):
+    def test_the_bundle_has_every_module_that_the_scripts_import(self):
+        modules = {path.stem for path in HERE.glob("*.py")}
+        line = next(line for line in (HERE / "bundle.sh").read_text().splitlines() if line.startswith("cp kernels/check/{"))
+        packed = set(line.split("{")[1].split("}")[0].split(","))
+        imported = set()
+        for name in packed:
+            for line in (HERE / f"{name}.py").read_text().splitlines():
+                words = line.split()
+                if words[:1] in (["import"], ["from"]):
+                    imported.add(words[1])
+        self.assertEqual(imported & modules, packed - {"gpu_check", "torch_side"})
+
+
+SHAPES = HERE / "shapes"
 
 
 def shape(name):
@@ -114,9 +343,29 @@ class Plots(unittest.TestCase):
 
     def test_the_share_is_of_the_longer_bound(self):
         # 1 GB at 4000 GB/s takes 0.25 ms; 1 TFLOP at 800 TFLOP/s takes 1.25 ms.
-        self.assertAlmostEqual(plots.share_of_bound(self.CASE, 4000, 800), 0.5)
-        self.assertAlmostEqual(plots.share_of_bound(self.CASE | {"flops": 1e12, "milliseconds": 2.5}, 4000, 800), 0.5)
+        self.assertEqual(plots.share_of_bound(self.CASE, 4000, 800), (0.5, "4000 GB/s"))
+        flops = self.CASE | {"flops": 1e12, "milliseconds": 2.5}
+        self.assertEqual(plots.share_of_bound(flops, 4000, 800), (0.5, "800 TFLOP/s"))
         self.assertIsNone(plots.share_of_bound(self.CASE, None, None))
+
+    def test_a_product_of_fp8_is_held_to_the_rate_of_fp8(self):
+        bounds = {"bf16_tflop_per_s": 800, "fp8_tflop_per_s": 1500}
+        rates = [plots.rate_of_products(name, bounds) for name in ("hopper_gemm Fp8 1x2x3", "gemm Bf16 1x2x3", "rms_norm Fp8 1x2")]
+        self.assertEqual(rates, [1500, 800, 800])
+        self.assertEqual(plots.rate_of_products("gemm Fp8 1x2x3", {"bf16_tflop_per_s": 800}), 800)
+
+    def test_hoppers_kernels_stand_beside_pytorchs_time_for_the_same_work(self):
+        bounds = {"torch": {"gemm Fp8 1x2x3": 2.0, "mla_decode Bf16 1x9, 16 heads": 3.0}, "by": {"gemm Fp8 1x2x3": "_scaled_mm"},
+                  "absent": {"grouped_gemm Fp8 1": "no operator"}}
+        names = ["hopper_gemm Fp8 1x2x3", "hopper_mla_decode 1x9, 16 heads", "hopper_grouped_gemm Fp8 1", "permute"]
+        self.assertEqual([plots.theirs(name, bounds) for name in names], ["2 (_scaled_mm)", "3 (PyTorch)", "absent", ""])
+
+    def test_a_start_is_a_row_of_seconds_and_rates(self):
+        run = {"open_seconds": 0.5, "load_seconds": 1.5, "first_token_seconds": 0.25, "start_seconds": 2.25, "bytes": 31.4e9,
+               "load_gb_per_s": 20.9, "read_by_all_gb_per_s": 60.0, "copy_gb_per_s": 50.0, "share_of_bound": 0.42}
+        table = plots.starts({"model": "v2-lite", "runs": [run]})
+        self.assertEqual(table[-1], "| 0.5 | 1.5 | 0.25 | 2.25 | 20.9 | 60 | 50 | 42 % |")
+        self.assertEqual(plots.starts({"skipped": "no room"}), [])
 
     def test_the_table_and_the_plots_are_written(self):
         lines = {"bounds": {"ok": True, "seconds": 1, "copy_gb_per_s": 4000, "bf16_tflop_per_s": 800, "torch": {"rms_norm <1>": 0.7}},
@@ -125,7 +374,7 @@ class Plots(unittest.TestCase):
             out = pathlib.Path(folder)
             plots.write(out, lines, True)
             table = (out / "table.md").read_text()
-            self.assertIn("| rms_norm <1> | 0.5 | 2000 | 0.002 | 50 % | 0.7 |", table)
+            self.assertIn("| rms_norm <1> | 0.5 | 2000 | 0.002 | 50 % of 4000 GB/s | 0.7 (PyTorch) |", table)
             self.assertIn("| speed | gemm | 2 |", table)
             self.assertIn("times mean nothing", table)
             self.assertIn("rms_norm &lt;1&gt;", (out / "bandwidth.svg").read_text())

@@ -1,5 +1,6 @@
 //! A case: launches over buffers of their own, what they move and compute, and what they leave.
 
+use std::fmt;
 use std::rc::Rc;
 
 use half::bf16;
@@ -14,6 +15,7 @@ type Step = Box<dyn Fn(&Stream) -> Result<(), DriverError>>;
 
 /// Kernels in order over their buffers.
 pub struct Case {
+    earlier: Vec<&'static str>,
     launches: Vec<Launch>,
     steps: Vec<Step>,
     outputs: Vec<(&'static str, Kind, usize, Rc<Buffer>)>,
@@ -29,9 +31,10 @@ impl Case {
         self.steps.iter().try_for_each(|step| step(stream))
     }
 
-    pub fn kernels(&self) -> String {
-        let lines: Vec<String> = self.launches.iter().map(Launch::to_string).collect();
-        lines.join("; ")
+    /// Of all launches, those that made its inputs included.
+    pub fn kernels(&self) -> Vec<&'static str> {
+        let launches = self.launches.iter().map(|launch| launch.kernel);
+        self.earlier.iter().copied().chain(launches).collect()
     }
 
     pub fn read(&self, stream: &Stream, case: &str) -> Result<Vec<Output>, DriverError> {
@@ -46,9 +49,17 @@ impl Case {
     }
 }
 
+impl fmt::Display for Case {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<String> = self.launches.iter().map(Launch::to_string).collect();
+        formatter.write_str(&lines.join("; "))
+    }
+}
+
 /// Collects a case. Inputs repeat a random half megabyte: enough that no bit is predictable, and quick to make.
 pub struct Builder<'a> {
     lab: &'a mut Lab,
+    earlier: Vec<&'static str>,
     launches: Vec<Launch>,
     steps: Vec<Step>,
     outputs: Vec<(&'static str, Kind, usize, Rc<Buffer>)>,
@@ -61,6 +72,7 @@ impl<'a> Builder<'a> {
     pub fn new(lab: &'a mut Lab) -> Self {
         Self {
             lab,
+            earlier: Vec::new(),
             launches: Vec::new(),
             steps: Vec::new(),
             outputs: Vec::new(),
@@ -136,8 +148,9 @@ impl<'a> Builder<'a> {
     }
 
     /// Runs once now, outside of what is timed.
-    pub fn before<P: Params>(&mut self, launch: &Launch, params: &P) {
-        self.lab.run(launch, params);
+    pub fn before<P: Params>(&mut self, launch: Launch, params: &P) {
+        self.lab.run(&launch, params);
+        self.earlier.push(launch.kernel);
     }
 
     pub fn step<P: Params + 'static>(&mut self, launch: Result<Launch, Unsupported>, params: P) {
@@ -158,6 +171,7 @@ impl<'a> Builder<'a> {
 
     pub fn finish(self, bytes: usize, flops: usize) -> Case {
         Case {
+            earlier: self.earlier,
             launches: self.launches,
             steps: self.steps,
             outputs: self.outputs,

@@ -97,7 +97,8 @@ fn read(path: &str) -> Result<Vec<Output>, String> {
     Ok(outputs)
 }
 
-/// For each output the share of values that are the same bits, and the largest difference relative to the largest value.
+/// For each output of `a` the share of values that are the same bits, and the largest difference relative to the largest
+/// value; and the names of those that `b` alone has.
 pub fn differences(a: &str, b: &str) -> Result<Value, String> {
     let (left, right) = (read(a)?, read(b)?);
     let mut lines = Vec::new();
@@ -135,5 +136,11 @@ pub fn differences(a: &str, b: &str) -> Result<Value, String> {
             "same_length": one.bytes.len() == other.bytes.len(),
         }));
     }
-    Ok(json!({"outputs": lines, "missing": right.len().saturating_sub(left.len())}))
+    let is_there = |name: &String| left.iter().any(|one| one.name == *name);
+    let missing: Vec<&String> = right
+        .iter()
+        .map(|one| &one.name)
+        .filter(|name| !is_there(name))
+        .collect();
+    Ok(json!({"outputs": lines, "missing": missing}))
 }

@@ -228,7 +228,7 @@ fn sorted(
         experts_held: experts as i32,
     };
     let sort = plan::permute(tokens, top_k, experts).expect("a shape that the kernels take");
-    b.before(&sort, &permute);
+    b.before(sort, &permute);
     (permute, used.len())
 }
 
