@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use futures::future::try_join_all;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, DeleteParams, ListParams};
+use kube::api::{Api, DeleteParams, ListParams, PartialObjectMeta};
 
 use crate::clocks::not_running;
 use crate::cluster::Place;
@@ -44,7 +44,10 @@ pub async fn churn(
     let pods: Api<Pod> = api(place.client);
     let each = usize::try_from(rate(replicas))?;
     let list = pods.list_metadata(&ListParams::default()).await?;
-    let mut names = list.items.into_iter().filter_map(|pod| pod.metadata.name);
+    let mut all = list.items.into_iter().filter_map(|pod| {
+        let metadata = pod.metadata;
+        Some((metadata.name?, metadata.uid?))
+    });
     say(format!("S7: {each} pods are deleted each second"));
     let mut deleted = BTreeSet::new();
     let before = operator.processor_seconds()?;
@@ -52,21 +55,22 @@ pub async fn churn(
     let mut tick = tokio::time::interval(Duration::from_secs(1));
     while begin.elapsed() < TIME {
         tick.tick().await;
-        let some: Vec<String> = names.by_ref().take(each).collect();
-        let parameters = &DeleteParams::default();
-        try_join_all(some.iter().map(|name| pods.delete(name, parameters))).await?;
-        deleted.extend(some);
+        let some: Vec<(String, String)> = all.by_ref().take(each).collect();
+        let how = &DeleteParams::default();
+        try_join_all(some.iter().map(|(name, _)| pods.delete(name, how))).await?;
+        deleted.extend(some.into_iter().map(|(_, uid)| uid));
     }
     let used = operator.processor_seconds()? - before;
     let percent = 100.0 * used / begin.elapsed().as_secs_f64();
     let last = Instant::now();
     wait_for(LOOK, || async {
         let list = pods.list_metadata(&ListParams::default()).await?;
-        let of = |pod: &&kube::core::PartialObjectMeta<Pod>| {
-            let name = pod.metadata.name.as_ref();
-            name.is_some_and(|name| !deleted.contains(name))
+        // One that is made in the place of another has its name.
+        let is_other = |pod: &&PartialObjectMeta<Pod>| {
+            let uid = pod.metadata.uid.as_ref();
+            uid.is_some_and(|uid| !deleted.contains(uid))
         };
-        let (others, all) = (list.items.iter().filter(of).count(), list.items.len());
+        let (others, all) = (list.items.iter().filter(is_other).count(), list.items.len());
         if others != all || all != usize::try_from(replicas)? {
             return Ok(Some(format!(
                 "{others} of {replicas} pods are there, and {} deleted ones",
