@@ -19,7 +19,11 @@ from matplotlib import lines, pyplot, ticker  # noqa: E402
 FOLDER = pathlib.Path(__file__).parents[2] / "docs" / "performance"
 OURS, LIMIT, OTHERS = "#1f6f8b", "#d1495b", "#9aa5b1"
 BESIDE = re.compile(r"(S\d: .+), ours beside (.+)")
-ABSENT = re.compile(r"(S\d: .+), ours; (.+): not in every run within (\d+) s")
+ABSENT = {  # whose figure there is
+    "ours": re.compile(r"(S\d: .+), ours; (.+): not in every run within (\d+) s"),
+    "theirs": re.compile(r"(S\d: .+), (.+); ours: not in every run within (\d+) s"),
+    "nobody's": re.compile(r"(S\d: .+), ours and (.+): not in every run within (\d+) s"),
+}
 UNITS = {
     "pods/s": "pods created per second",
     "s": "seconds",
@@ -67,24 +71,34 @@ def spread(axis, place, figure):
         axis.plot([figure.least(), figure.most()], [place, place], color="black", lw=1.2, marker="|", ms=6)
 
 
+def is_contest(row):
+    return BESIDE.fullmatch(row["name"]) or any(form.fullmatch(row["name"]) for form in ABSENT.values())
+
+
 def contests(report):
     """For each title its unit, and who reached how much; a text in place of a figure for who did not get there."""
     found = {}
+
+    def put(row, title, who, ours, theirs):
+        all_of = found.setdefault(title, (row["unit"], {}))[1]
+        all_of["cachalot"] = ours
+        all_of[who.removeprefix("a ")] = theirs
+
     for row in report["rows"]:
         if match := BESIDE.fullmatch(row["name"]):
-            title, who, theirs = *match.groups(), theirs_of(row)
-        elif match := ABSENT.fullmatch(row["name"]):
-            title, who, theirs = match[1], match[2], f"not within {match[3]} s"
-        else:
-            continue
-        unit, all_of = found.setdefault(title, (row["unit"], {"cachalot": ours_of(row)}))
-        all_of[who.removeprefix("a ")] = theirs
+            put(row, *match.groups(), ours_of(row), theirs_of(row))
+        for whose, form in ABSENT.items():
+            if match := form.fullmatch(row["name"]):
+                title, who, seconds = match.groups()
+                none = f"not in every run within {seconds} s"
+                figure = ours_of(row)
+                put(row, title, who, figure if whose == "ours" else none, figure if whose == "theirs" else none)
     return found
 
 
 def contest(axis, title, unit, all_of):
     figures = [value for value in all_of.values() if isinstance(value, Figure)]
-    widest = max(figure.most() for figure in figures)
+    widest = max((figure.most() for figure in figures), default=1)
     for place, (who, value) in enumerate(all_of.items()):
         if isinstance(value, str):
             axis.text(0, place, f" {value}", va="center", style="italic")
@@ -94,7 +108,7 @@ def contest(axis, title, unit, all_of):
         spread(axis, place, value)
         axis.text(value.most(), place, f"  {value.words(unit)}", va="center")
     axis.set_yticks(range(len(all_of)), ["\n".join(textwrap.wrap(who, 34)) for who in all_of])
-    axis.invert_yaxis()
+    axis.set_ylim(len(all_of) - 0.5, -0.5)
     axis.set_xlim(0, widest * 1.6)
     axis.set_title("\n".join(textwrap.wrap(title, 80)), loc="left", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
@@ -156,7 +170,7 @@ def save(figure, name):
 
 
 def main():
-    rows = [row for row in read("fleet.json")["rows"] if not BESIDE.fullmatch(row["name"]) and not ABSENT.fullmatch(row["name"])]
+    rows = [row for row in read("fleet.json")["rows"] if not is_contest(row)]
     if not rows:
         sys.exit("fleet.json has no rows: measure with make bench-fleet")
     units = {row["unit"]: None for row in rows}

@@ -213,11 +213,11 @@ mod tests {
             (row.name, row.value, row.reference)
         };
         let (two, none) = ([Some(1.0), Some(3.0)], [Some(2.0), None]);
-        assert_eq!(row(&two, &two), ("x, ours beside b".into(), 3.0, Some(3.0)));
+        assert_eq!(row(&two, &two), ("x, ours beside b".into(), 2.0, Some(2.0)));
         let words = "x, ours; b: not in every run within 90 s";
-        assert_eq!(row(&two, &none), (words.into(), 3.0, None));
+        assert_eq!(row(&two, &none), (words.into(), 2.0, None));
         let words = "x, b; ours: not in every run within 90 s";
-        assert_eq!(row(&none, &two), (words.into(), 3.0, None));
+        assert_eq!(row(&none, &two), (words.into(), 2.0, None));
         let words = "x, ours and b: not in every run within 90 s";
         assert_eq!(row(&none, &none), (words.into(), 90.0, None));
     }

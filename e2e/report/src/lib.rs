@@ -329,10 +329,15 @@ impl Report {
     }
 }
 
-/// The value in the middle.
+/// The value in the middle, or between the two that are.
 pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    let (half, is_even) = (values.len() / 2, values.len().is_multiple_of(2));
+    match (half.checked_sub(1), is_even) {
+        (None, true) => f64::NAN,
+        (Some(before), true) => f64::midpoint(values[before], values[half]),
+        (_, false) => values[half],
+    }
 }
 
 /// Three significant digits.
@@ -410,6 +415,11 @@ mod tests {
         let runs = Figure::from_iter([3.0, 1.0, 2.5]);
         assert_eq!(runs.to_string(), "2.50 (1.00 to 3.00)");
         assert_eq!(Figure::from_iter([3.0]), Figure::from(3.0));
+        assert_eq!(
+            Figure::from_iter([3.0, 1.0]).to_string(),
+            "2.00 (1.00 to 3.00)"
+        );
+        assert!(median(Vec::new()).is_nan());
         let row = Row::against("x", runs, "s", Figure::from_iter([10.0, 20.0, 10.0]), None);
         let spread = |least, most| {
             let runs = 3;
