@@ -20,7 +20,7 @@ use crate::rivals::{Contestant, Project, Rival, contestants, dynamic};
 use bench_report::Row;
 
 /// How long one span may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(90);
 /// How often a status is read.
 const LOOK: Duration = Duration::from_millis(200);
 /// Name of the one object, and the beginning of those of many.
