@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	auditv1 "k8s.io/apiserver/pkg/apis/audit/v1"
 	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/yaml"
 )
@@ -96,6 +97,27 @@ func TestFeatureGatesReachAllThree(t *testing.T) {
 		if strings.HasPrefix(a, "--feature-gates") {
 			t.Error("a gate that nobody asked for")
 		}
+	}
+}
+
+func TestWritesAreLoggedOnlyForWhoAsks(t *testing.T) {
+	l := testLab(t)
+	isAudit := func(a string) bool { return strings.HasPrefix(a, "--audit") }
+	if slices.ContainsFunc(l.apiServerArgs(controlPlane{}), isAudit) {
+		t.Error("nobody asked for an audit log")
+	}
+	args := l.apiServerArgs(controlPlane{audit: true})
+	for _, want := range []string{"--audit-policy-file=" + l.path("audit.yaml"), "--audit-log-path=" + l.path("audit.log")} {
+		if !slices.Contains(args, want) {
+			t.Errorf("no %s", want)
+		}
+	}
+	policy := &auditv1.Policy{}
+	if err := yaml.UnmarshalStrict([]byte(auditPolicy), policy); err != nil {
+		t.Fatal(err)
+	}
+	if admin := users("n")[0].user; !slices.Contains(policy.Rules[len(policy.Rules)-1].Users, admin) {
+		t.Errorf("the policy does not log %s", admin)
 	}
 }
 

@@ -33,6 +33,7 @@ type controlPlane struct {
 	etcdClient, etcdPeer                string // URLs
 	schedulerPort, controllerPort       int
 	featureGates, runtimeConfig         string
+	audit                               bool
 	downscaleStabilization, hpaInterval time.Duration
 }
 
@@ -68,6 +69,10 @@ func (l *lab) apiServerArgs(c controlPlane) []string {
 	if c.runtimeConfig != "" {
 		args = append(args, "--runtime-config="+c.runtimeConfig)
 	}
+	if c.audit {
+		args = append(args, "--audit-policy-file="+l.path("audit.yaml"), "--audit-log-path="+l.path("audit.log"),
+			"--audit-log-maxsize=100000") // MB; whoever reads it from where they were must not lose it to a rotation
+	}
 	return args
 }
 
@@ -98,9 +103,25 @@ func (l *lab) schedulerArgs(c controlPlane) []string {
 	return append(l.clientArgs("scheduler", c.schedulerPort), c.gates()...)
 }
 
+// auditPolicy: the writes of everybody who came as the administrator, also in another's name, but not those of the
+// components, nor the leases of nodes, which KWOK renews as the administrator.
+const auditPolicy = `apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+omitManagedFields: true
+rules:
+- {level: None, namespaces: [kube-node-lease]}
+- {level: Metadata, users: [admin], verbs: [create, update, patch, delete, deletecollection]}
+`
+
 // startControlPlane returns when the API server is ready.
 func (s *supervisor) startControlPlane(c controlPlane) error {
 	t := time.Now()
+	if c.audit {
+		if err := os.WriteFile(s.path("audit.yaml"), []byte(auditPolicy), 0o600); err != nil {
+			return err
+		}
+	}
 	if err := s.start("etcd", s.path("etcd"), c.etcdClient, c.etcdPeer); err != nil {
 		return err
 	}

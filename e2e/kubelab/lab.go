@@ -17,7 +17,7 @@ import (
 //
 //	admin.kubeconfig  the way in                ready     exists while the lab can be used
 //	lab.json          what runs, for "down"     logs/     one file for each component; kept by "down"
-//	pki/ etcd/ node/  private to the components
+//	audit.log         who wrote what, if asked  pki/ etcd/ node/  private to the components
 type lab struct {
 	dir  string
 	host string
@@ -118,7 +118,7 @@ func parseStart(stat string) (uint64, bool) {
 // clear removes what a lab leaves in its folder; logs and what it does not know stay.
 func (l *lab) clear() error {
 	var errs []error
-	for _, name := range []string{"ready", "admin.kubeconfig", "pki", "etcd", "flexvolume", "kwok.yaml", "lab.json"} {
+	for _, name := range []string{"ready", "admin.kubeconfig", "pki", "etcd", "flexvolume", "kwok.yaml", "audit.yaml", "audit.log", "lab.json"} {
 		errs = append(errs, os.RemoveAll(l.path(name)))
 	}
 	return errors.Join(errs...)

@@ -58,6 +58,7 @@ func upCommand(dir *string) *cobra.Command {
 	f.StringVar(&o.kwok, "kwok", "", "KWOK, which plays the simulated nodes; default: kwok beside kubelab or in $PATH")
 	f.StringVar(&o.controlPlane.featureGates, "feature-gates", "", "passed to API server, controller-manager and scheduler")
 	f.StringVar(&o.controlPlane.runtimeConfig, "runtime-config", "", "passed to the API server")
+	f.BoolVar(&o.controlPlane.audit, "audit", false, "the API server logs who wrote what, as the administrator or in another's name, to audit.log in the state folder")
 	f.DurationVar(&o.controlPlane.hpaInterval, "hpa-interval", 2*time.Second, "how often HorizontalPodAutoscalers are looked at")
 	f.DurationVar(&o.controlPlane.downscaleStabilization, "hpa-downscale-stabilization", 10*time.Second, "how long an HPA waits before it scales down")
 	o.node.addFlags(f)

@@ -23,6 +23,14 @@ impl Lab {
     /// # Errors
     /// When kubelab is not built (says how) or the lab does not come up (with its own words).
     pub fn start() -> Result<Self> {
+        Self::start_with(&[])
+    }
+
+    /// Starts a control plane with more flags of `kubelab up`.
+    ///
+    /// # Errors
+    /// As [`Lab::start`].
+    pub fn start_with(flags: &[&str]) -> Result<Self> {
         let kubelab = crate::tool("kubelab");
         let dir = tempfile::tempdir().context("no folder for the lab")?;
         // Made before the lab, so that one that is killed while it starts is ended as well.
@@ -33,6 +41,7 @@ impl Lab {
         let output = Command::new(&kubelab)
             .args(["up", "--detach", "--dir"])
             .arg(dir.path())
+            .args(flags)
             .output()
             .with_context(|| {
                 format!(
@@ -57,6 +66,11 @@ impl Lab {
     /// Its administrator's access.
     pub fn cluster(&self) -> Cluster {
         Cluster::new(self.dir.path().join("admin.kubeconfig"))
+    }
+
+    /// What the API server logs of writes, if started with `--audit`.
+    pub fn audit_log(&self) -> PathBuf {
+        self.dir.path().join("audit.log")
     }
 
     /// Runs another kubelab command on this lab.

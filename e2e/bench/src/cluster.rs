@@ -2,7 +2,7 @@
 //!
 //! S1: one model with many replicas; a bare client then creates the same pods as fast as the API server takes them, which
 //! is the limit of any operator. S6: a restart over a fleet that is as it should be. S7: the operator while nothing
-//! changes. S8: many models at once. The same control plane serves all, one after the other, in each run.
+//! changes, and while pods are deleted. S8: many models at once. The same control plane serves all, one after the other, in each run.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,14 +15,18 @@ use kube::api::{Api, ListParams, PostParams};
 use operator_api::ModelDeployment;
 use operator_k8s::Client;
 
+use crate::churn::{self, Churn};
+use crate::clocks::{self, Clocks};
 use crate::objects::{
     WAIT_MAX, api, clear, clear_pods, create_all, say, templates, wait_for, wait_pods,
 };
-use crate::operator::{Operator, newest_operator};
+use crate::operator::{self, Operator, newest_operator};
 use crate::planning::{self, Shape};
-use crate::rivals::{self, Rival};
-use crate::{large, stories};
-use bench_report::{Row, median};
+use crate::rivals::Rival;
+use crate::runs::Runs;
+use crate::writes::{Audit, kubeconfig_of};
+use crate::{beside, large, rival_stories, stories};
+use bench_report::{Figure, Row};
 
 /// ModelDeployments of S8, which tells the story of a fleet of many models. Each takes a node; there are fewer where there
 /// are fewer nodes.
@@ -32,6 +36,10 @@ const MODELS: u32 = 300;
 const SETTLE: Duration = Duration::from_secs(30);
 /// How long the operator is watched while nothing changes.
 const IDLE: Duration = Duration::from_secs(10);
+/// How long after a fleet is ready its last writes may come.
+pub const LAST_WRITES: Duration = Duration::from_secs(2);
+/// In whose name the bare client comes to the API server.
+const BARE: &str = "bench-bare";
 /// How long a restarted operator may take.
 const RESTART_MAX: Duration = Duration::from_secs(60);
 const ACTIONS: &str = "cachalot_operator_actions_total";
@@ -44,8 +52,10 @@ const NAME: &str = "fleet";
 pub enum Part {
     /// One model with many replicas, restart, idle share, many models (S1, S6 to S8).
     Create,
-    /// Other projects' controllers, those that are given (S1).
+    /// Other projects' controllers, those that are given, at their defaults and tuned (S1).
     Rivals,
+    /// The same, tuned: many models, scaling, a burst of models (S2, S3, S8).
+    RivalStories,
     /// Fleets over time (S2 to S5).
     Stories,
     /// Ten thousand pods (S6, S7).
@@ -58,8 +68,8 @@ pub struct Bench {
     pub replicas: u32,
     /// Nodes.
     pub nodes: u32,
-    /// Runs.
-    pub runs: usize,
+    /// Runs of each part.
+    pub runs: Runs,
     /// The large fleet.
     pub large: large::Size,
     /// What of the cluster part is measured.
@@ -72,18 +82,28 @@ pub struct Bench {
 
 /// One run of the operator.
 struct Run {
-    pods_per_second: f64,
-    bare_per_second: f64,
+    clocks: Clocks,
+    bare: Bare,
     resident_megabytes: f64,
     writes_per_pod: f64,
-    /// Processor time, the operator's start included.
+    /// Processor time until all are ready, the operator's start included.
     millis_per_pod: f64,
     /// Of one core, while nothing changes.
     idle_percent: f64,
+    churn: Churn,
     /// From the start of the process to its first look that changes nothing.
     restart_seconds: f64,
     /// Until all of many ModelDeployments are Planned, and until all their pods exist.
     many_seconds: (f64, f64),
+}
+
+/// What a bare client did.
+#[derive(Clone, Copy, Debug)]
+pub struct Bare {
+    /// Its clocks; ready is when all its pods run.
+    pub clocks: Clocks,
+    /// Its writes for each pod.
+    pub writes_per_pod: f64,
 }
 
 /// Where it is measured.
@@ -94,69 +114,99 @@ pub struct Place<'a> {
     pub cluster: &'a Cluster,
     /// A client of it.
     pub client: &'a Client,
+    /// What everybody writes there.
+    pub audit: &'a Audit,
     /// Where the operator logs.
     pub log: &'a Path,
+    /// Where files may lie.
+    pub folder: &'a Path,
+}
+
+impl Place<'_> {
+    /// A kubeconfig with which somebody's writes can be told from those of others.
+    pub fn kubeconfig(&self, user: &str) -> Result<PathBuf> {
+        kubeconfig_of(self.cluster.kubeconfig(), user, self.folder)
+    }
+}
+
+/// What was measured.
+#[derive(Default)]
+pub struct Found {
+    /// The rows.
+    pub rows: Vec<Row>,
+    /// The parts that failed with why: what the others measured is worth keeping.
+    pub failed: Vec<String>,
+    /// How long each part took.
+    pub times: Vec<String>,
 }
 
 impl Bench {
-    /// The rows of the cluster part, and the parts that failed with why: what the others measured is worth keeping.
-    pub async fn rows(&self) -> Result<(Vec<Row>, Vec<String>)> {
+    /// The cluster part.
+    pub async fn rows(&self) -> Result<Found> {
         let binary = match &self.operator {
             Some(given) => given.clone(),
             None => newest_operator()?,
         };
-        let lab = Lab::start()?;
+        let lab = Lab::start_with(&["--audit"])?;
         let cluster = lab.cluster();
         prepare(&lab, &cluster, self.nodes)?;
         let (client, _) =
             operator_k8s::client::connect_as(Some(cluster.kubeconfig()), None).await?;
+        let audit = Audit::new(lab.audit_log());
         let folder = tempfile::tempdir()?;
-        let (mut rows, mut failed) = (Vec::new(), Vec::new());
+        let mut all = Found::default();
         for part in &self.parts {
             let log = folder.path().join(format!("operator-{part:?}.log"));
             let place = Place {
                 binary: &binary,
                 cluster: &cluster,
                 client: &client,
+                audit: &audit,
                 log: &log,
+                folder: folder.path(),
             };
-            say(format!("part {part:?} begins"));
+            let (runs, begin) = (self.runs.of(*part), Instant::now());
+            say(format!("part {part:?} begins; runs: {runs}"));
             let found = match part {
-                Part::Create => self.create(&place).await,
-                Part::Rivals => rivals::rows(&place, &self.rivals, self.replicas, self.runs).await,
-                Part::Stories => stories::rows(&place, self.runs).await,
-                Part::Large => large::rows(&place, self.large, self.runs).await,
-            };
-            match found {
-                Ok(found) => {
-                    say(format!("part {part:?} has ended"));
-                    rows.extend(found);
+                Part::Create => self.create(&place, runs).await,
+                Part::Rivals => beside::rows(&place, &self.rivals, self.replicas, runs).await,
+                Part::RivalStories => {
+                    rival_stories::rows(&place, &self.rivals, self.replicas, runs).await
                 }
+                Part::Stories => stories::rows(&place, runs).await,
+                Part::Large => large::rows(&place, self.large, runs).await,
+            };
+            let took = format!("{part:?} {:.1} min", begin.elapsed().as_secs_f64() / 60.0);
+            say(format!("part {took}"));
+            all.times.push(took);
+            match found {
+                Ok(found) => all.rows.extend(found),
                 Err(why) => {
                     eprintln!("{part:?} failed: {why:#}");
-                    failed.push(format!("{part:?}: {why:#}"));
+                    all.failed.push(format!("{part:?}: {why:#}"));
                     clear(&cluster, &client).await?;
                 }
             }
         }
-        Ok((rows, failed))
+        Ok(all)
     }
 
     /// S1 and S6 to S8, the operator beside a bare client.
-    async fn create(&self, place: &Place<'_>) -> Result<Vec<Row>> {
+    async fn create(&self, place: &Place<'_>, number: usize) -> Result<Vec<Row>> {
         let mut runs = Vec::new();
-        for run in 0..self.runs {
+        for run in 0..number {
             let measured = self.run(place).await?;
             println!(
                 "run {run}: operator {:.0} pods/s, bare client {:.0} pods/s, restart {:.2} s, {} models {:.1} s, \
-                 their pods {:.1} s, {:.0} MB, {:.2} ms per pod, idle {:.1} %",
-                measured.pods_per_second,
-                measured.bare_per_second,
+                 their pods {:.1} s, {:.0} MB, {:.2} writes and {:.2} ms per pod, idle {:.1} %",
+                measured.clocks.pods_per_second,
+                measured.bare.clocks.pods_per_second,
                 measured.restart_seconds,
                 self.models(),
                 measured.many_seconds.0,
                 measured.many_seconds.1,
                 measured.resident_megabytes,
+                measured.writes_per_pod,
                 measured.millis_per_pod,
                 measured.idle_percent,
             );
@@ -170,17 +220,36 @@ impl Bench {
     }
 
     fn table(&self, runs: &[Run]) -> Vec<Row> {
-        let column = |of: fn(&Run) -> f64| median(runs.iter().map(of).collect());
-        let replicas = self.replicas;
+        let column = |of: fn(&Run) -> f64| runs.iter().map(of).collect::<Figure>();
+        // Who does not get there in time fails.
+        let clock = |of: fn(&Run) -> Option<f64>| runs.iter().filter_map(of).collect::<Figure>();
+        let (replicas, models) = (self.replicas, self.models());
+        let model = format!("S1: 1 model x {replicas} replicas");
+        let deleted = churn::rate(replicas);
+        let seconds = churn::TIME.as_secs();
         vec![
             Row::against(
-                &format!(
-                    "S1: 1 model x {replicas} replicas, pods created per second, beside a bare client"
-                ),
-                column(|run| run.pods_per_second),
+                &format!("{model}, pods created per second, beside a bare client"),
+                column(|run| run.clocks.pods_per_second),
                 "pods/s",
-                column(|run| run.bare_per_second),
+                column(|run| run.bare.clocks.pods_per_second),
                 Some(0.9),
+            ),
+            Row::against(
+                &format!("{model}, until the last is bound, beside a bare client's pods"),
+                clock(|run| run.clocks.bound),
+                "s",
+                clock(|run| run.bare.clocks.bound),
+                None,
+            ),
+            Row::against(
+                &format!(
+                    "{model}, until its status says ready, beside a bare client's pods running"
+                ),
+                clock(|run| run.clocks.ready),
+                "s",
+                clock(|run| run.bare.clocks.ready),
+                None,
             ),
             Row::below(
                 &format!("S1: operator's memory with {replicas} pods"),
@@ -195,7 +264,12 @@ impl Bench {
                 1.2,
             ),
             Row::plain(
-                "S1: operator's processor time per pod created, its start included",
+                "S1: API writes of the bare client per pod created",
+                column(|run| run.bare.writes_per_pod),
+                "writes",
+            ),
+            Row::plain(
+                "S1: operator's processor time per pod until all are ready, its start included",
                 column(|run| run.millis_per_pod),
                 "ms",
             ),
@@ -213,20 +287,28 @@ impl Bench {
                 "%",
                 1.0,
             ),
-            Row::below(
+            Row::plain(
                 &format!(
-                    "S8: {} ModelDeployments applied at once, until all are Planned",
-                    self.models()
+                    "S7: operator's share of a core with {replicas} pods while {deleted} a second are deleted for {seconds} s"
                 ),
+                column(|run| run.churn.percent),
+                "%",
+            ),
+            Row::plain(
+                &format!(
+                    "S7: from the last of these deletions until {replicas} pods are ready again"
+                ),
+                column(|run| run.churn.back_seconds),
+                "s",
+            ),
+            Row::below(
+                &format!("S8: {models} ModelDeployments applied at once, until all are Planned"),
                 column(|run| run.many_seconds.0),
                 "s",
                 5.0,
             ),
             Row::plain(
-                &format!(
-                    "S8: {} ModelDeployments applied at once, until all pods exist",
-                    self.models()
-                ),
+                &format!("S8: {models} ModelDeployments applied at once, until all pods exist"),
                 column(|run| run.many_seconds.1),
                 "s",
             ),
@@ -238,58 +320,86 @@ impl Bench {
         let Place {
             cluster, client, ..
         } = place;
-        let pods: Api<Pod> = api(client);
-        let operator = Operator::start(place.binary, cluster, place.log)?;
+        let replicas = f64::from(self.replicas);
+        let operator = Operator::start(place)?;
         operator.wait_leading().await?;
-        let pods_per_second = self.create_operated(client, &pods).await?;
+        let mark = place.audit.mark()?;
+        let clocks = self.create_operated(place).await?;
         let used_seconds = operator.processor_seconds()?;
         // Status and budget may still be on their way.
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        let metrics = operator.metrics()?;
-        let writes = Operator::sum(&metrics, ACTIONS);
-        let resident_megabytes = Operator::resident_megabytes(&metrics)?;
+        tokio::time::sleep(LAST_WRITES).await;
+        let writes = place.audit.since(mark, operator::USER)?;
+        say(format!("S1: {clocks:.1?}; {writes}"));
+        let resident_megabytes = Operator::resident_megabytes(&operator.metrics()?)?;
         let idle_percent = idle(&operator).await?;
+        let churn = churn::churn(place, &operator, NAME, self.replicas).await?;
         drop(operator);
         let restart_seconds = restart(place, 1).await?.0;
         // The bare client creates the same pods, of the same owner, while no operator runs.
-        let bare_per_second = create_bare(&pods).await?;
+        let bare = create_bare(place).await?;
         clear(cluster, client).await?;
         let many_seconds = many(place, self.models()).await?;
         clear(cluster, client).await?;
-        let replicas = f64::from(self.replicas);
         Ok(Run {
-            pods_per_second,
-            bare_per_second,
+            clocks,
+            bare,
             resident_megabytes,
             millis_per_pod: 1000.0 * used_seconds / replicas,
             idle_percent,
+            churn,
             restart_seconds,
             many_seconds,
-            writes_per_pod: writes / replicas,
+            writes_per_pod: writes.number() / replicas,
         })
     }
 
-    /// Has the fleet created by the operator that runs; pods per second.
-    async fn create_operated(&self, client: &Client, pods: &Api<Pod>) -> Result<f64> {
+    /// Has the fleet created by the operator that runs.
+    async fn create_operated(&self, place: &Place<'_>) -> Result<Clocks> {
         let wish = planning::wish(NAME, self.replicas, Shape::DeepSeekR1)?;
+        let wishes: Api<ModelDeployment> = api(place.client);
         let start = Instant::now();
-        api::<ModelDeployment>(client)
-            .create(&PostParams::default(), &wish)
-            .await?;
-        wait_pods(pods, usize::try_from(self.replicas)?).await?;
-        Ok(f64::from(self.replicas) / start.elapsed().as_secs_f64())
+        wishes.create(&PostParams::default(), &wish).await?;
+        let wanted = i32::try_from(self.replicas)?;
+        let unready = || async {
+            let wish = wishes.get(NAME).await?;
+            Ok((!stories::is_at(&wish, wanted)).then(|| "its status does not say ready".into()))
+        };
+        let time = (start, WAIT_MAX);
+        let clocks = clocks::watch(&api(place.client), self.replicas, time, unready).await?;
+        all_stopped(clocks)
     }
 }
 
-/// Creates the pods that are there once more, with nothing but a client and while no operator runs; pods per second, by
-/// the same count as the operator's.
-pub async fn create_bare(pods: &Api<Pod>) -> Result<f64> {
-    let templates = templates(pods).await?;
-    clear_pods(pods).await?;
-    let wanted = templates.len();
+/// Clocks that all have stopped.
+fn all_stopped(clocks: Clocks) -> Result<Clocks> {
+    if clocks.ready.is_none() {
+        bail!("the pods are not all ready after {WAIT_MAX:?}: {clocks:.1?}");
+    }
+    Ok(clocks)
+}
+
+/// Creates the pods that are there once more, with nothing but a client and while no operator runs, by the same clocks as
+/// the operator's.
+pub async fn create_bare(place: &Place<'_>) -> Result<Bare> {
+    let pods: Api<Pod> = api(place.client);
+    let templates = templates(&pods).await?;
+    clear_pods(place.client).await?;
+    let wanted = u32::try_from(templates.len())?;
+    let access = place.kubeconfig(BARE)?;
+    let (client, _) = operator_k8s::client::connect_as(Some(&access), None).await?;
+    let mark = place.audit.mark()?;
     let start = Instant::now();
-    tokio::try_join!(create_all(pods, templates), wait_pods(pods, wanted))?;
-    Ok(f64::from(u32::try_from(wanted)?) / start.elapsed().as_secs_f64())
+    let (own, running) = (api(&client), || clocks::not_running(&pods));
+    let ((), clocks) = tokio::try_join!(
+        create_all(&own, templates),
+        clocks::watch(&pods, wanted, (start, WAIT_MAX), running)
+    )?;
+    let writes = place.audit.since(mark, BARE)?;
+    say(format!("bare client: {clocks:.1?}; {writes}"));
+    Ok(Bare {
+        clocks: all_stopped(clocks)?,
+        writes_per_pod: writes.number() / f64::from(wanted),
+    })
 }
 
 /// The operator's share of a core, in percent, once the fleet has settled.
@@ -304,7 +414,7 @@ pub async fn idle(operator: &Operator) -> Result<f64> {
 
 /// Creates many ModelDeployments of one replica; seconds until all of them have a plan, and until all pods exist.
 async fn many(place: &Place<'_>, number: u32) -> Result<(f64, f64)> {
-    let operator = Operator::start(place.binary, place.cluster, place.log)?;
+    let operator = Operator::start(place)?;
     operator.wait_leading().await?;
     let wishes: Api<ModelDeployment> = api(place.client);
     let models = (0..number)
@@ -345,7 +455,7 @@ fn is_planned(wish: &ModelDeployment) -> bool {
 /// may have reported something meanwhile.
 pub async fn restart(place: &Place<'_>, models: u32) -> Result<(f64, f64, Operator)> {
     let start = Instant::now();
-    let operator = Operator::start(place.binary, place.cluster, place.log)?;
+    let operator = Operator::start(place)?;
     let mut first = None;
     loop {
         // It may not listen yet.

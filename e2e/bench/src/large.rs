@@ -1,24 +1,32 @@
-//! S6 at full size: a thousand ModelDeployments with ten thousand one-GPU pods, the operator's memory over them and its
-//! restart.
+//! S6 and S7 at full size: a thousand ModelDeployments with ten thousand one-GPU pods, the operator's writes and memory
+//! over them and its restart.
+//!
+//! They lie in twenty namespaces: in one, the controllers of budgets and endpoints walk a thousand of each for every
+//! change of a pod, and it is those that are measured.
 
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use k8s_openapi::api::core::v1::Pod;
-use kube::api::Api;
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, ServiceAccount};
+use kube::api::{Api, ObjectMeta, Patch, PatchParams};
 use operator_api::ModelDeployment;
 
 use crate::cluster::{Place, idle, restart, wait_planned};
-use crate::objects::{api, clear, create_all, say, wait_pods};
-use crate::operator::Operator;
+use crate::objects::{clear, create_all, say, wait_for, wait_pods};
+use crate::operator::{self, Operator};
 use crate::planning::{self, Shape};
-use bench_report::{Row, median};
+use bench_report::{Figure, Row};
 
 /// How long simulated nodes need to report the pods.
 const SETTLE: Duration = Duration::from_secs(60);
-
 /// How long after a restart memory is read: the operator gives back what the first lists took within seconds.
 const RELEASED: Duration = Duration::from_secs(20);
+/// Namespaces over which the ModelDeployments are spread.
+const NAMESPACES: u32 = 20;
+/// Restarts over each fleet.
+const RESTARTS: usize = 3;
+/// How often it is looked whether a namespace can be used.
+const LOOK: Duration = Duration::from_millis(200);
 
 /// How large the fleet is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,95 +37,207 @@ pub struct Size {
     pub replicas: u32,
 }
 
-/// Has the fleet created once and restarts the operator over it `runs` times; the control plane is left empty.
+/// One fleet.
+struct Run {
+    pods_per_second: f64,
+    writes_per_pod: f64,
+    megabytes: f64,
+    peak_megabytes: f64,
+    /// Of one core, while nothing changes.
+    idle_percent: f64,
+    restarts: Vec<Restart>,
+}
+
+struct Restart {
+    first_seconds: f64,
+    all_seconds: f64,
+    megabytes: f64,
+    peak_megabytes: f64,
+}
+
+/// Has the fleet created `runs` times and restarts the operator over each; the control plane is left without pods.
 pub async fn rows(place: &Place<'_>, size: Size, runs: usize) -> Result<Vec<Row>> {
+    let namespaces = NAMESPACES.min(size.models);
+    prepare(place, namespaces).await?;
+    let mut all = Vec::new();
+    for _ in 0..runs {
+        all.push(run(place, size, namespaces).await?);
+        // What was measured counts however the rest goes, if nothing comes after it.
+        if let Err(error) = clear(place.cluster, place.client).await {
+            say(format!("S6: not everything could be removed: {error:#}"));
+            break;
+        }
+    }
+    Ok(table(size, namespaces, &all))
+}
+
+fn name(namespace: u32) -> String {
+    format!("fleet-{namespace}")
+}
+
+/// Makes the namespaces with what their models need.
+async fn prepare(place: &Place<'_>, namespaces: u32) -> Result<()> {
+    let api: Api<Namespace> = Api::all(place.client.clone());
+    let how = PatchParams::apply("bench-fleet");
+    for index in 0..namespaces {
+        let name = name(index);
+        let metadata = ObjectMeta {
+            name: Some(name.clone()),
+            ..ObjectMeta::default()
+        };
+        let namespace = Namespace {
+            metadata,
+            ..Namespace::default()
+        };
+        api.patch(&name, &how, &Patch::Apply(&namespace)).await?;
+        let mut config = Shape::Small.config()?;
+        config.metadata.namespace = Some(name.clone());
+        let configs: Api<ConfigMap> = Api::namespaced(place.client.clone(), &name);
+        let of = config.metadata.name.clone().unwrap_or_default();
+        configs.patch(&of, &how, &Patch::Apply(&config)).await?;
+        // No pod can be made before it is there.
+        let accounts: Api<ServiceAccount> = Api::namespaced(place.client.clone(), &name);
+        wait_for(LOOK, || async {
+            let account = accounts.get_opt("default").await?;
+            Ok(account
+                .is_none()
+                .then(|| format!("{name} has no service account")))
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+/// Applies the ModelDeployments, one namespace after the other.
+async fn apply(place: &Place<'_>, size: Size, namespaces: u32) -> Result<()> {
+    for namespace in 0..namespaces {
+        let models = (0..size.models).filter(|index| index % namespaces == namespace);
+        let wishes = models.map(|index| {
+            let mut wish = planning::wish(&format!("m{index}"), size.replicas, Shape::Small)?;
+            wish.metadata.namespace = Some(name(namespace));
+            Ok(wish)
+        });
+        let wishes: Vec<ModelDeployment> = wishes.collect::<Result<_>>()?;
+        let api = Api::namespaced(place.client.clone(), &name(namespace));
+        create_all(&api, wishes).await?;
+    }
+    Ok(())
+}
+
+async fn run(place: &Place<'_>, size: Size, namespaces: u32) -> Result<Run> {
     let (models, total) = (size.models, size.models * size.replicas);
-    let wishes: Api<ModelDeployment> = api(place.client);
-    let pods: Api<Pod> = api(place.client);
-    let operator = Operator::start(place.binary, place.cluster, place.log)?;
+    let pods: Api<Pod> = Api::all(place.client.clone());
+    let operator = Operator::start(place)?;
     operator.wait_leading().await?;
-    let fleet = (0..models)
-        .map(|index| planning::wish(&format!("m{index}"), size.replicas, Shape::Small))
-        .collect::<Result<_>>()?;
     say(format!("S6: {models} models and {total} pods are made"));
+    let mark = place.audit.mark()?;
     let start = Instant::now();
-    create_all(&wishes, fleet).await?;
+    apply(place, size, namespaces).await?;
     wait_pods(&pods, usize::try_from(total)?).await?;
-    let rate = f64::from(total) / start.elapsed().as_secs_f64();
+    let pods_per_second = f64::from(total) / start.elapsed().as_secs_f64();
     say(format!(
-        "S6: {rate:.0} pods/s; statuses and simulated nodes settle"
+        "S6: {pods_per_second:.0} pods/s; statuses and simulated nodes settle"
     ));
+    let wishes: Api<ModelDeployment> = Api::all(place.client.clone());
     wait_planned(&wishes, usize::try_from(models)?).await?;
     tokio::time::sleep(SETTLE).await;
-    let made_megabytes = Operator::resident_megabytes(&operator.metrics()?)?;
-    let made_peak = operator.peak_megabytes()?;
+    let writes = place.audit.since(mark, operator::USER)?;
+    let megabytes = Operator::resident_megabytes(&operator.metrics()?)?;
+    let peak_megabytes = operator.peak_megabytes()?;
     say(format!(
-        "S6: {made_megabytes:.0} MB, {made_peak:.0} MB at the peak; S7: nothing changes"
+        "S6: {megabytes:.0} MB, {peak_megabytes:.0} MB at the peak; {writes}; S7: nothing changes"
     ));
     let idle_percent = idle(&operator).await?;
     drop(operator);
-    let (mut first, mut all) = (Vec::new(), Vec::new());
-    let (mut megabytes, mut peak) = (Vec::new(), Vec::new());
-    for _ in 0..runs {
-        say("S6: the operator is restarted");
-        let (one, every, operator) = restart(place, models).await?;
-        first.push(one);
-        all.push(every);
-        tokio::time::sleep(RELEASED).await;
-        let (now, most) = (
-            Operator::resident_megabytes(&operator.metrics()?)?,
-            operator.peak_megabytes()?,
-        );
-        say(format!(
-            "S6: first look after {one:.2} s, all after {every:.2} s, {now:.0} MB, {most:.0} MB at the peak"
-        ));
-        megabytes.push(now);
-        peak.push(most);
+    let mut restarts = Vec::new();
+    for _ in 0..RESTARTS {
+        restarts.push(restarted(place, models).await?);
     }
-    // What was measured counts however the rest goes.
-    if let Err(error) = clear(place.cluster, place.client).await {
-        say(format!("S6: not everything could be removed: {error:#}"));
-    }
-    let of = format!("{models} models and {total} pods");
-    Ok(vec![
-        Row::plain(&format!("S6: {of}, created per second"), rate, "pods/s"),
+    Ok(Run {
+        pods_per_second,
+        writes_per_pod: writes.number() / f64::from(total),
+        megabytes,
+        peak_megabytes,
+        idle_percent,
+        restarts,
+    })
+}
+
+async fn restarted(place: &Place<'_>, models: u32) -> Result<Restart> {
+    say("S6: the operator is restarted");
+    let (first_seconds, all_seconds, operator) = restart(place, models).await?;
+    tokio::time::sleep(RELEASED).await;
+    let megabytes = Operator::resident_megabytes(&operator.metrics()?)?;
+    let peak_megabytes = operator.peak_megabytes()?;
+    say(format!(
+        "S6: first look after {first_seconds:.2} s, all after {all_seconds:.2} s, {megabytes:.0} MB, \
+         {peak_megabytes:.0} MB at the peak"
+    ));
+    Ok(Restart {
+        first_seconds,
+        all_seconds,
+        megabytes,
+        peak_megabytes,
+    })
+}
+
+fn table(size: Size, namespaces: u32, runs: &[Run]) -> Vec<Row> {
+    let made = |of: fn(&Run) -> f64| runs.iter().map(of).collect::<Figure>();
+    let restarted = |of: fn(&Restart) -> f64| {
+        let all = runs.iter().flat_map(|run| &run.restarts);
+        all.map(of).collect::<Figure>()
+    };
+    let total = size.models * size.replicas;
+    let of = format!("{} models and {total} pods", size.models);
+    vec![
+        Row::plain(
+            &format!("S6: {of} in {namespaces} namespaces, created per second"),
+            made(|run| run.pods_per_second),
+            "pods/s",
+        ),
+        Row::below(
+            &format!("S6: API writes of the operator per pod, {of}"),
+            made(|run| run.writes_per_pod),
+            "writes",
+            1.2,
+        ),
         Row::below(
             &format!("S6: operator's memory with {of}, which it made"),
-            made_megabytes,
+            made(|run| run.megabytes),
             "MB",
             40.0,
         ),
         Row::below(
             &format!("S6: operator's memory with {of}, after a restart"),
-            median(megabytes),
+            restarted(|restart| restart.megabytes),
             "MB",
             40.0,
         ),
         Row::plain(
             &format!("S6: operator's memory with {of} at its peak while it made them"),
-            made_peak,
+            made(|run| run.peak_megabytes),
             "MB",
         ),
         Row::plain(
             &format!("S6: operator's memory with {of} at its peak after a restart"),
-            median(peak),
+            restarted(|restart| restart.peak_megabytes),
             "MB",
         ),
         Row::below(
             &format!("S6: restart with {of} to the first look that changes nothing"),
-            median(first),
+            restarted(|restart| restart.first_seconds),
             "s",
             3.0,
         ),
         Row::plain(
             &format!("S6: restart with {of} until it looked at all"),
-            median(all),
+            restarted(|restart| restart.all_seconds),
             "s",
         ),
         Row::plain(
             &format!("S7: operator's share of a core with {of} while nothing changes"),
-            idle_percent,
+            made(|run| run.idle_percent),
             "%",
         ),
-    ])
+    ]
 }

@@ -3,21 +3,28 @@
 //! Rows are medians of several runs in one process on one machine. Ratios compare with a reference of the same run, so
 //! that a slow machine slows both. Writes `docs/performance/fleet.json`; a run of some parts keeps the rows of the others.
 
+mod beside;
+mod churn;
+mod clocks;
 mod cluster;
 mod large;
 mod objects;
 mod operator;
 mod planning;
+mod rival_stories;
 mod rivals;
+mod runs;
 mod stories;
+mod writes;
 
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use bench_report::Report;
 use clap::{Parser, ValueEnum};
-use cluster::Part;
+use cluster::{Found, Part};
 use rivals::Given;
+use runs::Runs;
 
 /// Measures the operator.
 #[derive(Parser)]
@@ -32,11 +39,11 @@ struct Arguments {
     /// Simulated nodes of eight GPUs.
     #[arg(long, value_name = "NUMBER", default_value_t = 1250)]
     nodes: u32,
-    /// Runs of each measurement; the median counts.
-    #[arg(long, value_name = "NUMBER", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=99))]
-    runs: u32,
-    /// What is measured on a control plane; all of it takes half an hour.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Part::Create, Part::Rivals, Part::Stories, Part::Large])]
+    /// Runs of all parts, or of one; the median counts. Unless given, large runs once, rival-stories twice, the others five times.
+    #[arg(long, value_name = "[PART=]NUMBER", value_delimiter = ',')]
+    runs: Vec<runs::Given>,
+    /// What is measured on a control plane.
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Part::value_variants().to_vec())]
     parts: Vec<Part>,
     /// Another project's controller to hold ours against: kubeai, kthena or aibrix. May be repeated.
     #[arg(long, value_name = "NAME=BINARY")]
@@ -67,15 +74,15 @@ struct Arguments {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    let runs = usize::try_from(arguments.runs)?;
+    let runs = Runs::new(&arguments.runs);
     // Read before anything is measured: a file that is no report is better known now than in an hour.
     let earlier = Report::read(&arguments.out)?;
     let is_whole = !arguments.plans_only
         && Part::value_variants()
             .iter()
             .all(|part| arguments.parts.contains(part));
-    let mut failed = Vec::new();
-    let mut rows = planning::rows(arguments.nodes, arguments.replicas, runs)?;
+    let mut found = Found::default();
+    let mut rows = planning::rows(arguments.nodes, arguments.replicas, runs.of_others())?;
     if !arguments.plans_only {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -97,10 +104,10 @@ fn main() -> Result<()> {
                 &arguments.rival_version,
             )?,
         };
-        let (found, why) = runtime.block_on(bench.rows())?;
-        rows.extend(found);
-        failed = why;
+        found = runtime.block_on(bench.rows())?;
+        rows.append(&mut found.rows);
     }
+    let Found { failed, times, .. } = found;
     let mut report = Report::new(&command(), std::thread::available_parallelism()?.get());
     rows.into_iter().for_each(|row| report.push(row));
     if let Some(earlier) = earlier
@@ -109,6 +116,9 @@ fn main() -> Result<()> {
         report.keep(earlier);
     }
     report.finish(&arguments.out)?;
+    if !times.is_empty() {
+        println!("time taken: {}", times.join(", "));
+    }
     if !failed.is_empty() {
         bail!("not measured: {}", failed.join("; "));
     }

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use e2e::Cluster;
 use futures::StreamExt;
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, Service};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::Resource;
 use kube::api::{Api, DeleteParams, ListParams, PostParams};
@@ -166,45 +166,61 @@ pub async fn templates(pods: &Api<Pod>) -> Result<Vec<Pod>> {
         .collect())
 }
 
-/// Removes all pods and waits until they are gone.
-pub async fn clear_pods(pods: &Api<Pod>) -> Result<()> {
+/// Removes all pods of all namespaces and waits until they are gone.
+pub async fn clear_pods(client: &Client) -> Result<()> {
     let at_once = DeleteParams::default().grace_period(0);
-    let at_once = &at_once;
+    let (all, at_once) = (&Api::<Pod>::all(client.clone()), &at_once);
     wait_for(CLEAR_PERIOD, || async move {
-        let left = count(pods, &ListParams::default()).await?;
+        let left = count(all, &ListParams::default()).await?;
         if left == 0 {
             return Ok(None);
         }
         let some = ListParams::default().limit(DELETED_TOGETHER);
-        let why = match pods.delete_collection(at_once, &some).await {
-            Ok(_) => String::new(),
-            Err(error) => format!(" ({error})"),
-        };
+        let mut why = String::new();
+        for namespace in namespaces(client).await? {
+            let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
+            if let Err(error) = pods.delete_collection(at_once, &some).await {
+                why = format!(" ({namespace}: {error})");
+            }
+        }
         Ok(Some(format!("{left} pods are still there{why}")))
     })
     .await
+}
+
+async fn namespaces(client: &Client) -> Result<Vec<String>> {
+    let all: Api<Namespace> = Api::all(client.clone());
+    let all = all.list_metadata(&ListParams::default()).await?;
+    Ok(all
+        .items
+        .into_iter()
+        .filter_map(|one| one.metadata.name)
+        .collect())
 }
 
 /// Removes the fleet, whoever made it, and waits until the garbage collector has removed what hung on it: its work would
 /// be counted against whoever is measured next.
 pub async fn clear(cluster: &Cluster, client: &Client) -> Result<()> {
     say("removing everything");
-    cluster.kubectl(&["delete", "mdep", "--all", "--wait=false"])?;
-    clear_pods(&api(client)).await?;
+    cluster.kubectl(&[
+        "delete",
+        "mdep",
+        "--all",
+        "--all-namespaces",
+        "--wait=false",
+    ])?;
+    clear_pods(client).await?;
     let (all, ours) = (&ListParams::default(), &ListParams::default().labels(OURS));
     wait_for(CLEAR_PERIOD, || async move {
         let left = [
             (
                 "ModelDeployments",
-                count(&api::<ModelDeployment>(client), all).await?,
+                left::<ModelDeployment>(client, all).await?,
             ),
-            ("pods", count(&api::<Pod>(client), all).await?),
-            ("services", count(&api::<Service>(client), ours).await?),
-            ("config maps", count(&api::<ConfigMap>(client), ours).await?),
-            (
-                "budgets",
-                count(&api::<PodDisruptionBudget>(client), ours).await?,
-            ),
+            ("pods", left::<Pod>(client, all).await?),
+            ("services", left::<Service>(client, ours).await?),
+            ("config maps", left::<ConfigMap>(client, ours).await?),
+            ("budgets", left::<PodDisruptionBudget>(client, ours).await?),
         ];
         let left: Vec<String> = left
             .iter()
@@ -214,6 +230,14 @@ pub async fn clear(cluster: &Cluster, client: &Client) -> Result<()> {
         Ok((!left.is_empty()).then(|| format!("{} are still there", left.join(", "))))
     })
     .await
+}
+
+/// How many of a kind there are in all namespaces.
+async fn left<K>(client: &Client, select: &ListParams) -> Result<usize>
+where
+    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
+{
+    count(&Api::<K>::all(client.clone()), select).await
 }
 
 #[cfg(test)]

@@ -1,12 +1,17 @@
 //! The operator as a process: started for a run, asked through its metrics, stopped with the run.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use e2e::{Cluster, Ending};
+use e2e::Ending;
+
+use crate::cluster::Place;
+
+/// In whose name it comes to the API server.
+pub const USER: &str = "bench-cachalot";
 
 /// The newest operator that cargo built.
 pub fn newest_operator() -> Result<PathBuf> {
@@ -63,8 +68,9 @@ pub struct Operator {
 
 impl Operator {
     /// Starts it without leader election, on a port of its own.
-    pub fn start(binary: &Path, cluster: &Cluster, log: &Path) -> Result<Self> {
-        let mut command = Command::new(binary);
+    pub fn start(place: &Place<'_>) -> Result<Self> {
+        let log = place.log;
+        let mut command = Command::new(place.binary);
         command
             .args(["run", "--engine-image=localhost/cachalot-engine:dev"])
             .args([
@@ -72,7 +78,7 @@ impl Operator {
                 "--leader-elect=false",
                 "--scrape-timeout=200ms",
             ])
-            .env("KUBECONFIG", cluster.kubeconfig())
+            .env("KUBECONFIG", place.kubeconfig(USER)?)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(log)?);
@@ -80,6 +86,11 @@ impl Operator {
             process: Ended::start(&mut command)?,
             log: log.to_path_buf(),
         })
+    }
+
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     fn text(&self) -> String {
@@ -118,7 +129,7 @@ impl Operator {
 
     /// Processor seconds that it has used so far.
     pub fn processor_seconds(&self) -> Result<f64> {
-        processor_seconds(self.process.id())
+        processor_seconds(self.id())
     }
 
     /// Resident megabytes, as it says itself.
@@ -131,7 +142,7 @@ impl Operator {
 
     /// The most megabytes that were resident at once.
     pub fn peak_megabytes(&self) -> Result<f64> {
-        megabytes(self.process.id(), "VmHWM")
+        megabytes(self.id(), "VmHWM")
     }
 
     /// Its exposition.

@@ -10,7 +10,7 @@ use operator_core::{Action, Cluster, Inventory, Object, Plan, Settings, Snapshot
 use serde_json::json;
 
 use crate::objects::NAMESPACE;
-use bench_report::{Row, median};
+use bench_report::{Figure, Row};
 
 /// ModelDeployments over which the replicas of the last row are spread.
 const DEPLOYMENTS: u32 = 100;
@@ -69,7 +69,7 @@ pub fn rows(nodes: u32, replicas: u32, runs: usize) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-fn timed(snapshot: &Snapshot, runs: usize) -> (f64, Plan) {
+fn timed(snapshot: &Snapshot, runs: usize) -> (Figure, Plan) {
     let settings = settings();
     let mut plan = operator_core::plan(snapshot, &settings);
     let mut millis = Vec::new();
@@ -78,7 +78,7 @@ fn timed(snapshot: &Snapshot, runs: usize) -> (f64, Plan) {
         plan = operator_core::plan(snapshot, &settings);
         millis.push(start.elapsed().as_secs_f64() * 1000.0);
     }
-    (median(millis), plan)
+    (millis.into_iter().collect(), plan)
 }
 
 fn pods(plan: &Plan) -> u32 {

@@ -1,39 +1,38 @@
-//! S1 once more, with other projects' controllers: one object with many one-GPU replicas, on the same control plane.
+//! Other projects' controllers: what an object and a command line of each looks like, and how it says that it is ready.
 //!
-//! Their binaries, custom resource definitions and versions are given, since nothing of theirs is here; what an object
-//! and a command line of each looks like is. Each is timed at its defaults and, where it limits its own calls, with the
-//! limits raised. The clock runs from the apply of the object until the API server holds all pods; who has not made them
-//! after [`PATIENCE`] is rated by those that are there.
+//! Their binaries, custom resource definitions and versions are given, since nothing of theirs is here. Ours is one of
+//! them, so that all are measured by the same code.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, ListParams};
+use futures::future::try_join_all;
+use kube::api::{Api, ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
-use crate::cluster::{Place, create_bare};
-use crate::objects::{NAMESPACE, api, clear_pods, count, say};
-use crate::operator::{Ended, Operator, megabytes, processor_seconds};
+use crate::cluster::Place;
+use crate::objects::{self, NAMESPACE, clear_pods, count, wait_for};
+use crate::operator::{self, Ended, Operator};
 use crate::planning::{self, Shape};
-use bench_report::{Row, median};
 
-/// How long one may take; then the pods that are there are rated.
-const PATIENCE: Duration = Duration::from_secs(180);
-/// How long a controller has to start, win its lease and fill its caches, before the clock runs.
-const WARM_UP: Duration = Duration::from_secs(20);
-/// How often pods are counted.
-const COUNT_PERIOD: Duration = Duration::from_millis(50);
-/// Name of the one object.
-const NAME: &str = "rival";
+/// How long a controller has to start, take its lease and fill its caches, before the clock runs.
+const WARM_UP: Duration = Duration::from_secs(8);
+/// How often it is looked whether all is removed.
+const LOOK: Duration = Duration::from_millis(500);
+/// Limits of those that limit their calls, raised to what the lab's own controllers have.
+const RAISED: [&str; 2] = ["--kube-api-qps=1000", "--kube-api-burst=2000"];
+const AIBRIX: &str = "orchestration.aibrix.ai";
+const DEFAULTS: &str = "at its defaults";
 
 /// Whose controller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Project {
+    /// This one: ModelDeployments.
+    Cachalot,
     /// KubeAI: Models with replicas.
     KubeAi,
     /// Kthena: ModelServings with serving groups.
@@ -116,55 +115,68 @@ pub fn rivals(binaries: &[Given], crds: &[Given], versions: &[Given]) -> Result<
 impl Project {
     fn name(self) -> &'static str {
         match self {
+            Self::Cachalot => "cachalot",
             Self::KubeAi => "kubeai",
             Self::Kthena => "kthena",
             Self::AiBrix => "aibrix",
         }
     }
 
-    /// Command lines to measure: what is said of each, and its flags.
-    fn tunings(self, kubeconfig: &str) -> Vec<(&'static str, Vec<String>)> {
-        let owned = |flags: &[&str]| flags.iter().map(|flag| (*flag).to_owned()).collect();
-        let with = |defaults: &Vec<String>, more: &[&str]| {
-            let more: Vec<String> = owned(more);
-            [defaults.clone(), more].concat()
-        };
-        let kubeconfig = format!("--kubeconfig={kubeconfig}");
+    /// Command lines to measure, the best last: what is said of each, and its flags.
+    fn tunings(self) -> Vec<(&'static str, Vec<&'static str>)> {
         match self {
-            // It does not limit its calls, so there is nothing to raise.
-            Self::KubeAi => vec![("at its defaults", Vec::new())],
+            // Neither limits its calls, so there is nothing to raise.
+            Self::Cachalot | Self::KubeAi => vec![(DEFAULTS, Vec::new())],
             Self::Kthena => {
-                let flags = [
-                    &kubeconfig,
-                    "--controllers=modelserving",
-                    "--enable-webhook=false",
-                ];
-                let defaults = owned(&flags);
-                let raised = [
-                    "--kube-api-qps=1000",
-                    "--kube-api-burst=2000",
-                    "--workers=16",
-                ];
-                let tuned = with(&defaults, &raised);
-                vec![("at its defaults", defaults), ("with raised limits", tuned)]
+                let defaults = vec!["--controllers=modelserving", "--enable-webhook=false"];
+                let mut tuned = defaults.clone();
+                tuned.extend(RAISED);
+                tuned.push("--workers=16");
+                vec![(DEFAULTS, defaults), ("with raised limits", tuned)]
             }
             Self::AiBrix => {
-                let flags = [
-                    &kubeconfig,
+                let defaults = vec![
                     "--controllers=stormservice-controller",
                     "--disable-webhook",
                     "--metrics-bind-address=0",
                     "--health-probe-bind-address=0",
                 ];
-                let defaults = owned(&flags);
-                let tuned = with(&defaults, &["--kube-api-qps=1000", "--kube-api-burst=2000"]);
-                vec![("at its defaults", defaults), ("with raised limits", tuned)]
+                let mut tuned = defaults.clone();
+                tuned.extend(RAISED);
+                let words = "with raised limits, one worker (no flag for more)";
+                vec![(DEFAULTS, defaults), (words, tuned)]
             }
         }
     }
 
-    /// Kind, and the object that asks for so many replicas of one GPU.
-    fn object(self, replicas: u32) -> (&'static str, Value) {
+    /// The kind of its object.
+    pub fn resource(self) -> ApiResource {
+        match self {
+            Self::Cachalot => resource(
+                "cachalot.dev",
+                "v1alpha1",
+                "ModelDeployment",
+                "modeldeployments",
+            ),
+            Self::KubeAi => resource("kubeai.org", "v1", "Model", "models"),
+            Self::Kthena => {
+                let group = "workload.serving.volcano.sh";
+                resource(group, "v1alpha1", "ModelServing", "modelservings")
+            }
+            Self::AiBrix => resource(AIBRIX, "v1alpha1", "StormService", "stormservices"),
+        }
+    }
+
+    /// What it makes besides pods, which the garbage collector removes after them.
+    fn dependents(self) -> Vec<ApiResource> {
+        match self {
+            Self::AiBrix => vec![resource(AIBRIX, "v1alpha1", "RoleSet", "rolesets")],
+            Self::Cachalot | Self::KubeAi | Self::Kthena => Vec::new(),
+        }
+    }
+
+    /// The object that asks for so many replicas of one GPU.
+    pub fn object(self, name: &str, replicas: u32) -> Result<DynamicObject> {
         let pod = json!({
             "schedulerName": "default-scheduler",
             "tolerations": [{"key": "kwok.x-k8s.io/node", "operator": "Exists"}],
@@ -172,42 +184,49 @@ impl Project {
                 "requests": {"cpu": "1", "memory": "1Gi", "nvidia.com/gpu": "1"},
                 "limits": {"nvidia.com/gpu": "1"}}}],
         });
-        let metadata = json!({"name": NAME, "namespace": NAMESPACE});
+        let spec = match self {
+            Self::Cachalot => {
+                let mut spec = planning::wish(name, replicas, Shape::Small)?.spec;
+                // No engine answers on a simulated node; the others do not ask theirs.
+                spec.rollout.drain_timeout_seconds = Some(1);
+                serde_json::to_value(spec)?
+            }
+            Self::KubeAi => json!({
+                "url": "hf://cachalot/bench", "features": ["TextGeneration"], "engine": "VLLM",
+                "resourceProfile": "bench:1", "autoscalingDisabled": true, "minReplicas": 0, "replicas": replicas,
+            }),
+            Self::Kthena => json!({
+                "schedulerName": "default-scheduler", "replicas": replicas,
+                "template": {"roles": [{
+                    "name": "serve", "replicas": 1, "workerReplicas": 0, "entryTemplate": {"spec": pod}}]},
+            }),
+            Self::AiBrix => json!({
+                "replicas": replicas, "stateful": false,
+                "selector": {"matchLabels": {"app": name}},
+                "template": {"metadata": {"labels": {"app": name}}, "spec": {"roles": [{
+                    "name": "serve", "replicas": 1, "stateful": false,
+                    "template": {"metadata": {"labels": {"app": name}}, "spec": pod}}]}},
+            }),
+        };
+        let object = DynamicObject::new(name, &self.resource()).within(NAMESPACE);
+        Ok(object.data(json!({"spec": spec})))
+    }
+
+    /// Whether the object's status says that it has so many replicas, all ready.
+    pub fn is_at(self, object: &DynamicObject, replicas: u32) -> bool {
+        let status = &object.data["status"];
+        let is = |path: &str| {
+            status.pointer(path).and_then(Value::as_u64).unwrap_or(0) == u64::from(replicas)
+        };
+        let is_seen = || status["observedGeneration"].as_i64() == object.metadata.generation;
         match self {
-            Self::KubeAi => (
-                "models.kubeai.org",
-                json!({
-                    "apiVersion": "kubeai.org/v1", "kind": "Model", "metadata": metadata,
-                    "spec": {
-                        "url": "hf://cachalot/bench", "features": ["TextGeneration"], "engine": "VLLM",
-                        "resourceProfile": "bench:1", "autoscalingDisabled": true, "minReplicas": 0, "replicas": replicas,
-                    },
-                }),
-            ),
-            Self::Kthena => (
-                "modelservings.workload.serving.volcano.sh",
-                json!({
-                    "apiVersion": "workload.serving.volcano.sh/v1alpha1", "kind": "ModelServing", "metadata": metadata,
-                    "spec": {
-                        "schedulerName": "default-scheduler", "replicas": replicas,
-                        "template": {"roles": [{
-                            "name": "serve", "replicas": 1, "workerReplicas": 0, "entryTemplate": {"spec": pod}}]},
-                    },
-                }),
-            ),
-            Self::AiBrix => (
-                "stormservices.orchestration.aibrix.ai",
-                json!({
-                    "apiVersion": "orchestration.aibrix.ai/v1alpha1", "kind": "StormService", "metadata": metadata,
-                    "spec": {
-                        "replicas": replicas, "stateful": false,
-                        "selector": {"matchLabels": {"app": NAME}},
-                        "template": {"metadata": {"labels": {"app": NAME}}, "spec": {"roles": [{
-                            "name": "serve", "replicas": 1, "stateful": false,
-                            "template": {"metadata": {"labels": {"app": NAME}}, "spec": pod}}]}},
-                    },
-                }),
-            ),
+            Self::Cachalot => {
+                is_seen() && is("/replicas") && is("/readyReplicas") && is("/updatedReplicas")
+            }
+            // It does not say which generation it has seen.
+            Self::KubeAi => is("/replicas/all") && is("/replicas/ready"),
+            Self::Kthena => is_seen() && is("/replicas") && is("/availableReplicas"),
+            Self::AiBrix => is_seen() && is("/replicas") && is("/readyReplicas"),
         }
     }
 
@@ -219,7 +238,7 @@ impl Project {
                 named("ServiceAccount", "kubeai-models"),
                 named("ConfigMap", "kubeai-autoscaler-state"),
             ],
-            Self::Kthena | Self::AiBrix => Vec::new(),
+            Self::Cachalot | Self::Kthena | Self::AiBrix => Vec::new(),
         }
     }
 
@@ -245,117 +264,46 @@ impl Project {
     }
 }
 
-/// A controller at work; stopped when dropped.
-struct Controller(Ended);
-
-impl Controller {
-    fn start(rival: &Rival, flags: &[String], kubeconfig: &Path, folder: &Path) -> Result<Self> {
-        let name = rival.project.name();
-        let config = folder.join(format!("{name}.yaml"));
-        if let Some(given) = rival.project.config() {
-            std::fs::write(&config, serde_json::to_string(&given)?)?;
-        }
-        let mut command = Command::new(&rival.binary);
-        command
-            .args(flags)
-            .env("KUBECONFIG", kubeconfig)
-            .env("CONFIG_PATH", &config)
-            .env("POD_NAMESPACE", NAMESPACE)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(folder.join(format!("{name}.log")))?);
-        Ok(Self(Ended::start(&mut command)?))
+fn resource(group: &str, version: &str, kind: &str, plural: &str) -> ApiResource {
+    ApiResource {
+        group: group.into(),
+        version: version.into(),
+        api_version: format!("{group}/{version}"),
+        kind: kind.into(),
+        plural: plural.into(),
     }
 }
 
-/// What one controller did once.
-#[derive(Clone, Copy, Debug)]
-struct Seen {
-    pods_per_second: f64,
-    megabytes: f64,
-    millis_per_pod: f64,
+/// Objects of such a kind where everything is made.
+pub fn dynamic(place: &Place<'_>, resource: &ApiResource) -> Api<DynamicObject> {
+    Api::namespaced_with(place.client.clone(), NAMESPACE, resource)
 }
 
-/// Pods per second since `start`, once so many are there or [`PATIENCE`] is over, with how many are there.
-async fn rate(pods: &Api<Pod>, wanted: u32, start: Instant) -> Result<(f64, f64)> {
-    loop {
-        let there = count(pods, &ListParams::default()).await?;
-        let (elapsed, there) = (start.elapsed(), f64::from(u32::try_from(there)?));
-        if there >= f64::from(wanted) || elapsed > PATIENCE {
-            return Ok((there / elapsed.as_secs_f64(), there.max(1.0)));
-        }
-        tokio::time::sleep(COUNT_PERIOD).await;
-    }
+/// A controller with a command line.
+pub struct Contestant<'a> {
+    /// Who it is, with what version and how tuned.
+    pub name: String,
+    /// Whose it is.
+    pub project: Project,
+    /// Absent: ours.
+    rival: Option<&'a Rival>,
+    flags: Vec<&'static str>,
+    /// How many times as fast as it ours should be.
+    pub least: f64,
+    /// Whether it is its project's fastest command line.
+    pub is_best: bool,
 }
 
-/// Ours, over the same replicas, and the pods per second of a bare client that makes the same pods.
-async fn ours(place: &Place<'_>, replicas: u32) -> Result<(Seen, f64)> {
-    let pods: Api<Pod> = api(place.client);
-    let operator = Operator::start(place.binary, place.cluster, place.log)?;
-    operator.wait_leading().await?;
-    let wish = serde_json::to_string(&planning::wish(NAME, replicas, Shape::Small)?)?;
-    let start = Instant::now();
-    place.cluster.apply(NAMESPACE, &wish)?;
-    let (pods_per_second, there) = rate(&pods, replicas, start).await?;
-    let millis_per_pod = 1000.0 * operator.processor_seconds()? / there;
-    let megabytes = Operator::resident_megabytes(&operator.metrics()?)?;
-    drop(operator);
-    let bare_per_second = create_bare(&pods).await?;
-    crate::objects::clear(place.cluster, place.client).await?;
-    let seen = Seen {
-        pods_per_second,
-        megabytes,
-        millis_per_pod,
-    };
-    Ok((seen, bare_per_second))
-}
-
-async fn theirs(place: &Place<'_>, rival: &Rival, flags: &[String], replicas: u32) -> Result<Seen> {
-    let cluster = place.cluster;
-    let pods: Api<Pod> = api(place.client);
-    let folder = place.log.parent().context("a folder of logs")?;
-    let controller = Controller::start(rival, flags, cluster.kubeconfig(), folder)?;
-    tokio::time::sleep(WARM_UP).await;
-    let (kind, object) = rival.project.object(replicas);
-    let start = Instant::now();
-    cluster.apply(NAMESPACE, &object.to_string())?;
-    let (pods_per_second, there) = rate(&pods, replicas, start).await?;
-    let seen = Seen {
-        pods_per_second,
-        megabytes: megabytes(controller.0.id(), "VmRSS")?,
-        millis_per_pod: 1000.0 * processor_seconds(controller.0.id())? / there,
-    };
-    if there < 2.0 {
-        let log = folder.join(format!("{}.log", rival.project.name()));
-        let log = std::fs::read_to_string(log).unwrap_or_default();
-        let tail: Vec<&str> = log.lines().rev().take(10).collect();
-        bail!(
-            "{} made {there} pods:\n{}",
-            rival.project.name(),
-            tail.join("\n")
-        );
-    }
-    // Nobody finishes its deletion without it.
-    drop(controller);
-    let free = r#"{"metadata":{"finalizers":null}}"#;
-    let name = format!("{kind}/{NAME}");
-    cluster.kubectl(&["patch", &name, "-n", NAMESPACE, "--type=merge", "-p", free])?;
-    cluster.kubectl(&["delete", &name, "-n", NAMESPACE, "--wait=false"])?;
-    clear_pods(&pods).await?;
-    Ok(seen)
-}
-
-/// Ours beside each rival, `runs` times; the control plane is left without their pods.
-pub async fn rows(
-    place: &Place<'_>,
-    rivals: &[Rival],
-    replicas: u32,
-    runs: usize,
-) -> Result<Vec<Row>> {
-    if rivals.is_empty() {
-        return Ok(Vec::new());
-    }
-    let kubeconfig = place.cluster.kubeconfig().display().to_string();
+/// Ours and then every rival in every tuning, their definitions and needs applied.
+pub fn contestants<'a>(place: &Place<'_>, rivals: &'a [Rival]) -> Result<Vec<Contestant<'a>>> {
+    let mut all = vec![Contestant {
+        name: Project::Cachalot.name().into(),
+        project: Project::Cachalot,
+        rival: None,
+        flags: Vec::new(),
+        least: 1.0,
+        is_best: true,
+    }];
     for rival in rivals {
         let crds = rival.crds.display().to_string();
         place
@@ -364,69 +312,128 @@ pub async fn rows(
         for object in rival.project.needs() {
             place.cluster.apply(NAMESPACE, &object.to_string())?;
         }
-    }
-    let (mut own, mut bare) = (Vec::new(), Vec::new());
-    let mut others: Vec<(String, f64, Vec<Seen>)> = Vec::new();
-    for run in 0..runs {
-        let (seen, bare_per_second) = ours(place, replicas).await.context("ours")?;
-        say(format!(
-            "run {run}: ours: {seen:.1?}; bare client {bare_per_second:.1} pods/s"
-        ));
-        own.push(seen);
-        bare.push(bare_per_second);
-        let mut index = 0;
-        for rival in rivals {
-            for (words, flags) in rival.project.tunings(&kubeconfig) {
-                let name = format!("{} {} {words}", rival.project.name(), rival.version);
-                let seen = theirs(place, rival, &flags, replicas)
-                    .await
-                    .context(name.clone())?;
-                say(format!("run {run}: {name}: {seen:.1?}"));
-                if run == 0 {
-                    // The issue's goals: ten times the fastest at its defaults, five times it when tuned.
-                    let least = if words == "at its defaults" {
-                        10.0
-                    } else {
-                        5.0
-                    };
-                    others.push((name, least, Vec::new()));
-                }
-                others[index].2.push(seen);
-                index += 1;
-            }
+        let tunings = rival.project.tunings();
+        let best = tunings.len() - 1;
+        for (index, (words, flags)) in tunings.into_iter().enumerate() {
+            all.push(Contestant {
+                name: format!("{} {} {words}", rival.project.name(), rival.version),
+                project: rival.project,
+                rival: Some(rival),
+                flags,
+                // The issue's goals: ten times the fastest at its defaults, five times it when tuned.
+                least: if words == DEFAULTS { 10.0 } else { 5.0 },
+                is_best: index == best,
+            });
         }
     }
-    let of = |all: &[Seen], get: fn(&Seen) -> f64| median(all.iter().map(get).collect());
-    let mut rows = vec![Row::against(
-        &format!(
-            "S1: 1 object x {replicas} one-GPU replicas, pods created per second, ours beside a bare client"
-        ),
-        of(&own, |seen| seen.pods_per_second),
-        "pods/s",
-        median(bare),
-        Some(0.9),
-    )];
-    for (name, least, seen) in &others {
-        let row = |what: &str, unit: &str, get: fn(&Seen) -> f64, least| {
-            let title =
-                format!("S1: 1 object x {replicas} one-GPU replicas, {what}, ours beside {name}");
-            Row::against(&title, of(&own, get), unit, of(seen, get), least)
-        };
-        rows.push(row(
-            "pods created per second",
-            "pods/s",
-            |seen| seen.pods_per_second,
-            Some(*least),
-        ));
-        rows.push(row("memory", "MB", |seen| seen.megabytes, None));
-        rows.push(row(
-            "processor time per pod",
-            "ms",
-            |seen| seen.millis_per_pod,
-            None,
-        ));
+    Ok(all)
+}
+
+/// A controller at work; stopped when dropped.
+pub enum Running {
+    /// Ours.
+    Ours(Operator),
+    /// Another's.
+    Theirs(Ended),
+}
+
+impl Running {
+    /// The number of its process.
+    pub fn id(&self) -> u32 {
+        match self {
+            Self::Ours(operator) => operator.id(),
+            Self::Theirs(process) => process.id(),
+        }
     }
-    Ok(rows)
+}
+
+impl Contestant<'_> {
+    /// In whose name it comes to the API server.
+    pub fn user(&self) -> String {
+        match self.rival {
+            None => operator::USER.into(),
+            Some(rival) => format!("bench-{}", rival.project.name()),
+        }
+    }
+
+    /// Starts it and waits until it is ready to act.
+    pub async fn start(&self, place: &Place<'_>) -> Result<Running> {
+        let Some(rival) = self.rival else {
+            let operator = Operator::start(place)?;
+            operator.wait_leading().await?;
+            return Ok(Running::Ours(operator));
+        };
+        // The lease of one that was killed would hold the next one up.
+        place
+            .cluster
+            .kubectl(&["delete", "leases", "--all", "-n", NAMESPACE])?;
+        let name = rival.project.name();
+        let config = place.folder.join(format!("{name}.yaml"));
+        if let Some(given) = rival.project.config() {
+            std::fs::write(&config, serde_json::to_string(&given)?)?;
+        }
+        let kubeconfig = place.kubeconfig(&self.user())?;
+        let mut command = Command::new(&rival.binary);
+        if rival.project != Project::KubeAi {
+            command.arg(format!("--kubeconfig={}", kubeconfig.display()));
+        }
+        command
+            .args(&self.flags)
+            .env("KUBECONFIG", &kubeconfig)
+            .env("CONFIG_PATH", &config)
+            .env("POD_NAMESPACE", NAMESPACE)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(log(place.folder, rival.project))?);
+        let process = Ended::start(&mut command)?;
+        tokio::time::sleep(WARM_UP).await;
+        Ok(Running::Theirs(process))
+    }
+
+    /// What it said last.
+    pub fn last_words(&self, place: &Place<'_>) -> String {
+        let log = match self.rival {
+            None => place.log.to_path_buf(),
+            Some(rival) => log(place.folder, rival.project),
+        };
+        let text = std::fs::read_to_string(log).unwrap_or_default();
+        let tail: Vec<&str> = text.lines().rev().take(10).collect();
+        tail.join("\n")
+    }
+
+    /// Removes its objects and what hangs on them, while it does not run.
+    pub async fn clear(&self, place: &Place<'_>) -> Result<()> {
+        if self.rival.is_none() {
+            return objects::clear(place.cluster, place.client).await;
+        }
+        let own = &dynamic(place, &self.project.resource());
+        let free = Patch::Merge(json!({"metadata": {"finalizers": null}}));
+        let all = own.list_metadata(&ListParams::default()).await?;
+        let names = all
+            .items
+            .into_iter()
+            .filter(|one| one.metadata.finalizers.is_some());
+        let names = names.filter_map(|one| one.metadata.name);
+        let (free, how) = (&free, &PatchParams::default());
+        // Nobody else finishes their deletion.
+        try_join_all(names.map(|name| async move { own.patch(&name, how, free).await })).await?;
+        own.delete_collection(&DeleteParams::default(), &ListParams::default())
+            .await?;
+        clear_pods(place.client).await?;
+        for kind in self.project.dependents() {
+            let left = dynamic(place, &kind);
+            wait_for(LOOK, || async {
+                let left = count(&left, &ListParams::default()).await?;
+                Ok((left > 0).then(|| format!("{left} {} are still there", kind.plural)))
+            })
+            .await?;
+        }
+        Ok(())
+    }
+}
+
+fn log(folder: &Path, project: Project) -> PathBuf {
+    folder.join(format!("{}.log", project.name()))
 }
 
 #[cfg(test)]
@@ -443,8 +450,39 @@ mod tests {
         assert!(why.to_string().contains("--rival-crds kubeai="), "{why}");
         let why = rivals(&[], &given("aibrix=c"), &[]).expect_err("no binary");
         assert!(why.to_string().contains("no --rival for aibrix"), "{why}");
-        for wrong in ["kubeai", "kubeai=", "other=x"] {
+        for wrong in ["kubeai", "kubeai=", "other=x", "cachalot=x"] {
             assert!(wrong.parse::<Given>().is_err(), "{wrong}");
+        }
+    }
+    #[test]
+    fn an_object_is_ready_when_its_status_says_so_of_all_replicas_and_of_what_is_asked_now() {
+        let statuses = [
+            (
+                Project::Cachalot,
+                json!({"replicas": 3, "readyReplicas": 3, "updatedReplicas": 3}),
+            ),
+            (Project::KubeAi, json!({"replicas": {"all": 3, "ready": 3}})),
+            (
+                Project::Kthena,
+                json!({"replicas": 3, "availableReplicas": 3}),
+            ),
+            (Project::AiBrix, json!({"replicas": 3, "readyReplicas": 3})),
+        ];
+        for (project, status) in statuses {
+            let mut object = project.object("x", 3).expect("an object");
+            assert_eq!(object.data["spec"]["replicas"], json!(3), "{project:?}");
+            assert!(!project.is_at(&object, 3), "{project:?} has no status yet");
+            object.metadata.generation = Some(2);
+            object.data["status"] = status;
+            object.data["status"]["observedGeneration"] = json!(2);
+            assert!(project.is_at(&object, 3), "{project:?}");
+            assert!(!project.is_at(&object, 2), "{project:?}");
+            object.metadata.generation = Some(3);
+            assert_eq!(
+                project.is_at(&object, 3),
+                project == Project::KubeAi,
+                "{project:?}"
+            );
         }
     }
 }

@@ -14,7 +14,7 @@ use crate::cluster::Place;
 use crate::objects::{api, clear, create_all, say, wait_for, wait_pods};
 use crate::operator::Operator;
 use crate::planning::{self, Shape};
-use bench_report::{Row, median};
+use bench_report::{Figure, Row};
 
 /// ModelDeployments of S2, of two replicas each.
 const PAIRS: u32 = 500;
@@ -36,7 +36,7 @@ type Span = (String, f64);
 pub async fn rows(place: &Place<'_>, runs: usize) -> Result<Vec<Row>> {
     let mut told: Vec<Vec<Span>> = Vec::new();
     for run in 0..runs {
-        let operator = Operator::start(place.binary, place.cluster, place.log)?;
+        let operator = Operator::start(place)?;
         operator.wait_leading().await?;
         let mut spans = pairs(place).await.context("S2")?;
         clear(place.cluster, place.client).await?;
@@ -52,8 +52,8 @@ pub async fn rows(place: &Place<'_>, runs: usize) -> Result<Vec<Row>> {
     }
     let spans = told.first().map(Vec::as_slice).unwrap_or_default();
     let row = |(index, (span, _)): (usize, &Span)| {
-        let seconds = told.iter().map(|spans| spans[index].1);
-        Row::plain(span, median(seconds.collect()), "s")
+        let seconds: Figure = told.iter().map(|spans| spans[index].1).collect();
+        Row::plain(span, seconds, "s")
     };
     Ok(spans.iter().enumerate().map(row).collect())
 }
@@ -195,7 +195,7 @@ async fn change(place: &Place<'_>, name: &str, spec: Value) -> Result<()> {
 }
 
 /// Waits until a ModelDeployment has so many replicas, all ready, of its revision, and no others.
-async fn wait_at(place: &Place<'_>, name: &str, replicas: u32) -> Result<()> {
+pub async fn wait_at(place: &Place<'_>, name: &str, replicas: u32) -> Result<()> {
     let wishes: Api<ModelDeployment> = api(place.client);
     let wanted = i32::try_from(replicas)?;
     wait_for(LOOK, || async {
@@ -211,7 +211,8 @@ async fn wait_at(place: &Place<'_>, name: &str, replicas: u32) -> Result<()> {
     .await
 }
 
-fn is_at(wish: &ModelDeployment, replicas: i32) -> bool {
+/// Whether a ModelDeployment has so many replicas, all ready, of its revision, and no others.
+pub fn is_at(wish: &ModelDeployment, replicas: i32) -> bool {
     wish.status.as_ref().is_some_and(|status| {
         let numbers = [
             status.replicas,

@@ -4,6 +4,7 @@
 //! Invariant: `met` follows from the numbers of its own row, so nobody has to believe it. A row without a goal is a figure
 //! and no more.
 
+use std::fmt;
 use std::io::ErrorKind;
 use std::path::Path;
 use std::process::Command;
@@ -48,6 +49,63 @@ pub struct Origin {
     pub date: String,
 }
 
+/// Between which numbers the runs were.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spread {
+    /// The least of them.
+    pub least: f64,
+    /// The most.
+    pub most: f64,
+    /// How many.
+    pub runs: usize,
+}
+
+/// What several runs measured, or one number alone.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Figure {
+    /// The median.
+    pub value: f64,
+    /// Where there was more than one run.
+    pub spread: Option<Spread>,
+}
+
+impl From<f64> for Figure {
+    fn from(value: f64) -> Self {
+        Self {
+            value,
+            spread: None,
+        }
+    }
+}
+
+impl FromIterator<f64> for Figure {
+    fn from_iter<I: IntoIterator<Item = f64>>(runs: I) -> Self {
+        let runs: Vec<f64> = runs.into_iter().collect();
+        let spread = (runs.len() > 1).then(|| Spread {
+            least: runs.iter().copied().fold(f64::INFINITY, f64::min),
+            most: runs.iter().copied().fold(f64::NEG_INFINITY, f64::max),
+            runs: runs.len(),
+        });
+        Self {
+            value: median(runs),
+            spread,
+        }
+    }
+}
+
+impl fmt::Display for Figure {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value = short(self.value);
+        match self.spread {
+            Some(Spread { least, most, .. }) => {
+                write!(to, "{value} ({} to {})", short(least), short(most))
+            }
+            None => write!(to, "{value}"),
+        }
+    }
+}
+
 /// One figure.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -56,10 +114,16 @@ pub struct Row {
     pub name: String,
     /// The median of the runs.
     pub value: f64,
+    /// Between which numbers the runs were, where there was more than one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spread: Option<Spread>,
     /// Its unit.
     pub unit: String,
     /// What it is held against in the same run, in the same unit.
     pub reference: Option<f64>,
+    /// Between which numbers the runs of the reference were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference_spread: Option<Spread>,
     /// `value / reference`.
     pub ratio: Option<f64>,
     /// What is wanted.
@@ -73,12 +137,15 @@ pub struct Row {
 
 impl Row {
     /// A figure alone.
-    pub fn plain(name: &str, value: f64, unit: &str) -> Self {
+    pub fn plain(name: &str, figure: impl Into<Figure>, unit: &str) -> Self {
+        let Figure { value, spread } = figure.into();
         Self {
             name: name.into(),
             value,
+            spread,
             unit: unit.into(),
             reference: None,
+            reference_spread: None,
             ratio: None,
             goal: None,
             met: None,
@@ -87,23 +154,26 @@ impl Row {
     }
 
     /// A figure held against another, of which it should reach at least a share.
-    pub fn against(name: &str, value: f64, unit: &str, reference: f64, least: Option<f64>) -> Self {
+    pub fn against(
+        name: &str,
+        figure: impl Into<Figure>,
+        unit: &str,
+        reference: impl Into<Figure>,
+        least: Option<f64>,
+    ) -> Self {
         let goal = least.map(|least| Goal {
             of: Of::Ratio,
             least: Some(least),
             most: None,
         });
-        Self {
-            reference: Some(reference),
-            ratio: Some(value / reference),
-            ..Self::plain(name, value, unit)
-        }
-        .with(goal)
+        Self::plain(name, figure, unit)
+            .beside(reference.into())
+            .with(goal)
     }
 
     /// A figure that must not be above a limit.
-    pub fn below(name: &str, value: f64, unit: &str, most: f64) -> Self {
-        Self::plain(name, value, unit).with(Some(Goal {
+    pub fn below(name: &str, figure: impl Into<Figure>, unit: &str, most: f64) -> Self {
+        Self::plain(name, figure, unit).with(Some(Goal {
             of: Of::Value,
             least: None,
             most: Some(most),
@@ -112,16 +182,19 @@ impl Row {
 
     /// A figure that must not be above what the machine makes it, which is its reference.
     pub fn within(name: &str, value: f64, unit: &str, reference: f64) -> Self {
-        Self {
-            reference: Some(reference),
-            ratio: Some(value / reference),
-            ..Self::plain(name, value, unit)
-        }
-        .with(Some(Goal {
+        let row = Self::plain(name, value, unit).beside(reference.into());
+        row.with(Some(Goal {
             of: Of::Ratio,
             least: None,
             most: Some(1.0),
         }))
+    }
+
+    fn beside(mut self, reference: Figure) -> Self {
+        self.reference = Some(reference.value);
+        self.reference_spread = reference.spread;
+        self.ratio = Some(self.value / reference.value);
+        self
     }
 
     fn with(mut self, goal: Option<Goal>) -> Self {
@@ -179,8 +252,8 @@ impl Report {
         let machine = machine(threads);
         println!("{machine}\n");
         println!(
-            "{:72} {:>10} {:9} {:>10} {:>7}  goal",
-            "", "value", "", "reference", "ratio"
+            "{:72} {:>24} {:9} {:>24} {:>7}  goal",
+            "", "median (least to most)", "", "reference", "ratio"
         );
         Self {
             origin: Origin {
@@ -224,12 +297,15 @@ impl Report {
 
     /// Keeps a row and prints it.
     pub fn push(&mut self, row: Row) {
+        let shown = |value, spread| Figure { value, spread }.to_string();
         println!(
-            "{:72} {:>10} {:9} {:>10} {:>7}  {}",
+            "{:72} {:>24} {:9} {:>24} {:>7}  {}",
             row.name,
-            short(row.value),
+            shown(row.value, row.spread),
             row.unit,
-            row.reference.map(short).unwrap_or_default(),
+            row.reference
+                .map(|reference| shown(reference, row.reference_spread))
+                .unwrap_or_default(),
             row.ratio
                 .map(|ratio| format!("{ratio:.2}"))
                 .unwrap_or_default(),
@@ -253,10 +329,15 @@ impl Report {
     }
 }
 
-/// The value in the middle.
+/// The value in the middle, or between the two that are.
 pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    let (half, is_even) = (values.len() / 2, values.len().is_multiple_of(2));
+    match (half.checked_sub(1), is_even) {
+        (None, true) => f64::NAN,
+        (Some(before), true) => f64::midpoint(values[before], values[half]),
+        (_, false) => values[half],
+    }
 }
 
 /// Three significant digits.
@@ -329,6 +410,32 @@ mod tests {
         assert_eq!(shown, ["0", "0.0123", "1.50", "37.9", "1413"]);
     }
 
+    #[test]
+    fn a_row_tells_between_which_numbers_its_runs_were() {
+        let runs = Figure::from_iter([3.0, 1.0, 2.5]);
+        assert_eq!(runs.to_string(), "2.50 (1.00 to 3.00)");
+        assert_eq!(Figure::from_iter([3.0]), Figure::from(3.0));
+        assert_eq!(
+            Figure::from_iter([3.0, 1.0]).to_string(),
+            "2.00 (1.00 to 3.00)"
+        );
+        assert!(median(Vec::new()).is_nan());
+        let row = Row::against("x", runs, "s", Figure::from_iter([10.0, 20.0, 10.0]), None);
+        let spread = |least, most| {
+            let runs = 3;
+            Some(Spread { least, most, runs })
+        };
+        assert_eq!(row.spread, spread(1.0, 3.0));
+        assert_eq!(row.reference_spread, spread(10.0, 20.0));
+        assert_eq!((row.value, row.ratio), (2.5, Some(0.25)));
+        let text = serde_json::to_string(&row).expect("json");
+        assert_eq!(serde_json::from_str::<Row>(&text).expect("a row"), row);
+        // What was written before rows had a spread.
+        let old = r#"{"name":"x","value":1.0,"unit":"s","reference":null,"ratio":null,"goal":null,"met":null}"#;
+        let old: Row = serde_json::from_str(old).expect("a row");
+        assert_eq!(old, Row::plain("x", 1.0, "s"));
+    }
+
     fn report(commit: &str, rows: &[(&str, f64)]) -> Report {
         let rows = rows
             .iter()
@@ -389,6 +496,17 @@ mod tests {
             assert!(!report.rows.is_empty(), "{name} has no rows");
             for row in report.rows {
                 assert_eq!(row.met, row.verdict(), "{name}: {}", row.name);
+                let inside = |value: f64, spread: Option<Spread>| {
+                    spread.is_none_or(|s| s.least <= value && value <= s.most && s.runs > 1)
+                };
+                assert!(
+                    inside(row.value, row.spread)
+                        && row
+                            .reference
+                            .is_none_or(|of| inside(of, row.reference_spread)),
+                    "{name}: {}",
+                    row.name
+                );
                 let ratio = row.reference.map(|reference| row.value / reference);
                 let off = row.ratio.zip(ratio).map_or(0.0, |(a, b)| (a - b).abs());
                 assert!(
