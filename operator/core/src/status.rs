@@ -150,6 +150,11 @@ impl Report<'_> {
             .collect();
         let mut events: Vec<Event> = verdicts
             .iter()
+            // All that were asked for answer: that some do is no news beside it.
+            .filter(|(kind, verdict)| {
+                let some_do = (*kind, verdict.status) == (ConditionType::Available, ConditionStatus::True);
+                !(some_do && ready.status == ConditionStatus::True)
+            })
             .filter_map(|(kind, verdict)| transition(*kind, verdict, &before.conditions))
             .collect();
         events.extend(self.deeds());
@@ -535,6 +540,8 @@ fn transition(kind: ConditionType, verdict: &Verdict, before: &[Condition]) -> O
         (ConditionType::ModelInspected | ConditionType::Planned, ConditionStatus::False) => {
             EventKind::Warning
         }
+        // Nothing was inspected: the facts were given.
+        (ConditionType::ModelInspected, ConditionStatus::True) if old.is_none() => return None,
         (ConditionType::Planned, ConditionStatus::Unknown) => return None,
         (ConditionType::Available, ConditionStatus::False) if !was_true => return None,
         (ConditionType::Available, ConditionStatus::False)
@@ -552,6 +559,8 @@ fn transition(kind: ConditionType, verdict: &Verdict, before: &[Condition]) -> O
         {
             EventKind::Warning
         }
+        // The replicas of a first revision are told of as they are created.
+        (ConditionType::Progressing, ConditionStatus::True) if old.is_none() => return None,
         (ConditionType::Progressing, ConditionStatus::True) => EventKind::Normal,
         (ConditionType::Progressing, _) => return None,
         (ConditionType::ScalingActive, _) => match verdict.reason {
