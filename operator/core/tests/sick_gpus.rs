@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
 use operator_api::{GpuFaultStatus, ModelDeploymentStatus};
 use operator_core::snapshot::{PodPhase, PodView, Terminated};
-use operator_core::{Plan, explain, objects};
+use operator_core::{Flaw, Plan, check, explain, objects};
 use serde_json::{Value, json};
 
 const UUID: &str = "GPU-5fd4f087-86f3-7a43-b711-4771313afc50";
@@ -211,28 +211,28 @@ fn what_is_remembered_outlives_the_pod_and_the_operator() {
 
 #[test]
 fn a_node_is_used_again_when_it_was_booted_or_replaced_or_a_day_is_over() {
-    let story = remembered([]);
-    let gone = story
-        .edited(json!({"replicas": 1}))
-        .replica(0, |pod| pod.deleting = true);
-    let gone = gone.swept();
-    assert_eq!(places(&gone.plan()), Vec::<String>::new());
+    // The pod is gone.
+    let after_it = |node| {
+        let mut story = story(r1(json!({}))).on([node]);
+        story.snapshot.deployment = remembered([]).snapshot.deployment;
+        story
+    };
+    let unrepaired = after_it(node_a());
     let repaired = [
-        gone.clone().on([booted("a", "uid-a", "boot-2")]),
-        gone.clone().on([booted("a", "uid-other", "boot-1")]),
-        gone.clone().later(DAY),
+        after_it(booted("a", "uid-a", "boot-2")),
+        after_it(booted("a", "uid-other", "boot-1")),
+        unrepaired.clone().later(DAY + 10),
     ];
     for story in repaired {
         let plan = story.plan();
-        assert_eq!(places(&plan), ["a"]);
+        assert_eq!(places(&plan), ["a"], "{plan}");
         assert_eq!(faults(&plan), []);
         assert!(events(&plan).contains(&"GpuFaultForgotten"));
     }
     // And not before.
-    assert_eq!(
-        places(&gone.clone().later(DAY - 10).plan()),
-        Vec::<String>::new()
-    );
+    for story in [unrepaired.clone(), unrepaired.later(DAY - 10)] {
+        assert_eq!(places(&story.plan()), Vec::<String>::new());
+    }
 }
 
 #[test]
@@ -308,7 +308,23 @@ fn what_others_remember_keeps_new_replicas_away_and_leaves_those_that_run() {
     more.snapshot.gpu_faults[0].boot_id = "boot-0".into();
     assert!(places(&more.plan()).contains(&"a".into()));
     // Replicas that need no GPU do not care.
-    let mut cpu = story(deployment("c", json!({}))).inspected().on([node_a()]);
+    let tolerations = json!([{"key": "nvidia.com/gpu", "operator": "Exists"}]);
+    let spec = json!({"placement": {"tolerations": tolerations}});
+    let mut cpu = story(deployment("c", spec)).inspected().on([node_a()]);
     cpu.snapshot.gpu_faults = vec![fault];
     assert_eq!(places(&cpu.plan()), ["a"]);
+}
+
+#[test]
+fn the_linter_sees_a_plan_that_uses_a_sick_gpu() {
+    let mut sound = story(r1(json!({}))).on([node_a()]);
+    let plan = sound.plan();
+    assert_eq!(places(&plan), ["a"]);
+    sound.snapshot.deployment = remembered([]).snapshot.deployment;
+    let flaws = check(&plan, &sound.snapshot, &sound.settings);
+    let is_it = |flaw: &Flaw| matches!(flaw, Flaw::SickGpu(pod) if pod.starts_with("r1-0-"));
+    assert!(flaws.iter().any(is_it), "{flaws:?}");
+    // As it is on another node.
+    let elsewhere = sound.on([booted("a", "uid-a", "boot-2")]);
+    assert_eq!(check(&plan, &elsewhere.snapshot, &elsewhere.settings), []);
 }
