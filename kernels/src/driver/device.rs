@@ -55,6 +55,15 @@ impl std::fmt::Debug for Device {
     }
 }
 
+fn hardware_error(error: &DriverError) -> Option<String> {
+    match error {
+        DriverError::Call { code, name, .. } if HARDWARE_ERRORS.contains(code) => {
+            Some(format!("{name} ({code})"))
+        }
+        _ => None,
+    }
+}
+
 /// `GPU-` and five groups of hexadecimal digits; `MIG-` for a part of a GPU, which its name tells.
 fn uuid_words(name: &str, bytes: [u8; 16]) -> String {
     let kind = if name.contains(" MIG ") { "MIG" } else { "GPU" };
@@ -198,10 +207,8 @@ impl Device {
         // A context that an error ended answers every call with it.
         let asked = || call!(self, cuStreamQuery(ptr::null_mut()));
         match asked() {
-            Err(DriverError::Call { code, name, .. }) if HARDWARE_ERRORS.contains(&code) => {
-                Some(format!("{name} ({code})"))
-            }
-            _ => None,
+            Err(error) => hardware_error(&error),
+            Ok(()) => None,
         }
     }
 
@@ -437,6 +444,29 @@ impl Drop for Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_errors_that_no_program_causes_are_the_hardwares() {
+        let told = |code| {
+            hardware_error(&DriverError::Call {
+                call: "cuStreamQuery",
+                code,
+                name: "NAME".into(),
+                detail: String::new(),
+            })
+        };
+        for code in [214, 220] {
+            assert_eq!(told(code), Some(format!("NAME ({code})")));
+        }
+        for code in [2, 226, 600, 700, 702, 714, 719, 999] {
+            assert_eq!(told(code), None, "{code}");
+        }
+        let late = DriverError::Late {
+            what: "a step",
+            seconds: 1,
+        };
+        assert_eq!(hardware_error(&late), None);
+    }
 
     #[test]
     fn a_uuid_is_written_as_nvidia_smi_writes_it() {
