@@ -101,7 +101,7 @@ pub fn changes<'a>(
     (new.collect(), forgotten.collect())
 }
 
-/// "GPU-1 reported CUDA_ERROR_X (214); forgotten when …".
+/// "GPU-1: CUDA_ERROR_X (214), reported at …; used again when …".
 pub fn words(fault: &GpuFaultStatus) -> String {
     format!(
         "{}: {}, reported at {}; used again when the node was rebooted or replaced, or from {} on",
