@@ -256,6 +256,9 @@ pub struct ServeArguments {
     /// Seconds that a failed engine keeps answering probes, so that someone can read why
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub failure_linger_seconds: u32,
+    /// File that says why a failed engine ended, and which GPU is the cause; written where it is there already
+    #[arg(long, value_name = "FILE", default_value = "/dev/termination-log")]
+    pub termination_log: PathBuf,
     /// Where the weights come from
     #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
     pub load_format: LoadFormat,

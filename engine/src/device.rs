@@ -10,7 +10,8 @@ use std::process::Command;
 use std::str::FromStr;
 
 use engine_cuda::{
-    ATTENTION_VARIABLE, CudaError, CudaExecutor, CudaLimits, Gpu, PRODUCTS_VARIABLE, refusal,
+    ATTENTION_VARIABLE, CudaError, CudaExecutor, CudaLimits, Gpu, Opened, PRODUCTS_VARIABLE,
+    refusal,
 };
 use engine_memory::{MemoryRequest, memory_plan};
 use engine_spec::{Device, EngineConfig, ModelConfig, Rank};
@@ -29,11 +30,11 @@ pub enum Found {
 ///
 /// # Errors
 /// One was asked for and there is none: why.
-pub fn find(choice: DeviceChoice, driver: Option<&Path>) -> Result<Found, String> {
+pub fn find(choice: DeviceChoice, driver: Option<&Path>, opened: &Opened) -> Result<Found, String> {
     if choice == DeviceChoice::Cpu {
         return Ok(Found::Cpu("the device cpu was asked for".into()));
     }
-    match Gpu::open(driver, 0).map_err(without_trial) {
+    match opened.open(driver, 0).map_err(without_trial) {
         Ok(gpu) => Ok(Found::Gpu(as_asked(gpu)?)),
         Err(error) => fall_back(choice, error.to_string()),
     }
@@ -63,8 +64,8 @@ fn without_trial(error: CudaError) -> CudaError {
 ///
 /// # Errors
 /// There is none of this number, or it cannot be used: why.
-pub fn another(driver: Option<&Path>, ordinal: u32) -> Result<Found, String> {
-    let gpu = Gpu::open(driver, ordinal).map_err(without_trial);
+pub fn another(driver: Option<&Path>, ordinal: u32, opened: &Opened) -> Result<Found, String> {
+    let gpu = opened.open(driver, ordinal).map_err(without_trial);
     let gpu = gpu.map_err(|error| {
         format!(
             "parallelism gives each GPU of this process a rank, and GPU {ordinal} cannot be used: {error}; give the \
@@ -123,6 +124,7 @@ pub fn settle(
             tracing::info!(
                 device = "cuda",
                 name = gpu.name(),
+                uuid = gpu.uuid(),
                 capability,
                 products = %gpu.products(),
                 reason,

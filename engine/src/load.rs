@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use engine_core::{Executor, Limits};
 use engine_cpu::{CpuExecutor, CpuLimits, available_threads};
-use engine_cuda::{CudaExecutor, CudaLimits};
+use engine_cuda::{CudaExecutor, CudaLimits, Opened};
 use engine_group::{Follower, LeadingExecutor, ProcessGroup, TcpGroup};
 use engine_load::{
     FetchSettings, LoadError, Local, PACKED_FILE, PackedModel, Progress, read_config,
@@ -54,6 +54,8 @@ pub struct Machine {
     pub choice: DeviceChoice,
     /// Driver library of the GPU.
     pub cuda_driver: Option<PathBuf>,
+    /// GPUs that were opened.
+    pub opened: Opened,
     /// How models are fetched, and where they are kept.
     pub fetch: FetchSettings,
     /// Whether to check the digests of packed weights.
@@ -84,8 +86,8 @@ fn prepare(
 ) -> Result<Prepared, LoadFailure> {
     let unavailable = |why: String| failure("DeviceUnavailable", why);
     // Before anything is fetched: a GPU that is not there does not come with the weights.
-    let found =
-        device::find(machine.choice, machine.cuda_driver.as_deref()).map_err(unavailable)?;
+    let driver = machine.cuda_driver.as_deref();
+    let found = device::find(machine.choice, driver, &machine.opened).map_err(unavailable)?;
     let fetched = Arc::new(Progress::default());
     startup.enter(StartupPhase::Fetching, bytes_of(&fetched));
     let directory = match weights {
@@ -123,7 +125,7 @@ fn prepare(
     let meeting = world.meeting(here)?;
     let companions = Companions::default();
     for (gpu, rank) in here.others() {
-        let found = device::another(machine.cuda_driver.as_deref(), gpu).map_err(unavailable)?;
+        let found = device::another(driver, gpu, &machine.opened).map_err(unavailable)?;
         companions.start(Companion {
             rank,
             meeting: meeting.guest(),

@@ -9,6 +9,7 @@ mod configure;
 mod device;
 mod dummy;
 mod inspect;
+mod last_words;
 mod load;
 mod mapping;
 mod pack;

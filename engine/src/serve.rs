@@ -5,15 +5,17 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context;
+use engine_cuda::Opened;
 use engine_group::{Command, TcpGroup};
 use engine_server::{
-    ApiKeys, LoadFailure, Loader, RankLoader, ServerOptions, StartupHandle, Tls, TlsFiles, serve,
-    serve_rank,
+    ApiKeys, LoadFailure, Loader, OnFailure, RankLoader, ServerOptions, StartupHandle, Tls,
+    TlsFiles, serve, serve_rank,
 };
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::{LoadFormat, ServeArguments};
+use crate::last_words::LastWords;
 use crate::load::Weights;
 use crate::ranks::World;
 use crate::{configure, load, telemetry};
@@ -60,9 +62,13 @@ pub fn run(arguments: ServeArguments) -> anyhow::Result<()> {
         options.tls = tls;
         options.failure_linger = Duration::from_secs(arguments.failure_linger_seconds.into());
         let tool_call_parser = arguments.tool_call_parser;
+        let opened = Opened::default();
+        let last_words = LastWords::new(opened.clone(), arguments.termination_log);
+        options.on_failure = Some(OnFailure(Arc::new(move |failure| last_words.say(failure))));
         let machine = load::Machine {
             choice: configure::device(&arguments.engine, &config),
             cuda_driver: arguments.engine.cuda_driver.clone(),
+            opened,
             fetch: arguments.engine.cache.settings(),
             verify_weights: arguments.verify_weights,
             world: world.clone(),

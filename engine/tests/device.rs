@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use engine_spec::{EndReport, GpuFault};
 use kernels::emulation::{BuildError, Emulation};
 use serde_json::{Value, json};
 
@@ -441,6 +442,50 @@ fn a_kernel_that_faults_makes_the_engine_unhealthy_with_the_cuda_error() {
     assert!(body.contains("CUDA_ERROR_ILLEGAL_ADDRESS (700)"), "{body}");
     let code = engine.child.wait().unwrap().code();
     assert_eq!(code, Some(1));
+}
+
+/// What is left of an engine of two GPUs that ends by a fault of the second one; it answers until then.
+fn end_by(driver: &Path, code: &str) -> (String, EndReport) {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    // Of an earlier end, and longer.
+    std::fs::write(file.path(), "x".repeat(4096)).unwrap();
+    let mut command = engine(&tiny(), "cuda", driver);
+    command
+        .env("CACHALOT_EMULATION_DEVICES", "2")
+        .env("CACHALOT_EMULATION_FAULT_AFTER", "2000")
+        .env("CACHALOT_EMULATION_FAULT_CODE", code)
+        .env("CACHALOT_EMULATION_FAULT_DEVICE", "1")
+        .env("CACHALOT_CUDA_EXCHANGE", "host")
+        .args(["--tensor-parallel-size", "2"])
+        .args(["--failure-linger-seconds", "3", "--termination-log"])
+        .arg(file.path());
+    let mut engine = Engine::start(command);
+    engine.wait_ready();
+    let (status, body) = engine.ask("What is 123 + 456?", 120);
+    assert_ne!(status, 200, "{body}");
+    let (status, problem) = engine.get("/livez");
+    assert_eq!(status, 503, "{problem}");
+    // Before the process ends: a probe may end it.
+    assert!(engine.child.try_wait().unwrap().is_none());
+    let text = std::fs::read_to_string(file.path()).unwrap();
+    (problem, EndReport::from_message(&text).expect(&text))
+}
+
+#[test]
+fn an_engine_that_a_gpu_ends_says_which_one_and_leaves_it_as_its_termination_message() {
+    let Some(driver) = driver() else { return };
+    let (problem, report) = end_by(&driver, "214");
+    let fault = GpuFault {
+        uuid: "GPU-00000000-0000-0000-0000-000000000001".into(),
+        error: "CUDA_ERROR_ECC_UNCORRECTABLE (214)".into(),
+    };
+    assert!(problem.contains(&fault.uuid), "{problem}");
+    assert!(problem.contains(&report.message), "{problem}");
+    assert_eq!(report.gpu_fault, Some(fault));
+    // A program can read outside its memory on a sound GPU.
+    let (problem, report) = end_by(&driver, "700");
+    assert_eq!(report.gpu_fault, None);
+    assert!(problem.contains(&report.message), "{problem}");
 }
 
 fn leader() -> String {

@@ -9,6 +9,7 @@
 // CACHALOT_EMULATION_MEMORY bytes of "device" memory (default 8 GiB), CACHALOT_EMULATION_CAPABILITY such as 80 or 90,
 // CACHALOT_EMULATION_VERSION of the driver (default 13000), CACHALOT_EMULATION_DEVICES 0 to 8 (default 1), each with memory and a
 // primary context of its own, CACHALOT_EMULATION_IMAGES 0 for a device that no image fits, CACHALOT_EMULATION_FAULT_AFTER kernels until one fails,
+// CACHALOT_EMULATION_FAULT_CODE it fails with (default 700), CACHALOT_EMULATION_FAULT_DEVICE it fails on (default: each),
 // CACHALOT_EMULATION_FAULT_IN and CACHALOT_EMULATION_HANG for kernels that fail or never end, by a part of their names.
 #include "machine.h"
 #include "sanitizer.h"
@@ -41,6 +42,8 @@ enum Error : int {
     INVALID_CONTEXT = 201,
     NO_BINARY_FOR_GPU = 209,
     INVALID_HANDLE = 400,
+    ECC_UNCORRECTABLE = 214,
+    NVLINK_UNCORRECTABLE = 220,
     NOT_FOUND = 500,
     NOT_READY = 600,
     CAPTURE_UNSUPPORTED = 900,
@@ -646,6 +649,8 @@ API cuGetErrorName(int error, const char** name) {
     case INVALID_IMAGE: *name = "CUDA_ERROR_INVALID_IMAGE"; break;
     case INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
     case INVALID_HANDLE: *name = "CUDA_ERROR_INVALID_HANDLE"; break;
+    case ECC_UNCORRECTABLE: *name = "CUDA_ERROR_ECC_UNCORRECTABLE"; break;
+    case NVLINK_UNCORRECTABLE: *name = "CUDA_ERROR_NVLINK_UNCORRECTABLE"; break;
     case NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; break;
     case NOT_READY: *name = "CUDA_ERROR_NOT_READY"; break;
     case CAPTURE_UNSUPPORTED: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
@@ -719,9 +724,11 @@ API cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, un
     return submit(stream, [=] {
         {
             std::lock_guard<std::mutex> guard(lock);
+            const size_t device = size_t(context->device);
+            const bool is_it = environment("CACHALOT_EMULATION_FAULT_DEVICE", device) == device;
             const bool fails = failing && *failing && strstr(kernel->name, failing);
-            if (fails || (context->fault_after >= 0 && context->fault_after-- == 0)) {
-                context->error = emu::ILLEGAL_ADDRESS;
+            if (fails || (is_it && context->fault_after >= 0 && context->fault_after-- == 0)) {
+                context->error = int(environment("CACHALOT_EMULATION_FAULT_CODE", emu::ILLEGAL_ADDRESS));
                 context->report = std::string("injected fault in kernel ") + kernel->name;
                 return;
             }

@@ -213,6 +213,7 @@ functions! {
     cuDeviceGetCount: fn(*mut c_int);
     cuDeviceGet: fn(*mut c_int, c_int);
     cuDeviceGetName: fn(*mut c_char, c_int, c_int);
+    cuDeviceGetUuid_v2: fn(*mut [u8; 16], c_int);
     cuDeviceGetAttribute: fn(*mut c_int, c_int, c_int);
     cuDevicePrimaryCtxRetain: fn(*mut Handle, c_int);
     cuDevicePrimaryCtxRelease_v2: fn(c_int);

@@ -1,9 +1,9 @@
 //! Finding a GPU.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use engine_spec::{ModelConfig, Rank};
+use engine_spec::{GpuFault, ModelConfig, Rank};
 use kernels::driver::{Device, Driver};
 use kernels::plan;
 
@@ -12,6 +12,38 @@ use crate::layout::CudaLimits;
 use crate::products::{self, ProductChoice, Products};
 use crate::shapes::check_shapes;
 use crate::{AttentionChoice, CudaError, ExchangeChoice};
+
+/// The GPUs that a process opened, kept so that they can be asked when it cannot go on.
+#[derive(Clone, Debug, Default)]
+pub struct Opened(Arc<Mutex<Vec<Arc<Device>>>>);
+
+impl Opened {
+    /// See [`Gpu::open`].
+    ///
+    /// # Errors
+    /// See [`Gpu::open`].
+    pub fn open(&self, driver: Option<&Path>, ordinal: u32) -> Result<Gpu, CudaError> {
+        let driver = Driver::load(driver)?;
+        let device = Device::open(&driver, ordinal)?;
+        self.devices().push(device.clone());
+        Gpu::over(device)
+    }
+
+    /// The first of them that its hardware ended.
+    pub fn fault(&self) -> Option<GpuFault> {
+        let fault = |device: &Arc<Device>| {
+            Some(GpuFault {
+                error: device.hardware_error()?,
+                uuid: device.uuid().to_owned(),
+            })
+        };
+        self.devices().iter().find_map(fault)
+    }
+
+    fn devices(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Device>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// A GPU that the kernels run on.
 #[derive(Clone, Debug)]
@@ -111,6 +143,11 @@ impl Gpu {
     /// As the driver calls it.
     pub fn name(&self) -> &str {
         self.device.name()
+    }
+
+    /// As nvidia-smi prints it.
+    pub fn uuid(&self) -> &str {
+        self.device.uuid()
     }
 
     /// Major and minor compute capability.

@@ -26,7 +26,7 @@ pub use attention::{AttentionChoice, AttentionKernels, ChosenAttention, UnknownK
 pub use error::CudaError;
 pub use exchange::{ExchangeChoice, UnknownExchange};
 pub use executor::{AllocatedBytes, CudaExecutor};
-pub use gpu::Gpu;
+pub use gpu::{Gpu, Opened};
 pub use layout::CudaLimits;
 pub use products::VARIABLE as PRODUCTS_VARIABLE;
 pub use products::{ProductChoice, Products};

@@ -37,6 +37,6 @@ pub use caller::ApiKeys;
 pub use rank::{RankLoader, serve_rank};
 pub use serve::{ServeError, serve};
 pub use startup::{LoadFailure, Loaded, Loader, Roofline, StartupHandle};
-pub use state::ServerOptions;
+pub use state::{OnFailure, ServerOptions};
 pub use tls::{Tls, TlsError, TlsFiles};
 pub use weights::{LoadedWeights, UpdateHandle, WeightsLoader, WeightsOrigin, WeightsSource};

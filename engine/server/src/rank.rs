@@ -96,7 +96,8 @@ fn run(shared: &Shared, loader: RankLoader) -> bool {
     });
     let mut follower = match loaded {
         Ok(follower) => follower,
-        Err(failure) => {
+        Err(mut failure) => {
+            failure.message = shared.failed(failure.message);
             let LoadFailure { reason, message } = &failure;
             tracing::error!(reason, message, "this rank cannot serve");
             startup.fail(failure);
@@ -122,6 +123,7 @@ fn run(shared: &Shared, loader: RankLoader) -> bool {
         tracing::info!(failure, "rank 0 has ended without a word");
         return true;
     }
+    let failure = shared.failed(failure);
     tracing::error!(failure, "this rank cannot go on");
     shared.heartbeat.fail(failure);
     false

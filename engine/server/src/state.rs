@@ -20,6 +20,16 @@ use crate::tls::Tls;
 use crate::weights::Weights;
 use crate::worker::Command;
 
+/// What is told of a failure that the engine does not survive, on the thread that failed: it may add to the words.
+#[derive(Clone)]
+pub struct OnFailure(pub Arc<dyn Fn(String) -> String + Send + Sync>);
+
+impl std::fmt::Debug for OnFailure {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_tuple("OnFailure").finish()
+    }
+}
+
 /// Limits and times of the server.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
@@ -43,6 +53,8 @@ pub struct ServerOptions {
     pub connections_max: usize,
     /// How long a failed engine keeps answering probes before it ends, so that someone can read why.
     pub failure_linger: Duration,
+    /// Who is told of a failure.
+    pub on_failure: Option<OnFailure>,
     /// Shortest time without progress that counts as a hang.
     pub stall_timeout: Duration,
     /// Who is let in.
@@ -71,6 +83,7 @@ impl ServerOptions {
             body_timeout: Duration::from_secs(30),
             connections_max: 4096,
             failure_linger: Duration::from_secs(10),
+            on_failure: None,
             // Noticed, looked at and answered within 5 s.
             stall_timeout: Duration::from_secs(4),
             api_keys: ApiKeys::default(),
@@ -137,6 +150,14 @@ impl Shared {
             entropy: RandomState::new(),
             next_id: AtomicU64::new(1),
             options,
+        }
+    }
+
+    /// Tells of a failure that the engine does not survive; returns what is said of it.
+    pub fn failed(&self, failure: String) -> String {
+        match &self.options.on_failure {
+            Some(OnFailure(tell)) => tell(failure),
+            None => failure,
         }
     }
 

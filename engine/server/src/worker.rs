@@ -109,7 +109,8 @@ pub fn run(shared: &Arc<Shared>, loader: Loader, commands: &Receiver<Command>) {
     });
     let mut worker = match started {
         Ok(worker) => worker,
-        Err(failure) => {
+        Err(mut failure) => {
+            failure.message = shared.failed(failure.message);
             tracing::error!(
                 reason = failure.reason,
                 message = failure.message,
@@ -125,6 +126,7 @@ pub fn run(shared: &Arc<Shared>, loader: Loader, commands: &Receiver<Command>) {
         Ok(Err(error)) => error.to_string(),
         Err(panic) => format!("the engine's thread panicked: {}", describe(&*panic)),
     };
+    let failure = shared.failed(failure);
     tracing::error!(failure, "the engine cannot go on");
     worker.give_up(failure);
 }

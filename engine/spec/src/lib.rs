@@ -18,7 +18,7 @@ pub use engine_config::{
     Device, Dtype, EngineConfig, EngineConfigError, ModelSource, NUM_SPECULATIVE_TOKENS_MAX,
     Parallelism, Quantization,
 };
-pub use health::{LoadReport, StartupPhase, StartupReport};
+pub use health::{EndReport, GpuFault, LoadReport, StartupPhase, StartupReport};
 pub use inspect::{InspectError, InspectReport, ModelFacts, ModelFault};
 pub use kv_cache::KvCacheDtype;
 pub use model_config::{

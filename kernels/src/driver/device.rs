@@ -13,6 +13,10 @@ use crate::plan::{Format, Launch};
 /// `cp.async`, bf16 tensor cores: the lowest level the kernels are built for.
 const CAPABILITY_MIN: (u32, u32) = (8, 0);
 const SHARED_DEFAULT_BYTES: u32 = 48 * 1024;
+/// Errors of the hardware that only its repair mends: CUDA_ERROR_ECC_UNCORRECTABLE, CUDA_ERROR_NVLINK_UNCORRECTABLE.
+/// Not those that a program may cause too, such as an illegal address (700), a failed launch (719), and an error that the
+/// GPU contained (226), after which a new process goes on.
+const HARDWARE_ERRORS: [c_int; 2] = [214, 220];
 
 /// A GPU and a context on it.
 pub struct Device {
@@ -21,6 +25,7 @@ pub struct Device {
     ordinal: c_int,
     own_context: bool,
     name: String,
+    uuid: String,
     capability: (u32, u32),
     functions: Mutex<HashMap<&'static str, Function>>,
     modules: Mutex<HashMap<&'static str, Handle>>,
@@ -48,6 +53,28 @@ impl std::fmt::Debug for Device {
             .field("capability", &self.capability)
             .finish_non_exhaustive()
     }
+}
+
+fn hardware_error(error: &DriverError) -> Option<String> {
+    match error {
+        DriverError::Call { code, name, .. } if HARDWARE_ERRORS.contains(code) => {
+            Some(format!("{name} ({code})"))
+        }
+        _ => None,
+    }
+}
+
+/// `GPU-` and five groups of hexadecimal digits; `MIG-` for a part of a GPU, which its name tells.
+fn uuid_words(name: &str, bytes: [u8; 16]) -> String {
+    let kind = if name.contains(" MIG ") { "MIG" } else { "GPU" };
+    let groups = [0..4, 4..6, 6..8, 8..10, 10..16];
+    groups.into_iter().fold(kind.to_owned(), |words, group| {
+        let digits: String = bytes[group]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        words + "-" + &digits
+    })
 }
 
 impl Device {
@@ -109,6 +136,12 @@ impl Device {
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }
             .to_string_lossy()
             .into_owned();
+        let mut uuid = [0; 16];
+        // SAFETY: writes 16 bytes.
+        driver.check("cuDeviceGetUuid", unsafe {
+            (functions.cuDeviceGetUuid_v2)(&mut uuid, device)
+        })?;
+        let uuid = uuid_words(&name, uuid);
         let attribute = |which| -> Result<u32, DriverError> {
             let mut value = 0;
             // SAFETY: writes one int.
@@ -144,6 +177,7 @@ impl Device {
             ordinal: device,
             own_context,
             name,
+            uuid,
             capability,
             functions: Mutex::default(),
             modules: Mutex::default(),
@@ -161,6 +195,21 @@ impl Device {
     /// As the driver calls it.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// As nvidia-smi prints it.
+    pub fn uuid(&self) -> &str {
+        &self.uuid
+    }
+
+    /// Name and code of the error that ended this context, where it is the hardware's and only its repair mends it.
+    pub fn hardware_error(&self) -> Option<String> {
+        // A context that an error ended answers every call with it.
+        let asked = || call!(self, cuStreamQuery(ptr::null_mut()));
+        match asked() {
+            Err(error) => hardware_error(&error),
+            Ok(()) => None,
+        }
     }
 
     /// Major and minor compute capability.
@@ -428,6 +477,46 @@ impl Drop for Buffer {
         unsafe {
             (functions.cuCtxSetCurrent)(self.device.context);
             (functions.cuMemFree_v2)(self.address);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_errors_that_no_program_causes_are_the_hardwares() {
+        let told = |code| {
+            hardware_error(&DriverError::Call {
+                call: "cuStreamQuery",
+                code,
+                name: "NAME".into(),
+                detail: String::new(),
+            })
+        };
+        for code in [214, 220] {
+            assert_eq!(told(code), Some(format!("NAME ({code})")));
+        }
+        for code in [2, 226, 600, 700, 702, 714, 719, 999] {
+            assert_eq!(told(code), None, "{code}");
+        }
+        let late = DriverError::Late {
+            what: "a step",
+            seconds: 1,
+        };
+        assert_eq!(hardware_error(&late), None);
+    }
+
+    #[test]
+    fn a_uuid_is_written_as_nvidia_smi_writes_it() {
+        let bytes = std::array::from_fn(|index| 0x10 * index as u8 + 1);
+        let digits = "01112131-4151-6171-8191-a1b1c1d1e1f1";
+        for (name, kind) in [
+            ("NVIDIA H100 80GB HBM3", "GPU"),
+            ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "MIG"),
+        ] {
+            assert_eq!(uuid_words(name, bytes), format!("{kind}-{digits}"));
         }
     }
 }

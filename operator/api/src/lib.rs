@@ -21,8 +21,8 @@ pub use spec::{
     RolloutStep, SecretReference, Spot, Stabilization, Topology,
 };
 pub use status::{
-    AutoscalingStatus, LoadProgress, ModelDeploymentStatus, NodeCacheStatus, PendingScale,
-    Performance, Phase, PlanSummary, RankBytes, RolloutFailure, RolloutStatus,
+    AutoscalingStatus, GpuFaultStatus, LoadProgress, ModelDeploymentStatus, NodeCacheStatus,
+    PendingScale, Performance, Phase, PlanSummary, RankBytes, RolloutFailure, RolloutStatus,
 };
 pub use template::{
     ConfigMapVolume, EmptyDirVolume, EnvVar, EnvVarSource, KeyReference, LocalReference,

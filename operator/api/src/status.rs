@@ -77,6 +77,11 @@ pub struct ModelDeploymentStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_cache: Option<NodeCacheStatus>,
 
+    /// GPUs that an engine reported at fault.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub gpu_faults: Vec<GpuFaultStatus>,
+
     /// What the operator remembers of rollouts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollout: Option<RolloutStatus>,
@@ -233,6 +238,27 @@ pub struct NodeCacheStatus {
     /// Nodes where a replica has answered with them: those where one does now, then earlier ones.
     #[schemars(length(max = 64))]
     pub nodes: Vec<String>,
+}
+
+/// A GPU that an engine reported at fault; kept here so that a restart forgets nothing. No new replica is
+/// placed on its node until the node is another one (`nodeUid`), was booted anew (`bootId`), or a day is over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GpuFaultStatus {
+    /// Node of the GPU.
+    pub node: String,
+    /// Uid of that node.
+    pub node_uid: String,
+    /// Its boot ID when the fault was reported.
+    pub boot_id: String,
+    /// The GPU, as nvidia-smi prints it.
+    pub uuid: String,
+    /// Error that its driver gave.
+    pub error: String,
+    /// Pod whose engine reported it.
+    pub pod: String,
+    /// When that engine ended.
+    pub since: Time,
 }
 
 /// What the operator remembers of rollouts; kept here so that a restart forgets nothing.

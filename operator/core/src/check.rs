@@ -9,7 +9,9 @@ use std::fmt;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
+use crate::gpu_faults;
 use crate::names;
+use crate::objects;
 use crate::plan::{Action, Kind, Object, Plan, Settings};
 use crate::priority::{Priority, Rival};
 use crate::replicas::{GroupKey, Replica, State, observe};
@@ -44,6 +46,8 @@ pub enum Flaw {
     },
     /// First choices of new pods take more of a node than it has.
     Overbooked(String),
+    /// A new pod of GPUs could come to a node with a GPU that is remembered as at fault.
+    SickGpu(String),
     /// A new pod would take the place of a replica that is worth as much, or is not known.
     Outranks(String),
     /// New pods ask for more devices than a quota of the namespace leaves.
@@ -72,6 +76,9 @@ impl fmt::Display for Flaw {
                 write!(f, "{ready} replicas would answer, {promised} are promised")
             }
             Self::Overbooked(node) => write!(f, "node {node} is overbooked"),
+            Self::SickGpu(name) => {
+                write!(f, "pod {name} could come to a node with a GPU at fault")
+            }
             Self::Outranks(name) => {
                 write!(
                     f,
@@ -94,6 +101,7 @@ pub fn check(plan: &Plan, snapshot: &Snapshot, settings: &Settings) -> Vec<Flaw>
     check_objects(plan, snapshot, settings, &mut flaws);
     check_replicas(plan, snapshot, &mut flaws);
     check_room(plan, snapshot, &mut flaws);
+    check_gpu_faults(plan, snapshot, &mut flaws);
     check_claims(plan, snapshot, &mut flaws);
     let mut kinds = BTreeSet::new();
     for condition in &plan.status.conditions {
@@ -104,6 +112,28 @@ pub fn check(plan: &Plan, snapshot: &Snapshot, settings: &Settings) -> Vec<Flaw>
         }
     }
     flaws
+}
+
+fn check_gpu_faults(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
+    let own = snapshot.deployment.status.iter();
+    let own = own.flat_map(|status| &status.gpu_faults);
+    let faults = own.chain(&plan.status.gpu_faults);
+    let sick: BTreeSet<&str> = faults
+        .chain(&snapshot.gpu_faults)
+        .filter(|fault| gpu_faults::counts(fault, snapshot))
+        .map(|fault| fault.node.as_str())
+        .collect();
+    for action in &plan.actions {
+        if let Action::Create(Object::Pod(pod)) = action
+            && PodView::of(pod).requests.devices() > 0
+            && objects::preferred_nodes(pod)
+                .iter()
+                .any(|node| sick.contains(node.as_str()))
+        {
+            let name = pod.metadata.name.clone().unwrap_or_default();
+            flaws.push(Flaw::SickGpu(name));
+        }
+    }
 }
 
 fn check_writes(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {

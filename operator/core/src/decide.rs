@@ -11,6 +11,7 @@ use crate::check::check;
 use crate::children::Children;
 use crate::fit::{self, Layout, NoLayout};
 use crate::gang::{self, Asked};
+use crate::gpu_faults;
 use crate::inspect::{self, Facts};
 use crate::names::Revision;
 use crate::node_cache;
@@ -46,7 +47,15 @@ pub fn plan(snapshot: &Snapshot, settings: &Settings) -> Plan {
             ..Plan::default()
         };
     }
-    checked(decide(snapshot, settings), snapshot, settings)
+    let snapshot = &*gpu_faults::marked(snapshot);
+    let mut plan = checked(decide(snapshot, settings), snapshot, settings);
+    let stored = deployment.status.as_ref();
+    if stored.map_or(&[][..], |status| &status.gpu_faults) != plan.status.gpu_faults {
+        // What is remembered is acted on once it is stored.
+        let soon = Duration::from_secs(1);
+        plan.wake_after = Some(plan.wake_after.map_or(soon, |after| after.min(soon)));
+    }
+    plan
 }
 
 /// The plan, or one that does nothing in place of one that breaks a rule.

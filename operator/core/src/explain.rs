@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::decide::chosen;
 use crate::fit::{Layout, layout_words, parallelism_words};
 use crate::gang::{self, Asked};
+use crate::gpu_faults;
 use crate::names;
 use crate::node_cache;
 use crate::objects;
@@ -160,6 +161,7 @@ pub struct NodeGroup {
 
 /// Explains `plan`, which was made from `snapshot`.
 pub fn explain(snapshot: &Snapshot, settings: &Settings, plan: &Plan) -> Explanation {
+    let snapshot = &*gpu_faults::marked(snapshot);
     let choice = chosen(snapshot, settings).and_then(Result::ok);
     let metadata = &snapshot.deployment.metadata;
     let is_planned = |c: &&k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition| {

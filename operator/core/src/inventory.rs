@@ -15,7 +15,7 @@ use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::{ResourceClaim, ResourceClaimTemplate, ResourceSlice};
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use operator_api::ModelDeployment;
+use operator_api::{GpuFaultStatus, ModelDeployment};
 
 use crate::devices::{self, AllocationView, ClaimNews, NodeDevices, SliceView};
 use crate::inspect::source_hash;
@@ -220,6 +220,16 @@ impl Inventory {
         )
     }
 
+    /// GPUs at fault that other wishes than this one remember.
+    fn gpu_faults_but_of(&self, namespace: &str, name: &str) -> Vec<GpuFaultStatus> {
+        let others = self.deployments.iter();
+        others
+            .filter(|other| !is_named(&other.metadata, namespace, name))
+            .filter_map(|other| other.status.as_ref())
+            .flat_map(|status| status.gpu_faults.iter().cloned())
+            .collect()
+    }
+
     /// What a decision about `deployment` at `now` depends on; `cluster` is [`Inventory::cluster`],
     /// made once for many wishes. There are no samples: nobody was asked for its load.
     pub fn snapshot(
@@ -289,6 +299,7 @@ impl Inventory {
                 .filter_map(QuotaView::of)
                 .map(Arc::new)
                 .collect(),
+            gpu_faults: self.gpu_faults_but_of(&namespace, &name),
             deployment: Arc::new(deployment),
             cluster,
             samples: Default::default(),

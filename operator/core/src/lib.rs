@@ -11,6 +11,7 @@ pub mod devices;
 pub mod explain;
 pub mod fit;
 pub mod gang;
+pub mod gpu_faults;
 pub mod health;
 pub mod inspect;
 pub mod inventory;

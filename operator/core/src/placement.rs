@@ -143,6 +143,9 @@ pub(crate) fn standing(node: &NodeView, wish: &Wish<'_>) -> Option<WhyNot> {
     if let Some(fault) = node.faults.first() {
         return Some(WhyNot::Faulty(fault.clone()));
     }
+    if let Some(words) = node.reported.first() {
+        return Some(WhyNot::Reported(words.clone()));
+    }
     device::why_not(node, wish.layout)
 }
 

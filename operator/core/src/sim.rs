@@ -231,6 +231,7 @@ fn pass(
     }
     // As `operator-k8s` does: the status says what was decided also when a write failed.
     if world.answers() {
+        rules::status(world, key, &status)?;
         world.store_status(key, status);
     }
     Ok(writes)

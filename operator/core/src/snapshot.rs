@@ -14,7 +14,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
-use operator_api::ModelDeployment;
+use operator_api::{GpuFaultStatus, ModelDeployment};
 use serde::{Deserialize, Serialize};
 
 use crate::devices::{ClaimNews, NodeDevices};
@@ -61,6 +61,8 @@ pub struct Snapshot {
     pub samples: BTreeMap<String, PodSamples>,
     /// Demand as a Prometheus server sees it, when one is configured and answered.
     pub demand: Option<Demand>,
+    /// GPUs at fault that other ModelDeployments remember.
+    pub gpu_faults: Vec<GpuFaultStatus>,
 }
 
 /// Phase of a pod.
@@ -195,6 +197,10 @@ pub struct Taint {
 pub struct NodeView {
     /// Name.
     pub name: String,
+    /// Uid.
+    pub uid: String,
+    /// Made anew at each boot.
+    pub boot_id: String,
     /// Labels.
     pub labels: Pairs,
     /// Taints.
@@ -207,6 +213,8 @@ pub struct NodeView {
     pub ready_changed: Option<Timestamp>,
     /// What reports its GPUs at fault.
     pub faults: Vec<String>,
+    /// GPUs of it that engines reported, in words; see [`crate::gpu_faults::marked`].
+    pub reported: Vec<String>,
     /// What pods may take in total.
     pub allocatable: Resources,
     /// Kind of its GPUs that claims may ask for.
@@ -435,6 +443,11 @@ impl NodeView {
         let ready = conditions().find(|c| c.type_ == "Ready");
         Self {
             name: node.metadata.name.clone().unwrap_or_default(),
+            uid: node.metadata.uid.clone().unwrap_or_default(),
+            boot_id: status
+                .and_then(|status| status.node_info.as_ref())
+                .map(|info| info.boot_id.clone())
+                .unwrap_or_default(),
             labels: node
                 .metadata
                 .labels
@@ -450,6 +463,7 @@ impl NodeView {
             ready: ready.is_some_and(|c| c.status == "True"),
             ready_changed: ready.and_then(|c| c.last_transition_time.as_ref().map(|t| t.0)),
             faults: crate::health::faults(node),
+            reported: Vec::new(),
             allocatable: status
                 .and_then(|s| s.allocatable.as_ref())
                 .map(Resources::of)

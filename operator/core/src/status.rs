@@ -12,11 +12,12 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use operator_api::condition::condition;
 use operator_api::{
-    AutoscalingStatus, ConditionStatus, ConditionType, ModelDeploymentStatus, NodeCacheStatus,
-    Phase, PlanSummary, RankBytes, Reason,
+    AutoscalingStatus, ConditionStatus, ConditionType, GpuFaultStatus, ModelDeploymentStatus,
+    NodeCacheStatus, Phase, PlanSummary, RankBytes, Reason,
 };
 
 use crate::fit::{Layout, parallelism_words};
+use crate::gpu_faults;
 use crate::names::{self, Revision};
 use crate::plan::{Event, EventKind};
 use crate::replicas::{Moves, Replica, State};
@@ -158,6 +159,8 @@ impl Report<'_> {
             .filter_map(|(kind, verdict)| transition(*kind, verdict, &before.conditions))
             .collect();
         events.extend(self.deeds());
+        let gpu_faults = gpu_faults::remember(self.snapshot);
+        events.extend(news_of_gpus(&before.gpu_faults, &gpu_faults));
         let phase = self.phase(&counts, &available, &degraded);
         let name = deployment.metadata.name.as_deref().unwrap_or_default();
         let namespace = deployment.metadata.namespace.as_deref().unwrap_or_default();
@@ -187,6 +190,7 @@ impl Report<'_> {
             ),
             autoscaling: self.autoscaling.clone(),
             node_cache: self.node_cache.clone(),
+            gpu_faults,
             rollout: self
                 .steering
                 .map(|steering| steering.memory.clone())
@@ -241,6 +245,9 @@ impl Report<'_> {
                     );
                     return Verdict::yes(Reason::NodeLost, message);
                 }
+                // It is told of below.
+                State::Failing { .. }
+                    if gpu_faults::of_replica(replica, self.snapshot).is_some() => {}
                 State::Failing { message } | State::Failed { message, .. } => {
                     failing.push((replica, message));
                 }
@@ -571,6 +578,20 @@ fn transition(kind: ConditionType, verdict: &Verdict, before: &[Condition]) -> O
         _ => EventKind::Normal,
     };
     Some(event(news, verdict.reason.as_str(), &verdict.message))
+}
+
+/// Events on GPUs that are avoided from now on, or not any more.
+fn news_of_gpus(before: &[GpuFaultStatus], after: &[GpuFaultStatus]) -> Vec<Event> {
+    let (new, forgotten) = gpu_faults::changes(before, after);
+    let new = new.into_iter().map(|fault| {
+        let words = format!("node {}, {}", fault.node, gpu_faults::words(fault));
+        event(EventKind::Warning, "GpuFaultRemembered", &words)
+    });
+    let forgotten = forgotten.into_iter().map(|fault| {
+        let words = format!("{} of node {} is used again", fault.uuid, fault.node);
+        event(EventKind::Normal, "GpuFaultForgotten", &words)
+    });
+    new.chain(forgotten).collect()
 }
 
 fn event(kind: EventKind, reason: &'static str, note: &str) -> Event {

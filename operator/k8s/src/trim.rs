@@ -6,7 +6,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use operator_api::ModelDeployment;
+use operator_api::{GpuFaultStatus, ModelDeployment};
 use operator_core::{Claim, ConfigMapView, PodPhase, PodView, names, priority};
 
 use crate::packed::Packed;
@@ -19,6 +19,8 @@ pub struct Wish {
     pub scales: bool,
     /// Replicas that it promises to keep.
     pub floor: u32,
+    /// GPUs at fault that it remembers.
+    pub gpu_faults: Box<[GpuFaultStatus]>,
     pub(crate) whole: Packed<ModelDeployment>,
 }
 
@@ -153,6 +155,11 @@ pub(crate) fn trim_deployment(mut deployment: ModelDeployment) -> Result<Option<
     Ok(Some(Wish {
         scales: deployment.spec.autoscaling.is_some(),
         floor: priority::floor(&deployment.spec),
+        gpu_faults: deployment
+            .status
+            .as_ref()
+            .map(|status| status.gpu_faults.as_slice().into())
+            .unwrap_or_default(),
         whole: Packed::of(&deployment)?,
     }))
 }

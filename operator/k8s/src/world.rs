@@ -16,7 +16,7 @@ use k8s_openapi::api::scheduling::v1::PriorityClass;
 use kube::api::Api;
 use kube::runtime::watcher;
 use kube::{Client, Resource};
-use operator_api::ModelDeployment;
+use operator_api::{GpuFaultStatus, ModelDeployment};
 use operator_core::{
     Claim, Cluster, ConfigMapView, Demand, NodeView, PodSamples, PodView, PriorityClassView,
     QuotaView, Snapshot, names,
@@ -242,7 +242,18 @@ impl World {
             cluster: self.cluster(),
             samples,
             demand,
+            gpu_faults: self.gpu_faults_but_of(key),
         }
+    }
+
+    /// GPUs at fault that others than `key` remember.
+    fn gpu_faults_but_of(&self, key: &Key) -> Vec<GpuFaultStatus> {
+        let deployments = self.deployments.read();
+        let others = deployments.iter().filter(|(other, _)| *other != key);
+        others
+            .filter_map(|(_, entry)| entry.as_ref().ok())
+            .flat_map(|wish| wish.gpu_faults.iter().cloned())
+            .collect()
     }
 
     /// Nodes and what is taken on them.

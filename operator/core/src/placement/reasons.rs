@@ -19,6 +19,8 @@ pub enum WhyNot {
     Tainted(String),
     /// A health check found its GPUs at fault.
     Faulty(String),
+    /// An engine reported one of its GPUs.
+    Reported(String),
     /// It has no GPU.
     NoGpu,
     /// Its GPUs are shared by pods.
@@ -129,6 +131,9 @@ impl WhyNot {
             Self::Faulty(_) => {
                 "repair it; it is used again when the fault is no longer reported".into()
             }
+            Self::Reported(_) => {
+                "reset or replace that GPU and reboot the node, or replace the node".into()
+            }
             Self::NoGpu => "none: the plan is for GPUs".into(),
             Self::SharedGpu => {
                 "offer GPUs, or MIG devices, that one pod has alone: no time-slicing, no MPS".into()
@@ -186,6 +191,7 @@ impl fmt::Display for WhyNot {
                 "taint {taint} is not tolerated; add it to spec.placement.tolerations"
             ),
             Self::Faulty(condition) => write!(f, "GPU fault {condition}"),
+            Self::Reported(words) => write!(f, "GPU fault {words}"),
             Self::NoGpu => f.write_str("no GPU"),
             Self::SharedGpu => f.write_str("GPUs are shared by pods, which is not served"),
             Self::Device(why) => why.fmt(f),

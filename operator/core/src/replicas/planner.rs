@@ -17,6 +17,7 @@ use super::{
     Given, Moves, REFUSED_SECONDS, Replica, Side, State, created_indices, drained, failures_of,
     pause_seconds, refused_before, serve_again, wish,
 };
+use crate::gpu_faults;
 use crate::names;
 use crate::objects::{self, Slot};
 use crate::placement::{self, Offers, Room, Wish};
@@ -95,8 +96,20 @@ impl<'a> Planner<'a> {
         self.side(replica) == Some(side) && self.fault(replica).is_none()
     }
 
-    /// What reports the GPUs under a replica at fault.
+    /// What reports the GPUs under a replica at fault, in words: its node, or its engine.
     fn fault(&self, replica: &Replica<'_>) -> Option<String> {
+        let node = replica.pod.node.as_deref().unwrap_or_default();
+        if let Some(fault) = self.fault_of_node(replica) {
+            return Some(format!("node {node} reports {fault}"));
+        }
+        let fault = gpu_faults::of_replica(replica, self.given.snapshot)?;
+        Some(format!(
+            "the engine of {} reported {} of node {}: {}",
+            fault.pod, fault.uuid, fault.node, fault.error
+        ))
+    }
+
+    fn fault_of_node(&self, replica: &Replica<'_>) -> Option<String> {
         let Given {
             snapshot, sides, ..
         } = self.given;
@@ -112,11 +125,7 @@ impl<'a> Planner<'a> {
             .live()
             .filter_map(|replica| {
                 let fault = self.fault(replica)?;
-                let node = replica.pod.node.as_deref().unwrap_or_default();
-                let pod = &replica.pod.name;
-                Some(format!(
-                    "node {node} reports {fault}; pod {pod} is replaced"
-                ))
+                Some(format!("{fault}; pod {} is replaced", replica.pod.name))
             })
             .collect();
     }

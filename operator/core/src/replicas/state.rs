@@ -1,5 +1,6 @@
 //! What each engine pod is doing, from what Kubernetes says about it and about its node.
 
+use engine_spec::EndReport;
 use jiff::Timestamp;
 
 use super::group;
@@ -203,7 +204,9 @@ fn failing_in_place(pod: &PodView) -> Option<String> {
 }
 
 fn terminated_words(ended: &Terminated) -> String {
-    let message = ended.message.trim();
+    let report = EndReport::from_message(&ended.message);
+    let message = report.as_ref().map_or(&*ended.message, |it| &it.message);
+    let message = message.trim();
     let words = format!("{}, exit code {}", ended.reason, ended.exit_code);
     if message.is_empty() {
         words

@@ -1,5 +1,6 @@
 //! Chance: what goes wrong, and what users and nodes do meanwhile.
 
+use engine_spec::{EndReport, GpuFault};
 use k8s_openapi::api::core::v1::NodeCondition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -51,6 +52,10 @@ pub struct Faults {
     pub node_gone: u64,
     /// A node's GPUs are reported at fault, or repaired.
     pub node_sick: u64,
+    /// An engine ends because its GPU is at fault, and says so; it is started again in place.
+    pub gpu_reported: u64,
+    /// A node is booted anew.
+    pub node_booted: u64,
     /// A node is cordoned, or opened again.
     pub node_cordoned: u64,
     /// Someone removes a Service, a budget or a config map of ours.
@@ -85,6 +90,8 @@ impl Faults {
             node_silent: 10,
             node_gone: 3,
             node_sick: 5,
+            gpu_reported: 15,
+            node_booted: 5,
             node_cordoned: 5,
             meddled: 10,
             rescaled: 10,
@@ -161,6 +168,11 @@ impl World {
             self.lose(&key);
             self.end_pod(&key, "Evicted");
         }
+        if self.chance(faults.gpu_reported)
+            && let Some(key) = self.any_pod()
+        {
+            self.report_gpu(&key);
+        }
     }
 
     fn trouble_nodes(&mut self, faults: &Faults) {
@@ -192,6 +204,11 @@ impl World {
         {
             let is_sick = !self.nodes[&name].view.faults.is_empty();
             self.set_sick(&name, !is_sick);
+        }
+        if self.chance(faults.node_booted)
+            && let Some(name) = self.any_node()
+        {
+            self.boot(&name);
         }
         if self.chance(faults.node_cordoned)
             && let Some(name) = self.any_node()
@@ -286,6 +303,9 @@ impl World {
             if closed {
                 self.set_cordoned(&name, false);
             }
+            if self.remembers(&name) {
+                self.boot(&name);
+            }
         }
         for (at, _) in &mut self.joining {
             *at = self.now;
@@ -309,6 +329,29 @@ impl World {
         let word = if is_sick { "at fault" } else { "healthy" };
         self.tell(format!("the GPUs of node {name} are {word}"));
         self.set_node_condition(name, "GpuMemWatch", is_sick.then_some("True"))
+    }
+
+    /// A node is booted anew, with all that runs there.
+    fn boot(&mut self, name: &str) {
+        self.tell(format!("node {name} is booted"));
+        self.lose_node(name);
+        let boot_id = self.uid();
+        self.change_node(name, |node| {
+            let status = node.status.get_or_insert_default();
+            status.node_info.get_or_insert_default().boot_id = boot_id;
+        });
+        // A container that was waiting then to be started again shows the end before that one.
+        let message = self.chance(500).then_some("");
+        for key in self.pods_on(name) {
+            self.restart_pod(&key, message);
+        }
+    }
+
+    /// Whether a GPU of a node is remembered as at fault.
+    fn remembers(&self, node: &str) -> bool {
+        let statuses = self.wishes.values();
+        let mut statuses = statuses.filter_map(|wish| wish.deployment.status.as_ref());
+        statuses.any(|status| status.gpu_faults.iter().any(|fault| fault.node == node))
     }
 
     /// A node takes no new pods, or does again.
@@ -346,16 +389,35 @@ impl World {
     }
 
     fn lose_node(&mut self, node: &str) {
-        let on_it = |pod: &super::world::StoredPod| pod.view.node.as_deref() == Some(node);
-        let keys: Vec<Key> = self
-            .pods
-            .iter()
-            .filter(|(_, pod)| on_it(pod))
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in keys {
+        for key in self.pods_on(node) {
             self.lose(&key);
         }
+    }
+
+    fn pods_on(&self, node: &str) -> Vec<Key> {
+        let on_it = |pod: &super::world::StoredPod| pod.view.node.as_deref() == Some(node);
+        let pods = self.pods.iter().filter(|(_, pod)| on_it(pod));
+        pods.map(|(key, _)| key.clone()).collect()
+    }
+
+    /// The engine of a pod ends because a GPU of its node is at fault.
+    fn report_gpu(&mut self, key: &Key) {
+        let view = &self.pods[key].view;
+        let (Some(node), true) = (view.node.clone(), view.requests.devices() > 0) else {
+            return;
+        };
+        let gpu = self.chance.below(8);
+        let fault = GpuFault {
+            uuid: format!("GPU-{node}-{gpu}"),
+            error: "CUDA_ERROR_ECC_UNCORRECTABLE (214)".into(),
+        };
+        self.tell(format!("the engine of {} reports {}", key.1, fault.uuid));
+        let report = EndReport {
+            gpu_fault: Some(fault),
+            message: "the device failed".into(),
+        };
+        self.lose(key);
+        self.restart_pod(key, Some(&report.to_message()));
     }
 
     fn any_node(&mut self) -> Option<String> {

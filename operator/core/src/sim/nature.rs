@@ -329,8 +329,29 @@ impl World {
             let status = pod.status.get_or_insert_default();
             set_condition(status, "Ready", false, now, "");
             let restarts = i32::try_from(restarts).unwrap_or(0).saturating_add(1);
-            status.container_statuses = Some(vec![crashed(restarts, now)]);
+            status.container_statuses = Some(vec![crashed(restarts, "", now)]);
         });
+    }
+
+    /// The container of a pod that has begun ends and is started again in place; with a message, that end is told of.
+    pub(super) fn restart_pod(&mut self, key: &Key, message: Option<&str>) {
+        let stored = &self.pods[key];
+        let view = Arc::clone(&stored.view);
+        if stored.ready_at.is_none() || view.is_finished() {
+            return;
+        }
+        let now = self.now;
+        self.change_pod(key, |pod| {
+            let status = pod.status.get_or_insert_default();
+            set_condition(status, "Ready", false, now, "");
+            let restarts = i32::try_from(view.container.restarts).unwrap_or(0);
+            // More would only take time.
+            let restarts = restarts.saturating_add(1).min(RESTARTS_TOLD);
+            if let Some(message) = message {
+                status.container_statuses = Some(vec![crashed(restarts, message, now)]);
+            }
+        });
+        self.starts(key);
     }
 
     /// A pod of a bad revision ends, or is started again in place; which of them is in its name.
@@ -347,7 +368,7 @@ impl World {
             let restarts = containers.first().map_or(0, |one| one.restart_count);
             // More would only take time.
             if restarts < RESTARTS_TOLD {
-                *containers = vec![crashed(restarts + 1, now)];
+                *containers = vec![crashed(restarts + 1, "", now)];
             }
         });
         if let Some(stored) = self.pods.get_mut(key) {
@@ -404,13 +425,14 @@ pub(super) fn later(now: Timestamp, seconds: u64) -> Timestamp {
         .unwrap_or(now)
 }
 
-fn crashed(restart_count: i32, now: Timestamp) -> ContainerStatus {
+fn crashed(restart_count: i32, message: &str, now: Timestamp) -> ContainerStatus {
     ContainerStatus {
         restart_count,
         last_state: Some(ContainerState {
             terminated: Some(ContainerStateTerminated {
                 exit_code: 1,
                 reason: Some("Error".into()),
+                message: Some(message.to_owned()),
                 finished_at: Some(Time(now)),
                 ..ContainerStateTerminated::default()
             }),

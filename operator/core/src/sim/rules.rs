@@ -7,6 +7,8 @@
 //! - never fewer answering replicas than promised by a drain or delete of ours: what others ended
 //!   meanwhile, unseen by us, is not our doing, what we ended is, heard of or not;
 //! - nobody takes the place of a replica that is worth as much;
+//! - no new pod of GPUs for a node while a GPU of it is remembered as at fault, and nothing of that forgotten before it is
+//!   repaired;
 //! - after the last fault: no write repeated for ever, nothing left over, and every ModelDeployment
 //!   complete, or told that no node fits while indeed none does, even without all that is worth less.
 
@@ -16,12 +18,15 @@ use super::Broken;
 use super::world::{Key, World};
 use crate::explain::{Standing, explain};
 use crate::gang::{self, Asked};
+use crate::gpu_faults::{FORGET_SECONDS, marked};
 use crate::names;
+use crate::objects::preferred_nodes;
 use crate::placement::{Room, Wish};
 use crate::plan::{Action, Kind, Object, Plan, Settings};
 use crate::priority::{Priority, Rival};
 use crate::replicas::{GroupKey, Replica, State, observe};
 use crate::snapshot::{PodView, Snapshot};
+use crate::time::seconds_between;
 use crate::validate::validate;
 use operator_api::ModelDeploymentStatus;
 
@@ -192,6 +197,7 @@ pub(super) fn write(
     }
     if let Action::Create(Object::Pod(pod)) = action {
         of_lower_priority(world, pod)?;
+        away_from_sick_gpus(world, key, pod)?;
     }
     if matches!(action, Action::Create(Object::Pod(pod)) if is_engine(pod)) {
         let is_counted = |pod: &PodView| {
@@ -234,6 +240,62 @@ pub(super) fn write(
         }
     }
     Ok(())
+}
+
+/// GPUs that a wish remembers as at fault and that are not repaired, by node.
+fn sick_gpus(world: &World, key: &Key) -> BTreeSet<(String, String)> {
+    let status = world
+        .wishes
+        .get(key)
+        .and_then(|wish| wish.deployment.status.as_ref());
+    let faults = status.iter().flat_map(|status| &status.gpu_faults);
+    let is_unrepaired = |fault: &&operator_api::GpuFaultStatus| {
+        let node = world.nodes.get(&fault.node);
+        node.is_some_and(|node| {
+            node.view.uid == fault.node_uid && node.view.boot_id == fault.boot_id
+        }) && seconds_between(fault.since.0, world.now) < FORGET_SECONDS
+    };
+    faults
+        .filter(is_unrepaired)
+        .map(|fault| (fault.node.clone(), fault.uuid.clone()))
+        .collect()
+}
+
+fn away_from_sick_gpus(
+    world: &World,
+    key: &Key,
+    pod: &k8s_openapi::api::core::v1::Pod,
+) -> Result<(), Box<Broken>> {
+    let view = PodView::of(pod);
+    let nodes = preferred_nodes(pod);
+    let sick = sick_gpus(world, key);
+    let found = sick.iter().find(|(node, _)| nodes.contains(node));
+    match found.filter(|_| view.requests.devices() > 0) {
+        Some((node, uuid)) => Err(world.broken(format!(
+            "{} is made for {node} in spite of {uuid}",
+            view.name
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// What must be in a status that is about to be stored.
+pub(super) fn status(
+    world: &World,
+    key: &Key,
+    status: &ModelDeploymentStatus,
+) -> Result<(), Box<Broken>> {
+    let is_kept = |(node, uuid): &&(String, String)| {
+        let mut faults = status.gpu_faults.iter();
+        faults.any(|fault| fault.node == *node && fault.uuid == *uuid)
+    };
+    match sick_gpus(world, key).iter().find(|gpu| !is_kept(gpu)) {
+        Some((node, uuid)) => Err(world.broken(format!(
+            "{} forgets {uuid} of {node}, which is not repaired",
+            key.1
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// Whether all whose place a pod takes are worth less than it, as the API server has it.
@@ -389,7 +451,8 @@ pub(super) fn settled(world: &World, settings: &Settings) -> Result<(), String> 
 }
 
 fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), String> {
-    let snapshot = world.truth(key).ok_or("it is gone")?;
+    let truth = world.truth(key).ok_or("it is gone")?;
+    let snapshot = marked(&truth).into_owned();
     let plan = crate::plan(&snapshot, settings);
     let actions: Vec<String> = plan.actions.iter().map(ToString::to_string).collect();
     if !actions.is_empty() {

@@ -428,6 +428,13 @@ impl World {
             }),
             samples: wish.samples.clone(),
             demand: None,
+            gpu_faults: self
+                .wishes
+                .iter()
+                .filter(|(other, _)| *other != key)
+                .filter_map(|(_, other)| other.deployment.status.as_ref())
+                .flat_map(|status| status.gpu_faults.iter().cloned())
+                .collect(),
         })
     }
 

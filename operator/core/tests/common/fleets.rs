@@ -229,6 +229,8 @@ fn random_faults(dice: &mut Seed) -> Faults {
             node_silent: 60,
             node_gone: 20,
             node_sick: 40,
+            gpu_reported: 60,
+            node_booted: 20,
             node_cordoned: 40,
             ..all
         },

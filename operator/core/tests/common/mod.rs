@@ -258,6 +258,7 @@ pub fn story(deployment: ModelDeployment) -> Story {
             cluster: Arc::new(Cluster::default()),
             samples: Default::default(),
             demand: None,
+            gpu_faults: Vec::new(),
         },
         settings: settings(),
         nodes: Vec::new(),

@@ -306,6 +306,35 @@ async fn a_snapshot_has_the_children_and_quotas_of_one_model() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_snapshot_has_the_sick_gpus_that_others_remember() {
+    let sick = |name: &str, uuid: &str| {
+        let mut wish = wish(name, 1);
+        wish["status"] = json!({"gpuFaults": [{"node": "n1", "nodeUid": "u", "bootId": "b", "uuid": uuid,
+            "error": "e", "pod": "p", "since": "2026-11-24T12:00:00Z"}]});
+        wish
+    };
+    let mut cluster = cluster();
+    let wishes = vec![sick("hungry", "GPU-1"), sick("m", "GPU-2")];
+    cluster.objects.insert("modeldeployments", wishes);
+    let following = Following::of(cluster, None).await;
+    let told = || {
+        let key = Key::new("d", "m");
+        let wish = following.world.deployment(&key).expect("it is there");
+        let wish = wish.expect("it parses");
+        let seen = Observations::default();
+        let snapshot = following.world.snapshot(&key, wish, seen, crate::now());
+        let faults = snapshot.gpu_faults.into_iter();
+        faults.map(|fault| fault.uuid).collect::<Vec<_>>()
+    };
+    assert_eq!(told(), ["GPU-1"]);
+    let healed = wish("hungry", 1);
+    following
+        .woken("modeldeployments", "MODIFIED", healed)
+        .await;
+    assert_eq!(told(), [""; 0]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn claims_are_known_when_all_three_lists_are() {
     let mut silent = Vec::new();
     for (plural, kind) in [

@@ -4,7 +4,10 @@
 use std::collections::BTreeMap;
 
 use super::Planner;
-use crate::replicas::{Moves, Replica, SETTLE_SECONDS, State, drain};
+use crate::gang::{self, Asked};
+use crate::gpu_faults;
+use crate::placement;
+use crate::replicas::{Moves, Replica, SETTLE_SECONDS, State, created_indices, drain};
 
 impl<'a> Planner<'a> {
     /// Removes replicas of other revisions and those beyond the wanted number of their side.
@@ -23,9 +26,14 @@ impl<'a> Planner<'a> {
         let mut leaving: Vec<&'a Replica<'a>> = self.live().collect();
         leaving.sort_by_cached_key(|replica| self.retirement_order(replica));
         self.by_price(&mut leaving);
+        let mut unreplaced = self.unreplaced(moves);
         for replica in leaving {
             let side = self.side(replica).filter(|_| self.is_current(replica));
             if side.is_some_and(|side| excess[side] == 0) {
+                continue;
+            }
+            if unreplaced > 0 && self.may_go_on(replica) {
+                unreplaced -= 1;
                 continue;
             }
             let why = match side {
@@ -50,6 +58,40 @@ impl<'a> Planner<'a> {
                 excess[side] -= 1;
             }
         }
+    }
+
+    /// Whether a replica is as wanted but for a GPU that its engine reported: it answers, or may once it is started again,
+    /// and is better than none.
+    fn may_go_on(&self, replica: &Replica<'_>) -> bool {
+        self.side(replica).is_some()
+            && self.fault_of_node(replica).is_none()
+            && gpu_faults::of_replica(replica, self.given.snapshot).is_some()
+    }
+
+    /// Wanted replicas that neither exist on sound GPUs nor have a place there.
+    fn unreplaced(&self, moves: &Moves) -> u32 {
+        if !self.live().any(|replica| self.may_go_on(replica)) {
+            return 0;
+        }
+        if moves.unplaced == 0 && self.has_place() {
+            return 0;
+        }
+        let created = u32::try_from(created_indices(moves).len()).unwrap_or(u32::MAX);
+        let present = self.count(|replica| self.is_current(replica));
+        self.given.wanted.saturating_sub(present + created)
+    }
+
+    /// Whether a further replica has a place.
+    fn has_place(&self) -> bool {
+        let wish = &self.wishes[0];
+        if wish.layout.pods == 1 {
+            return placement::offer(wish, &self.room).is_ok();
+        }
+        let asked = Asked {
+            ranks: wish.layout.pods,
+            ..Asked::default()
+        };
+        gang::place(wish, &self.room, &asked).is_ok()
     }
 
     /// Who goes first: those that do not answer, then the emptiest, then the highest index.
