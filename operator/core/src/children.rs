@@ -1,7 +1,8 @@
 //! The objects beside the pods: what stands in front of them, and what groups share.
 //!
 //! Each is written where it is missing or differs from what is wanted. Invariant: an object of the name that belongs to
-//! someone else is never touched; it is told of.
+//! someone else is never touched; it is told of. One with the labels
+//! of a child that nothing controls was left behind, and is applied with its owner like one that differs.
 
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -9,6 +10,7 @@ use serde::Serialize;
 
 use crate::names;
 use crate::objects;
+use crate::ownership;
 use crate::plan::{Action, Kind, Object, Settings};
 use crate::replicas::Replica;
 use crate::snapshot::Snapshot;
@@ -110,7 +112,8 @@ impl Children<'_> {
 
     fn is_foreign(&self, metadata: &ObjectMeta) -> bool {
         let mut owners = metadata.owner_references.iter().flatten();
-        !owners.any(|owner| owner.uid == self.valid.uid)
+        let is_owned = owners.any(|owner| owner.uid == self.valid.uid);
+        !is_owned && !ownership::is_left_behind(metadata, &self.valid.name)
     }
 }
 

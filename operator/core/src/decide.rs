@@ -15,6 +15,7 @@ use crate::inspect::{self, Facts};
 use crate::names::Revision;
 use crate::node_cache;
 use crate::objects;
+use crate::ownership;
 use crate::placement::{self, Room, Wish};
 use crate::plan::{Action, Plan, Settings};
 use crate::replicas::{self, Given, Moves, Replica, Side, State};
@@ -46,7 +47,9 @@ pub fn plan(snapshot: &Snapshot, settings: &Settings) -> Plan {
             ..Plan::default()
         };
     }
-    checked(decide(snapshot, settings), snapshot, settings)
+    let mut plan = decide(snapshot, settings);
+    ownership::adopt(&mut plan, snapshot);
+    checked(plan, snapshot, settings)
 }
 
 /// The plan, or one that does nothing in place of one that breaks a rule.

@@ -21,12 +21,14 @@ use crate::devices::{ClaimNews, NodeDevices};
 use crate::fit::DeviceKind;
 use crate::marks::Marks;
 use crate::names;
+use crate::ownership::Controller;
 use crate::pairs::Pairs;
 use crate::plan::{Action, Object, Plan};
 use crate::priority::Contest;
 pub use crate::quota::QuotaView;
 use crate::resources::Resources;
 pub use crate::samples::{Counters, LoadSample, PodSamples, Rates, Startup};
+pub use crate::status::Refusal;
 
 /// Everything one decision about one ModelDeployment may depend on.
 #[derive(Clone, Debug)]
@@ -61,6 +63,8 @@ pub struct Snapshot {
     pub samples: BTreeMap<String, PodSamples>,
     /// Demand as a Prometheus server sees it, when one is configured and answered.
     pub demand: Option<Demand>,
+    /// What the API server refused in the pass before, until one succeeds.
+    pub refusal: Option<Refusal>,
 }
 
 /// Phase of a pod.
@@ -127,6 +131,8 @@ pub struct PodView {
     pub name: String,
     /// Uid, a precondition of deletes and patches.
     pub uid: String,
+    /// What controls it.
+    pub controller: Controller,
     /// Labels that we gave.
     pub labels: Marks,
     /// Annotations that we gave.
@@ -220,6 +226,8 @@ pub struct ClaimTemplateView {
     pub name: String,
     /// Uid.
     pub uid: String,
+    /// What controls it.
+    pub controller: Controller,
 }
 
 /// All nodes, and what is taken on each.
@@ -240,6 +248,8 @@ pub struct ConfigMapView {
     pub name: String,
     /// Uid.
     pub uid: String,
+    /// What controls it.
+    pub controller: Controller,
     /// Data.
     pub data: Pairs,
 }
@@ -264,6 +274,7 @@ impl PodView {
         Self {
             name: metadata.name.clone().unwrap_or_default(),
             uid: metadata.uid.clone().unwrap_or_default(),
+            controller: Controller::of(metadata),
             labels: Marks::of(metadata.labels.as_ref()),
             annotations: Marks::of(metadata.annotations.as_ref()),
             created: metadata.creation_timestamp.as_ref().map(|time| time.0),
@@ -537,6 +548,7 @@ impl ClaimTemplateView {
         Self {
             name: template.metadata.name.clone().unwrap_or_default(),
             uid: template.metadata.uid.clone().unwrap_or_default(),
+            controller: Controller::of(&template.metadata),
         }
     }
 }
@@ -547,6 +559,7 @@ impl ConfigMapView {
         Self {
             name: config_map.metadata.name.clone().unwrap_or_default(),
             uid: config_map.metadata.uid.clone().unwrap_or_default(),
+            controller: Controller::of(&config_map.metadata),
             data: config_map
                 .data
                 .as_ref()

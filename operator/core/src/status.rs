@@ -5,6 +5,7 @@
 //! a plan made again from the stored status is silent.
 
 mod measured;
+mod trouble;
 
 use std::collections::BTreeSet;
 
@@ -12,8 +13,8 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use operator_api::condition::condition;
 use operator_api::{
-    AutoscalingStatus, ConditionStatus, ConditionType, ModelDeploymentStatus, NodeCacheStatus,
-    Phase, PlanSummary, RankBytes, Reason,
+    AutoscalingStatus, ConditionStatus, ConditionType, EventReason, ModelDeploymentStatus,
+    NodeCacheStatus, Phase, PlanSummary, RankBytes, Reason,
 };
 
 use crate::fit::{Layout, parallelism_words};
@@ -24,6 +25,7 @@ use crate::rollout::Steering;
 use crate::snapshot::Snapshot;
 
 pub use measured::{load_progress, performance};
+pub use trouble::{Refusal, not_understood, with_refusal};
 
 /// Nodes named in the status.
 const NODES_MAX: usize = 8;
@@ -223,6 +225,9 @@ impl Report<'_> {
     }
 
     fn degraded(&self, counts: &Counts) -> Verdict {
+        if let Some(refusal) = &self.snapshot.refusal {
+            return refusal.verdict();
+        }
         let mut failing = Vec::new();
         if let Some((reason @ (Reason::RolledBack | Reason::RolloutHalted), words)) = self.held() {
             return Verdict::yes(*reason, words.clone());
@@ -472,7 +477,7 @@ impl Report<'_> {
         if !created.is_empty() {
             events.push(event(
                 EventKind::Normal,
-                "ReplicasCreated",
+                EventReason::ReplicasCreated.as_str(),
                 &listed("created", created),
             ));
         }
@@ -481,7 +486,11 @@ impl Report<'_> {
                 "taken out of the Service to finish their requests:",
                 drained,
             );
-            events.push(event(EventKind::Normal, "ReplicasDraining", &words));
+            events.push(event(
+                EventKind::Normal,
+                EventReason::ReplicasDraining.as_str(),
+                &words,
+            ));
         }
         if !removed.is_empty() {
             let with_why: Vec<String> = removed
@@ -490,7 +499,7 @@ impl Report<'_> {
                 .collect();
             events.push(event(
                 EventKind::Normal,
-                "ReplicasRemoved",
+                EventReason::ReplicasRemoved.as_str(),
                 &listed("removed", &with_why),
             ));
         }
@@ -564,7 +573,7 @@ fn transition(kind: ConditionType, verdict: &Verdict, before: &[Condition]) -> O
     Some(event(news, verdict.reason.as_str(), &verdict.message))
 }
 
-fn event(kind: EventKind, reason: &'static str, note: &str) -> Event {
+pub(crate) fn event(kind: EventKind, reason: &'static str, note: &str) -> Event {
     Event {
         kind,
         reason,
@@ -573,7 +582,7 @@ fn event(kind: EventKind, reason: &'static str, note: &str) -> Event {
 }
 
 /// "created a, b and 3 more".
-fn listed(verb: &str, names: &[String]) -> String {
+pub(crate) fn listed(verb: &str, names: &[String]) -> String {
     const SHOWN: usize = 5;
     let shown = names
         .iter()
