@@ -76,6 +76,18 @@ fn children_that_were_left_behind_are_adopted_and_serve_on() {
 }
 
 #[test]
+fn a_budget_is_adopted_also_while_there_are_no_pods() {
+    let mut story = orphaned(three());
+    story.snapshot.pods.clear();
+    let story = story.edited(json!({"replicas": 0}));
+    let plan = story.plan();
+    let budget = "apply PodDisruptionBudget m".to_owned();
+    assert!(actions(&plan).contains(&budget), "{plan}");
+    let plan = story.after(&plan, |_| ()).plan();
+    assert_eq!(actions(&plan), Vec::<String>::new());
+}
+
+#[test]
 fn what_a_plan_removes_anyway_is_not_adopted_before() {
     let story = orphaned(three().replica(2, |pod| {
         pod.labels.insert(names::SERVING, "false".into());

@@ -253,7 +253,10 @@ impl World {
     /// nothing controls them.
     fn orphan(&mut self, key: &Key) {
         let uid = self.uid();
-        let before = self.wishes.get(key).and_then(|wish| wish.deployment.metadata.uid.clone());
+        let before = self
+            .wishes
+            .get(key)
+            .and_then(|wish| wish.deployment.metadata.uid.clone());
         let controller = Controller::with_uid(&before.unwrap_or_default());
         for pod in self.pods_of(key) {
             if self.pods[&pod].view.controller == controller {
