@@ -1,9 +1,9 @@
 //! What is found out about writes that got no answer, before anyone plans again.
 
 use super::*;
-use operator_core::Controller;
 use crate::lease::{Election, Leadership};
 use crate::standin::{Answer, Asked, Log, api_server, list, refuses, says};
+use operator_core::Controller;
 
 fn pod(name: &str) -> Pod {
     serde_json::from_value(json!({
