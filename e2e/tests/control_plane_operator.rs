@@ -430,7 +430,8 @@ fn owners(cluster: &e2e::Cluster, name: &str) -> Vec<(String, String, String)> {
     let kinds = ["pods", "services", "configmaps", "poddisruptionbudgets"];
     let objects = kinds.iter().flat_map(|kind| {
         let all = cluster.list("default", kind, &selector).expect("a list");
-        all.into_iter().map(|object| (kind.to_string(), object))
+        all.into_iter()
+            .map(move |object| (kind.to_string(), object))
     });
     let mut owners: Vec<_> = objects
         .map(|(kind, object)| {

@@ -17,27 +17,44 @@ use crate::plan::{Action, EventKind, Kind, Plan};
 use crate::snapshot::{PodView, Snapshot};
 use crate::status;
 
-/// What controls an object; none: nothing does. Of its uid 32 bits of the hash are kept, since there are ten thousand pods.
+/// What controls an object. Of a uid 32 bits of the hash are kept, since there are ten thousand pods.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Controller(Option<u32>);
+pub enum Controller {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// A ModelDeployment of the name that the object's label says.
+    Deployment(u32),
+    /// Something else.
+    Other,
+}
 
 impl Controller {
     /// What controls the object with this metadata.
     pub fn of(metadata: &ObjectMeta) -> Self {
         let mut owners = metadata.owner_references.iter().flatten();
-        let controller = owners.find(|owner| owner.controller == Some(true));
-        controller.map_or(Self(None), |owner| Self::with_uid(&owner.uid))
+        let Some(owner) = owners.find(|owner| owner.controller == Some(true)) else {
+            return Self::Nothing;
+        };
+        let mut labels = metadata.labels.iter();
+        let is_named =
+            labels.any(|labels| labels.get(names::MODEL_DEPLOYMENT) == Some(&owner.name));
+        if owner.kind == operator_api::KIND && is_named {
+            Self::with_uid(&owner.uid)
+        } else {
+            Self::Other
+        }
     }
 
-    /// The controller of that uid.
+    /// The ModelDeployment of that uid.
     pub fn with_uid(uid: &str) -> Self {
         let [a, b, c, d, ..]: [u8; 32] = Sha256::digest(uid.as_bytes()).into();
-        Self(Some(u32::from_be_bytes([a, b, c, d])))
+        Self::Deployment(u32::from_be_bytes([a, b, c, d]))
     }
 
     /// Whether nothing controls the object.
     pub fn is_nothing(self) -> bool {
-        self.0.is_none()
+        self == Self::Nothing
     }
 }
 
@@ -48,6 +65,13 @@ impl Snapshot {
         let uid = self.deployment.metadata.uid.as_deref();
         let is_ours = |uid| pod.controller == Controller::with_uid(uid);
         !pod.controller.is_nothing() && !uid.is_none_or(is_ours)
+    }
+
+    /// Whether a ModelDeployment of the same name that is gone controls a pod, as far as is seen. Either it is about to be
+    /// removed, or it was left behind and that is not seen yet: until it is known which, nothing is made in its place.
+    pub fn is_of_predecessor(&self, pod: &PodView) -> bool {
+        let is_there = !pod.deleting && !pod.is_finished();
+        is_there && pod.controller != Controller::Other && self.is_foreign(pod)
     }
 }
 

@@ -106,7 +106,7 @@ fn what_a_plan_removes_anyway_is_not_adopted_before() {
 #[test]
 fn a_pod_of_another_controller_is_no_replica_and_is_never_written() {
     let mut story = three().replica(1, |pod| {
-        pod.controller = Controller::with_uid("a-replica-set");
+        pod.controller = Controller::Other;
     });
     let foreign = story.name_of(1);
     for shape in [answers, |pod: &mut operator_core::PodView| {
@@ -135,6 +135,29 @@ fn a_pod_of_another_controller_is_no_replica_and_is_never_written() {
     });
     let flaws = check(&plan, &story.snapshot, &settings());
     assert_eq!(flaws, [Flaw::Foreign(foreign)]);
+}
+
+/// It may have been left behind, which is not seen yet: a pod in its place might be one too many.
+#[test]
+fn what_one_that_is_gone_still_controls_is_waited_for() {
+    let mut story = three().replica(1, |pod| {
+        pod.controller = Controller::with_uid("one-that-is-gone");
+    });
+    let plan = story.plan();
+    assert_eq!(pod_actions(&plan), Vec::<String>::new(), "{plan}");
+    assert_eq!(plan.status.ready_replicas, Some(2));
+    // The garbage collector comes for it.
+    let name = story.name_of(1);
+    story.pod(&name, |pod| pod.deleting = true);
+    assert_eq!(pod_actions(&story.plan()), ["create Pod m-3-0"]);
+    // Or it was left behind.
+    story.pod(&name, |pod| {
+        pod.deleting = false;
+        pod.controller = Controller::Nothing;
+    });
+    let plan = story.plan();
+    assert_eq!(actions(&plan), [format!("adopt Pod {name}")]);
+    assert_eq!(plan.status.ready_replicas, Some(3));
 }
 
 #[test]

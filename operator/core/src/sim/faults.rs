@@ -281,10 +281,9 @@ impl World {
         again.metadata.uid = Some(uid);
         again.metadata.generation = Some(1);
         again.status = None;
-        for service in [&mut wish.service, &mut wish.ranks_service] {
-            if let Some(service) = service {
-                Arc::make_mut(service).metadata.owner_references = None;
-            }
+        let services = [&mut wish.service, &mut wish.ranks_service];
+        for service in services.into_iter().flatten() {
+            Arc::make_mut(service).metadata.owner_references = None;
         }
         if let Some(policy) = &mut wish.ranks_policy {
             Arc::make_mut(policy).metadata.owner_references = None;

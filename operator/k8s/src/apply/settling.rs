@@ -312,6 +312,8 @@ async fn a_patch_names_the_uid_and_its_answer_is_known_at_once() {
 #[tokio::test(start_paused = true)]
 async fn an_adoption_names_both_uids_and_its_answer_is_known_at_once() {
     let owner = || OwnerReference {
+        kind: operator_api::KIND.into(),
+        name: "m".into(),
         uid: "of-m".into(),
         controller: Some(true),
         ..OwnerReference::default()
