@@ -110,7 +110,8 @@ fn is_at_fault<K: DeserializeOwned>(value: &Value, at: &[Step], step: &Step, err
     let mut without = value.clone();
     match (inner(&mut without, at), step) {
         (Some(Value::Object(fields)), Step::Field(name)) => {
-            fields.remove(name);
+            // Keeps the others in order: which of two faults is met first must stay the same.
+            fields.retain(|field, _| field != name);
         }
         (Some(Value::Array(items)), Step::Item(index)) => {
             items.remove(*index);

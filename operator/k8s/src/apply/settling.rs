@@ -324,7 +324,12 @@ async fn an_adoption_names_both_uids_and_its_answer_is_known_at_once() {
         uid: uid.into(),
         owner: Box::new(owner()),
     };
-    let (applier, world, log) = applier(move |_, _| {
+    let (applier, world, log) = applier(move |_, asked| {
+        if asked.path.contains("configmaps") {
+            return says(
+                json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": NAME}}),
+            );
+        }
         let mut pod = json_of(NAME);
         pod["metadata"]["ownerReferences"] = json!([owner()]);
         says(pod)
