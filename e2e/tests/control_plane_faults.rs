@@ -170,12 +170,18 @@ fn a_right_that_is_missing_is_told_and_the_others_go_on_when_it_is_back() {
         let events = cluster
             .kubectl(&["get", "events", "-o", "json"])
             .map_err(|error| error.to_string())?;
-        if events.contains("AccessDenied") && events.contains("poddisruptionbudgets") {
+        if events.contains("CallRefused") && events.contains("poddisruptionbudgets") {
             Ok(())
         } else {
             Err(operator.log())
         }
     });
+    let why = wait_condition(cluster, "default", "r1", "Degraded", "True", SOON);
+    let words = "on poddisruptionbudgets (apiGroup \"policy\")";
+    assert!(
+        why.contains("Grant the operator the verb ") && why.contains(words),
+        "{why}"
+    );
     let errors =
         operator.metric("cachalot_operator_reconcile_errors_total{category=\"forbidden\"}");
     assert!(
@@ -189,6 +195,7 @@ fn a_right_that_is_missing_is_told_and_the_others_go_on_when_it_is_back() {
         )
         .expect("the right is back");
     wait_condition(cluster, "default", "r1", "Ready", "True", 2 * MINUTE);
+    wait_condition(cluster, "default", "r1", "Degraded", "False", SOON);
 }
 
 /// Without what only the API server may say.

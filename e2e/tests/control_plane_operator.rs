@@ -393,12 +393,24 @@ fn a_malformed_object_and_a_foreign_name_stop_nobody_else() {
         let events = cluster
             .kubectl(&["get", "events", "-o", "json"])
             .map_err(|error| error.to_string())?;
-        if events.contains("SpecNotUnderstood") {
+        if events.contains("SpecNotUnderstood") && events.contains("spec.model.source: ") {
             Ok(())
         } else {
             Err(operator.log())
         }
     });
+    let why = wait_condition(cluster, "default", "bad", "Valid", "False", SOON);
+    assert!(why.starts_with("spec.model.source: "), "{why}");
+    // It is told once.
+    let version = |cluster: &e2e::Cluster| {
+        let bad = cluster.get("default", "mdep", "bad").expect("an answer");
+        bad.expect("there")["metadata"]["resourceVersion"].clone()
+    };
+    let told = version(cluster);
+    std::thread::sleep(Duration::from_secs(5));
+    assert_eq!(version(cluster), told, "it is written again and again");
+    let why = wait_condition(cluster, "default", "taken", "Planned", "False", SOON);
+    assert!(why.contains("belongs to someone else"), "{why}");
     let service = cluster
         .get("default", "service", "taken")
         .expect("an answer")
@@ -410,4 +422,86 @@ fn a_malformed_object_and_a_foreign_name_stop_nobody_else() {
     cluster
         .kubectl(&["delete", "mdep", "bad"])
         .expect("deleted");
+}
+
+/// Name, uid and owner of each child.
+fn owners(cluster: &e2e::Cluster, name: &str) -> Vec<(String, String, String)> {
+    let selector = format!("cachalot.dev/model-deployment={name}");
+    let kinds = ["pods", "services", "configmaps", "poddisruptionbudgets"];
+    let objects = kinds.iter().flat_map(|kind| {
+        let all = cluster.list("default", kind, &selector).expect("a list");
+        all.into_iter()
+            .map(move |object| (kind.to_string(), object))
+    });
+    let mut owners: Vec<_> = objects
+        .map(|(kind, object)| {
+            let text = |value: &serde_json::Value| value.as_str().unwrap_or("none").to_owned();
+            let metadata = &object["metadata"];
+            (
+                format!("{kind}/{}", text(&metadata["name"])),
+                text(&metadata["uid"]),
+                text(&metadata["ownerReferences"][0]["uid"]),
+            )
+        })
+        .collect();
+    owners.sort();
+    owners
+}
+
+#[test]
+fn what_an_orphaning_deletion_left_behind_is_adopted_and_goes_with_its_new_owner() {
+    let stand = Stand::start();
+    let cluster = &stand.cluster;
+    stand.simulate("gpu", 2);
+    let operator = stand.operator("only", &[]);
+    operator.wait_leading();
+    cluster
+        .apply("default", &config_of_r1())
+        .expect("the config");
+    let manifest = fleet("r1", "  replicas: 2\n");
+    cluster.apply("default", &manifest).expect("applied");
+    wait_condition(cluster, "default", "r1", "Ready", "True", MINUTE);
+    let before = owners(cluster, "r1");
+    assert!(before.len() >= 5, "{before:?}");
+    cluster
+        .kubectl(&["delete", "mdep", "r1", "--cascade=orphan"])
+        .expect("deleted");
+    eventually("nothing controls the children", MINUTE, || {
+        let left = owners(cluster, "r1");
+        let are_left = left.iter().all(|(.., owner)| owner == "none");
+        match are_left && left.len() == before.len() {
+            true => Ok(()),
+            false => Err(format!("{left:?}")),
+        }
+    });
+    cluster.apply("default", &manifest).expect("applied again");
+    wait_condition(cluster, "default", "r1", "Ready", "True", MINUTE);
+    let mdep = cluster.get("default", "mdep", "r1").expect("an answer");
+    let uid = mdep.expect("there")["metadata"]["uid"].clone();
+    eventually("all is adopted as it is", SOON, || {
+        let now = owners(cluster, "r1");
+        let same = |(one, other): (&(String, String, String), &(String, String, String))| {
+            one.0 == other.0 && one.1 == other.1 && Some(other.2.as_str()) == uid.as_str()
+        };
+        match now.len() == before.len() && before.iter().zip(&now).all(same) {
+            true => Ok(()),
+            false => Err(format!("{before:?} became {now:?}, owner {uid}")),
+        }
+    });
+    assert_eq!(
+        operator.metric("cachalot_operator_reconcile_errors_total{category=\"forbidden\"}"),
+        Some(0.0),
+        "{}",
+        operator.log()
+    );
+    cluster
+        .kubectl(&["delete", "mdep", "r1", "--wait=false"])
+        .expect("deleted");
+    eventually("nothing is left", MINUTE, || {
+        let left = children(cluster, "default", "r1");
+        match left.is_empty() {
+            true => Ok(()),
+            false => Err(format!("{left:?}")),
+        }
+    });
 }

@@ -5,12 +5,13 @@
 //! before the lock is let go, so that two decisions never give away the same GPU. Applying runs concurrently.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ObjectReference;
-use operator_api::ModelDeployment;
+use operator_api::{ModelDeployment, Reason};
+use operator_core::status::{self, Refusal};
 use operator_core::{EventKind, Plan, Settings};
 use operator_k8s::apply::{Applied, Applier, action_label};
 use operator_k8s::error::{Category, Error};
@@ -38,6 +39,10 @@ const REST_FACTOR: u32 = 8;
 const REST_MAX: Duration = Duration::from_secs(1);
 /// How long the writes of a plan wait that was told while many others were looked at; engines load for minutes.
 const TOLD_PAUSE: Duration = Duration::from_secs(1);
+/// How soon the status is made anew when nothing is refused any more.
+const ALLOWED_PAUSE: Duration = Duration::from_millis(100);
+/// How soon a status that was not written is tried again where nothing else is to be done.
+const UNTOLD_PAUSE: Duration = Duration::from_secs(30);
 /// A look at everything now and then, in case a change was never told.
 const RESYNC: Duration = Duration::from_secs(600);
 /// How often the loop turns when nothing happens.
@@ -89,6 +94,8 @@ struct Shared {
     deciding: Mutex<()>,
     /// Whether many are looked at, or wait to be.
     is_crowded: AtomicBool,
+    /// What the API server refused, by ModelDeployment, until a pass over it succeeds.
+    refused: std::sync::Mutex<HashMap<Key, Refusal>>,
 }
 
 impl Controller {
@@ -100,6 +107,7 @@ impl Controller {
             controller: self,
             deciding: Mutex::new(()),
             is_crowded: AtomicBool::new(false),
+            refused: std::sync::Mutex::default(),
         });
         let this = &shared.controller;
         let mut queue: Queue<Key> = Queue::default();
@@ -209,14 +217,15 @@ impl Shared {
                 this.metrics.forget(&key.namespace, &key.name);
                 this.world.waits_for_room(&key, false);
                 this.applier.untell(&key);
+                self.refused().remove(&key);
                 timer.ended(Outcome::Gone);
                 return Ok(Done::Gone);
             }
             Some(Err(malformed)) => {
-                self.tell_malformed(&key, &malformed);
+                let again = self.tell_malformed(&key, &malformed).await;
                 this.applier.untell(&key);
                 timer.ended(Outcome::Malformed);
-                return Ok(Done::Settled(None));
+                return Ok(Done::Settled(again));
             }
             Some(Ok(deployment)) => deployment,
         };
@@ -242,13 +251,18 @@ impl Shared {
                 this.metrics.error(error.category());
                 // A lost lease is the operator's own affair.
                 if error.category() != Category::NotLeader {
+                    let refusal = error.refusal();
+                    let told = refusal.as_ref().map(|refusal| refusal.message.clone());
                     this.recorder.say(Message {
                         regarding: reference(&key, &uid),
                         severity: Severity::Warning,
                         reason: error.category().reason().to_string(),
                         action: "Reconcile".into(),
-                        note: error.to_string(),
+                        note: told.unwrap_or_else(|| error.to_string()),
                     });
+                    if let Some(refusal) = refusal {
+                        self.tell_refused(&key, refusal).await;
+                    }
                 }
                 Err(error)
             }
@@ -271,18 +285,21 @@ impl Shared {
                     .await?
             }
         };
+        let only_tells;
         let plan = {
             let _deciding = self.deciding.lock().await;
             let seen = Observations {
                 model_config,
                 samples: this.sampler.of(key),
                 demand: this.sampler.demand(key),
+                refusal: self.refused().get(key).cloned(),
             };
             this.applier.untell(key);
             let now = operator_k8s::now();
             let snapshot = this.world.snapshot(key, Arc::clone(&deployment), seen, now);
             let mut plan = operator_core::plan(&snapshot, &this.settings);
-            if self.only_tells(&deployment, &plan) {
+            only_tells = self.only_tells(&deployment, &plan);
+            if only_tells {
                 this.applier.tell(key, &std::mem::take(&mut plan.actions));
                 plan.wake_after = Some(TOLD_PAUSE);
             }
@@ -344,7 +361,15 @@ impl Shared {
                 note: event.note,
             });
         }
-        Ok((applied.written > 0 || report, applied.again.or(wake_after)))
+        // All that was wanted was allowed; the status tells so after the next look.
+        let all_tried = !only_tells && applied.again.is_none();
+        let is_allowed = all_tried && self.refused().remove(key).is_some();
+        let again = applied.again.or(wake_after);
+        let again = again
+            .into_iter()
+            .chain(is_allowed.then_some(ALLOWED_PAUSE))
+            .min();
+        Ok((applied.written > 0 || report, again))
     }
 
     /// Whether a pass over a new generation ends with its status, and its writes wait for the next one: while many
@@ -367,18 +392,59 @@ impl Shared {
         tracing::info!(deployment = %key, action = %applied.action, result, "applied");
     }
 
-    fn tell_malformed(&self, key: &Key, malformed: &Malformed) {
+    fn refused(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Refusal>> {
+        self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells of a refusal in the status, unless it tells so already, and in the plans to come.
+    async fn tell_refused(&self, key: &Key, refusal: Refusal) {
+        self.refused().insert(key.clone(), refusal.clone());
+        let this = &self.controller;
+        let Some(Ok(deployment)) = this.world.deployment(key) else {
+            return;
+        };
+        let stored = deployment.status.clone().unwrap_or_default();
+        let generation = deployment.metadata.generation;
+        let wanted = status::with_refusal(&stored, &refusal, generation, operator_k8s::now());
+        if same(&stored, &wanted) {
+            return;
+        }
+        let reported = this.applier.report(key, &stored, &wanted).await;
+        self.count_report(key, &reported);
+    }
+
+    /// Tells in events and in the status that an object is not understood; when to try again what could not be told.
+    async fn tell_malformed(&self, key: &Key, malformed: &Malformed) -> Option<Duration> {
         tracing::warn!(deployment = %key, why = %malformed.message, "ModelDeployment is not understood");
+        let words = format!(
+            "{}. Correct the field, or remove it and apply again; replicas that run are left as they are",
+            malformed.message
+        );
         self.controller.recorder.say(Message {
             regarding: reference(key, &malformed.uid),
             severity: Severity::Warning,
-            reason: "SpecNotUnderstood".into(),
+            reason: Reason::SpecNotUnderstood.as_str().into(),
             action: "Reconcile".into(),
-            note: format!(
-                "{}; correct the field, or remove it and apply again. The other ModelDeployments go on.",
-                malformed.message
-            ),
+            note: words.clone(),
         });
+        let stored = malformed.conditions.as_ref()?;
+        let now = operator_k8s::now();
+        let wanted = status::not_understood(stored, &words, malformed.generation, now);
+        if *stored == wanted {
+            return None;
+        }
+        let applier = &self.controller.applier;
+        let reported = applier.report_malformed(key, &wanted, &words).await;
+        self.count_report(key, &reported);
+        reported.is_err().then_some(UNTOLD_PAUSE)
+    }
+
+    fn count_report(&self, key: &Key, reported: &Result<(), Error>) {
+        let result = if reported.is_ok() { "done" } else { "failed" };
+        self.controller.metrics.action("report", result);
+        if let Err(error) = reported {
+            tracing::warn!(deployment = %key, %error, "trouble is not told in the status");
+        }
     }
 }
 

@@ -77,6 +77,8 @@ closed! {
         SpecValid,
         /// The spec breaks a rule; the message names field, value and way out.
         SpecInvalid,
+        /// The object cannot be read: a field has a form that this version does not know; the message names it.
+        SpecNotUnderstood,
 
         // ModelInspected
         /// The model's facts are known.
@@ -161,6 +163,10 @@ closed! {
         // Degraded
         /// Nothing is wrong.
         AsExpected,
+        /// The API server refuses a call of the operator: a right is missing, or a rule of the cluster is in the way.
+        CallRefused,
+        /// The API server does not accept an object that the operator wants to write.
+        ObjectRefused,
         /// Replicas fail and are retried with growing pauses.
         ReplicasFailing,
         /// Replicas failed as often as `rollout.restartBudget` allows and are not started again.
@@ -187,6 +193,34 @@ closed! {
         LimitedByMin,
         /// No replica could be measured.
         NoSamples,
+    }
+}
+
+closed! {
+    /// What an event tells that is no condition's reason.
+    EventReason {
+        /// Pods of replicas were created.
+        ReplicasCreated,
+        /// Replicas finish their requests before they leave.
+        ReplicasDraining,
+        /// Pods of replicas were removed.
+        ReplicasRemoved,
+        /// Children that nothing controlled any more were taken over.
+        ChildrenAdopted,
+        /// An engine reported its GPU at fault; the node is avoided.
+        GpuFaultRemembered,
+        /// The GPU was repaired or replaced, or a day is over; the node is used again.
+        GpuFaultForgotten,
+        /// Somebody else wrote the object first.
+        WriteConflict,
+        /// An object, or its namespace, is gone.
+        ObjectGone,
+        /// The API server failed, did not answer in time, or asked to slow down.
+        ApiServerTrouble,
+        /// An answer of the API server makes no sense.
+        AnswerNotUnderstood,
+        /// Another operator leads.
+        LeaseLost,
     }
 }
 

@@ -11,7 +11,7 @@ pub mod spec;
 pub mod status;
 pub mod template;
 
-pub use condition::{ConditionStatus, ConditionType, Reason};
+pub use condition::{ConditionStatus, ConditionType, EventReason, Reason};
 pub use crd::crd;
 pub use quantity::Quantity;
 pub use spec::{

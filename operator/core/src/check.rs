@@ -12,6 +12,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use crate::gpu_faults;
 use crate::names;
 use crate::objects;
+use crate::ownership::Controller;
 use crate::plan::{Action, Kind, Object, Plan, Settings};
 use crate::priority::{Priority, Rival};
 use crate::replicas::{GroupKey, Replica, State, observe};
@@ -26,6 +27,8 @@ pub enum Flaw {
     WrittenTwice(String),
     /// A delete or patch of a pod that was not observed with that uid.
     Unobserved(String),
+    /// A write of a pod that something else controls.
+    Foreign(String),
     /// A replica index would have two pods of one rank that may run.
     IndexTwice(u32),
     /// A replica of several pods would be made or removed in part, or mixed with another.
@@ -67,6 +70,7 @@ impl fmt::Display for Flaw {
         match self {
             Self::WrittenTwice(name) => write!(f, "{name} is written twice"),
             Self::Unobserved(name) => write!(f, "{name} was not observed"),
+            Self::Foreign(name) => write!(f, "{name} is controlled by something else"),
             Self::IndexTwice(index) => write!(f, "replica {index} would have two pods"),
             Self::PartGroup(index) => {
                 write!(f, "the group of replica {index} would not be whole")
@@ -139,13 +143,7 @@ fn check_gpu_faults(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
 fn check_writes(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
     let mut written = BTreeSet::new();
     for action in &plan.actions {
-        let (kind, name) = match action {
-            Action::Create(object) | Action::Apply(object) => (object.kind(), object.name()),
-            Action::PatchPod { name, .. } | Action::Release { name, .. } => {
-                (Kind::Pod, name.as_str())
-            }
-            Action::Delete { kind, name, .. } => (*kind, name.as_str()),
-        };
+        let (kind, name) = action.target();
         if !written.insert((kind, name)) {
             flaws.push(Flaw::WrittenTwice(format!("{} {name}", kind.as_str())));
         }
@@ -198,11 +196,38 @@ fn check_writes(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
                 kind: Kind::PodDisruptionBudget,
                 ..
             } => false,
+            Action::Adopt { kind, uid, .. } => is_left(snapshot, *kind, name, uid),
             Action::Create(_) | Action::Apply(_) => true,
         };
         if !is_observed {
             flaws.push(Flaw::Unobserved(format!("{} {name}", kind.as_str())));
         }
+        let mut pods = snapshot.pods.iter();
+        if kind == Kind::Pod && pods.any(|pod| pod.name == name && snapshot.is_foreign(pod)) {
+            flaws.push(Flaw::Foreign(name.to_owned()));
+        }
+    }
+}
+
+/// Whether an object of that uid was observed with nothing that controls it.
+fn is_left(snapshot: &Snapshot, kind: Kind, name: &str, uid: &str) -> bool {
+    let is_it = |found: (&String, &String, Controller)| {
+        found.0 == name && found.1 == uid && found.2.is_nothing()
+    };
+    match kind {
+        Kind::Pod => {
+            let mut all = snapshot.pods.iter();
+            all.any(|pod| is_it((&pod.name, &pod.uid, pod.controller)))
+        }
+        Kind::ConfigMap => {
+            let mut all = snapshot.config_maps.iter();
+            all.any(|map| is_it((&map.name, &map.uid, map.controller)))
+        }
+        Kind::ResourceClaimTemplate => {
+            let mut all = snapshot.claim_templates.iter();
+            all.any(|one| is_it((&one.name, &one.uid, one.controller)))
+        }
+        Kind::Service | Kind::PodDisruptionBudget | Kind::NetworkPolicy => false,
     }
 }
 

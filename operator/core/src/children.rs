@@ -1,14 +1,17 @@
 //! The objects beside the pods: what stands in front of them, and what groups share.
 //!
 //! Each is written where it is missing or differs from what is wanted. Invariant: an object of the name that belongs to
-//! someone else is never touched; it is told of.
+//! someone else is never touched; it is told of. One with the labels
+//! of a child that nothing controls was left behind, and is applied with its owner like one that differs.
 
 use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Serialize;
 
 use crate::names;
 use crate::objects;
+use crate::ownership;
 use crate::plan::{Action, Kind, Object, Settings};
 use crate::replicas::Replica;
 use crate::snapshot::Snapshot;
@@ -55,7 +58,9 @@ impl Children<'_> {
         let ranks = ranks.min();
         let wanted = objects::disruption_budget(self.valid, self.wanted, ranks.unwrap_or(1));
         // Without pods there is nothing to keep, and nothing says how many the next replica has.
-        let is_right = |found| ranks.is_none() || covers(found, &wanted);
+        let is_right = |found: &PodDisruptionBudget| {
+            self.is_owned(&found.metadata) && (ranks.is_none() || covers(found, &wanted))
+        };
         if !budget.as_deref().is_some_and(is_right) {
             actions.push(Action::Apply(Object::PodDisruptionBudget(Box::new(wanted))));
         }
@@ -109,8 +114,12 @@ impl Children<'_> {
     }
 
     fn is_foreign(&self, metadata: &ObjectMeta) -> bool {
+        !self.is_owned(metadata) && !ownership::is_left_behind(metadata, &self.valid.name)
+    }
+
+    fn is_owned(&self, metadata: &ObjectMeta) -> bool {
         let mut owners = metadata.owner_references.iter().flatten();
-        !owners.any(|owner| owner.uid == self.valid.uid)
+        owners.any(|owner| owner.uid == self.valid.uid)
     }
 }
 

@@ -16,6 +16,7 @@ use crate::inspect::{self, Facts};
 use crate::names::Revision;
 use crate::node_cache;
 use crate::objects;
+use crate::ownership;
 use crate::placement::{self, Room, Wish};
 use crate::plan::{Action, Plan, Settings};
 use crate::replicas::{self, Given, Moves, Replica, Side, State};
@@ -48,7 +49,9 @@ pub fn plan(snapshot: &Snapshot, settings: &Settings) -> Plan {
         };
     }
     let snapshot = &*gpu_faults::marked(snapshot);
-    let mut plan = checked(decide(snapshot, settings), snapshot, settings);
+    let mut plan = decide(snapshot, settings);
+    ownership::adopt(&mut plan, snapshot);
+    let mut plan = checked(plan, snapshot, settings);
     let stored = deployment.status.as_ref();
     if stored.map_or(&[][..], |status| &status.gpu_faults) != plan.status.gpu_faults {
         // What is remembered is acted on once it is stored.

@@ -224,7 +224,10 @@ pub fn pods(snapshot: &Snapshot) -> Vec<PodWords> {
     pods.sort_by(|left, right| left.name.cmp(&right.name));
     pods.into_iter()
         .map(|pod| {
-            let (state, message) = words_of(&state(pod, snapshot));
+            let (state, mut message) = words_of(&state(pod, snapshot));
+            if snapshot.is_foreign(pod) {
+                message = "something else controls it".into();
+            }
             PodWords {
                 name: pod.name.clone(),
                 state,

@@ -148,7 +148,7 @@ fn from_inspection(
     if let Some(facts) = facts {
         let mut inspection = Inspection::settled(Facts::Known(Box::new(facts)));
         inspection.actions = pods(snapshot, &valid.name, hash)
-            .filter(|pod| !pod.deleting)
+            .filter(|pod| !leaves(pod, snapshot))
             .map(delete)
             .collect();
         return inspection;
@@ -169,9 +169,10 @@ fn from_inspection(
     let attempt = pod.number(names::ATTEMPT);
     let is_current = pod.annotations.get(names::INSPECT_INPUTS)
         == Some(objects::inspect_inputs(valid, settings).as_str());
-    if pod.deleting || !is_current {
+    let leaves = leaves(pod, snapshot);
+    if leaves || !is_current {
         let mut next = start(attempt.saturating_add(1), "the inspection is started again");
-        next.actions.extend((!pod.deleting).then(|| delete(pod)));
+        next.actions.extend((!leaves).then(|| delete(pod)));
         return next;
     }
     match pod.phase {
@@ -291,6 +292,11 @@ fn pods<'a>(
     })
 }
 
+/// Whether a pod goes without our doing.
+fn leaves(pod: &PodView, snapshot: &Snapshot) -> bool {
+    pod.deleting || snapshot.is_foreign(pod)
+}
+
 fn delete(pod: &PodView) -> Action {
     Action::Delete {
         kind: Kind::Pod,
@@ -308,7 +314,7 @@ fn left_over(valid: &ValidDeployment, snapshot: &Snapshot, keep: &str) -> Vec<Ac
     let pods = snapshot
         .pods
         .iter()
-        .filter(|pod| pod.label(names::COMPONENT) == names::INSPECT && !pod.deleting)
+        .filter(|pod| pod.label(names::COMPONENT) == names::INSPECT && !leaves(pod, snapshot))
         .filter(|pod| keep.is_empty() || !pod.name.starts_with(&kept_pod))
         .map(|pod| delete(pod));
     let facts = snapshot

@@ -21,6 +21,7 @@ use crate::devices::{self, AllocationView, ClaimNews, NodeDevices, SliceView};
 use crate::inspect::source_hash;
 use crate::names;
 use crate::objects;
+use crate::ownership::Controller;
 use crate::plan::Settings;
 use crate::priority::{self, Contest, PriorityClassView, Rival};
 use crate::snapshot::{
@@ -304,6 +305,7 @@ impl Inventory {
             cluster,
             samples: Default::default(),
             demand: None,
+            refusal: None,
         }
     }
 }
@@ -322,6 +324,9 @@ impl Snapshot {
         self.config_maps.push(Arc::new(ConfigMapView {
             name,
             uid: String::new(),
+            controller: Controller::with_uid(
+                self.deployment.metadata.uid.as_deref().unwrap_or_default(),
+            ),
             data: [(names::FACTS_JSON, text.as_str())].into(),
         }));
     }

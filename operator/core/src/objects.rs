@@ -18,12 +18,13 @@ use k8s_openapi::api::networking::v1::{
 };
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, OwnerReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use crate::devices;
 use crate::fit::Layout;
 use crate::names::{self, Revision};
+use crate::ownership;
 use crate::plan::Settings;
 use crate::validate::ValidDeployment;
 
@@ -51,14 +52,7 @@ fn metadata(valid: &ValidDeployment, name: String, component: &str) -> ObjectMet
         name: Some(name),
         namespace: Some(valid.namespace.clone()),
         labels: Some(names::labels(&valid.name, component)),
-        owner_references: Some(vec![OwnerReference {
-            api_version: format!("{}/{}", operator_api::GROUP, operator_api::VERSION),
-            kind: operator_api::KIND.to_owned(),
-            name: valid.name.clone(),
-            uid: valid.uid.clone(),
-            controller: Some(true),
-            block_owner_deletion: Some(true),
-        }]),
+        owner_references: Some(vec![ownership::owner_reference(&valid.name, &valid.uid)]),
         ..ObjectMeta::default()
     }
 }

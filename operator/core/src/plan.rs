@@ -10,6 +10,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use operator_api::ModelDeploymentStatus;
 use std::collections::BTreeMap;
 
@@ -65,6 +66,17 @@ pub enum Action {
         name: String,
         /// Uid it must have.
         uid: String,
+    },
+    /// Make a ModelDeployment the controller of an object of that uid that nothing controls.
+    Adopt {
+        /// Kind.
+        kind: Kind,
+        /// Name.
+        name: String,
+        /// Uid it must have.
+        uid: String,
+        /// The ModelDeployment.
+        owner: Box<OwnerReference>,
     },
     /// Delete the object of that uid; "not found" counts as done.
     Delete {
@@ -155,6 +167,17 @@ impl Object {
     }
 }
 
+impl Action {
+    /// Kind and name of the object that is written.
+    pub fn target(&self) -> (Kind, &str) {
+        match self {
+            Self::Create(object) | Self::Apply(object) => (object.kind(), object.name()),
+            Self::PatchPod { name, .. } | Self::Release { name, .. } => (Kind::Pod, name),
+            Self::Adopt { kind, name, .. } | Self::Delete { kind, name, .. } => (*kind, name),
+        }
+    }
+}
+
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -178,6 +201,7 @@ impl fmt::Display for Action {
                 Ok(())
             }
             Self::Release { name, .. } => write!(f, "release Pod {name}"),
+            Self::Adopt { kind, name, .. } => write!(f, "adopt {} {name}", kind.as_str()),
             Self::Delete { kind, name, .. } => write!(f, "delete {} {name}", kind.as_str()),
         }
     }

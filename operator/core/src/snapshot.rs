@@ -21,12 +21,14 @@ use crate::devices::{ClaimNews, NodeDevices};
 use crate::fit::DeviceKind;
 use crate::marks::Marks;
 use crate::names;
+use crate::ownership::Controller;
 use crate::pairs::Pairs;
 use crate::plan::{Action, Object, Plan};
 use crate::priority::Contest;
 pub use crate::quota::QuotaView;
 use crate::resources::Resources;
 pub use crate::samples::{Counters, LoadSample, PodSamples, Rates, Startup};
+pub use crate::status::Refusal;
 
 /// Everything one decision about one ModelDeployment may depend on.
 #[derive(Clone, Debug)]
@@ -63,6 +65,8 @@ pub struct Snapshot {
     pub demand: Option<Demand>,
     /// GPUs at fault that other ModelDeployments remember.
     pub gpu_faults: Vec<GpuFaultStatus>,
+    /// What the API server refused in the pass before, until one succeeds.
+    pub refusal: Option<Refusal>,
 }
 
 /// Phase of a pod.
@@ -129,6 +133,8 @@ pub struct PodView {
     pub name: String,
     /// Uid, a precondition of deletes and patches.
     pub uid: String,
+    /// What controls it.
+    pub controller: Controller,
     /// Labels that we gave.
     pub labels: Marks,
     /// Annotations that we gave.
@@ -228,6 +234,8 @@ pub struct ClaimTemplateView {
     pub name: String,
     /// Uid.
     pub uid: String,
+    /// What controls it.
+    pub controller: Controller,
 }
 
 /// All nodes, and what is taken on each.
@@ -248,6 +256,8 @@ pub struct ConfigMapView {
     pub name: String,
     /// Uid.
     pub uid: String,
+    /// What controls it.
+    pub controller: Controller,
     /// Data.
     pub data: Pairs,
 }
@@ -272,6 +282,7 @@ impl PodView {
         Self {
             name: metadata.name.clone().unwrap_or_default(),
             uid: metadata.uid.clone().unwrap_or_default(),
+            controller: Controller::of(metadata),
             labels: Marks::of(metadata.labels.as_ref()),
             annotations: Marks::of(metadata.annotations.as_ref()),
             created: metadata.creation_timestamp.as_ref().map(|time| time.0),
@@ -551,6 +562,7 @@ impl ClaimTemplateView {
         Self {
             name: template.metadata.name.clone().unwrap_or_default(),
             uid: template.metadata.uid.clone().unwrap_or_default(),
+            controller: Controller::of(&template.metadata),
         }
     }
 }
@@ -561,6 +573,7 @@ impl ConfigMapView {
         Self {
             name: config_map.metadata.name.clone().unwrap_or_default(),
             uid: config_map.metadata.uid.clone().unwrap_or_default(),
+            controller: Controller::of(&config_map.metadata),
             data: config_map
                 .data
                 .as_ref()

@@ -5,6 +5,7 @@
 //! a plan made again from the stored status is silent.
 
 mod measured;
+mod trouble;
 
 use std::collections::BTreeSet;
 
@@ -12,8 +13,8 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use operator_api::condition::condition;
 use operator_api::{
-    AutoscalingStatus, ConditionStatus, ConditionType, GpuFaultStatus, ModelDeploymentStatus,
-    NodeCacheStatus, Phase, PlanSummary, RankBytes, Reason,
+    AutoscalingStatus, ConditionStatus, ConditionType, EventReason, GpuFaultStatus,
+    ModelDeploymentStatus, NodeCacheStatus, Phase, PlanSummary, RankBytes, Reason,
 };
 
 use crate::fit::{Layout, parallelism_words};
@@ -25,6 +26,7 @@ use crate::rollout::Steering;
 use crate::snapshot::Snapshot;
 
 pub use measured::{load_progress, performance};
+pub use trouble::{Refusal, not_understood, with_refusal};
 
 /// Nodes named in the status.
 const NODES_MAX: usize = 8;
@@ -153,7 +155,8 @@ impl Report<'_> {
             .iter()
             // All that were asked for answer: that some do is no news beside it.
             .filter(|(kind, verdict)| {
-                let some_do = (*kind, verdict.status) == (ConditionType::Available, ConditionStatus::True);
+                let some_do =
+                    (*kind, verdict.status) == (ConditionType::Available, ConditionStatus::True);
                 !(some_do && ready.status == ConditionStatus::True)
             })
             .filter_map(|(kind, verdict)| transition(*kind, verdict, &before.conditions))
@@ -232,6 +235,9 @@ impl Report<'_> {
     }
 
     fn degraded(&self, counts: &Counts) -> Verdict {
+        if let Some(refusal) = &self.snapshot.refusal {
+            return refusal.verdict();
+        }
         let mut failing = Vec::new();
         if let Some((reason @ (Reason::RolledBack | Reason::RolloutHalted), words)) = self.held() {
             return Verdict::yes(*reason, words.clone());
@@ -484,7 +490,7 @@ impl Report<'_> {
         if !created.is_empty() {
             events.push(event(
                 EventKind::Normal,
-                "ReplicasCreated",
+                EventReason::ReplicasCreated.as_str(),
                 &listed("created", created),
             ));
         }
@@ -493,7 +499,11 @@ impl Report<'_> {
                 "taken out of the Service to finish their requests:",
                 drained,
             );
-            events.push(event(EventKind::Normal, "ReplicasDraining", &words));
+            events.push(event(
+                EventKind::Normal,
+                EventReason::ReplicasDraining.as_str(),
+                &words,
+            ));
         }
         if !removed.is_empty() {
             let with_why: Vec<String> = removed
@@ -502,7 +512,7 @@ impl Report<'_> {
                 .collect();
             events.push(event(
                 EventKind::Normal,
-                "ReplicasRemoved",
+                EventReason::ReplicasRemoved.as_str(),
                 &listed("removed", &with_why),
             ));
         }
@@ -585,16 +595,24 @@ fn news_of_gpus(before: &[GpuFaultStatus], after: &[GpuFaultStatus]) -> Vec<Even
     let (new, forgotten) = gpu_faults::changes(before, after);
     let new = new.into_iter().map(|fault| {
         let words = format!("node {}, {}", fault.node, gpu_faults::words(fault));
-        event(EventKind::Warning, "GpuFaultRemembered", &words)
+        event(
+            EventKind::Warning,
+            EventReason::GpuFaultRemembered.as_str(),
+            &words,
+        )
     });
     let forgotten = forgotten.into_iter().map(|fault| {
         let words = format!("{} of node {} is used again", fault.uuid, fault.node);
-        event(EventKind::Normal, "GpuFaultForgotten", &words)
+        event(
+            EventKind::Normal,
+            EventReason::GpuFaultForgotten.as_str(),
+            &words,
+        )
     });
     new.chain(forgotten).collect()
 }
 
-fn event(kind: EventKind, reason: &'static str, note: &str) -> Event {
+pub(crate) fn event(kind: EventKind, reason: &'static str, note: &str) -> Event {
     Event {
         kind,
         reason,
@@ -603,7 +621,7 @@ fn event(kind: EventKind, reason: &'static str, note: &str) -> Event {
 }
 
 /// "created a, b and 3 more".
-fn listed(verb: &str, names: &[String]) -> String {
+pub(crate) fn listed(verb: &str, names: &[String]) -> String {
     const SHOWN: usize = 5;
     let shown = names
         .iter()

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use common::*;
 use operator_api::ModelDeployment;
 use operator_core::snapshot::ConfigMapView;
-use operator_core::{names, validate};
+use operator_core::{Controller, names, validate};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -91,6 +91,7 @@ fn the_gpu_fleet_shows_one_that_fits_and_one_that_cannot() {
         story.snapshot.model_config = Some(Arc::new(ConfigMapView {
             name: "config".into(),
             uid: "u".into(),
+            controller: Controller::default(),
             data: [(
                 "config.json".to_owned(),
                 config["data"]["config.json"].as_str().unwrap().to_owned(),

@@ -22,8 +22,9 @@ use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, OwnerReference};
 use kube::Resource;
-use kube::core::NamespaceResourceScope;
+use kube::core::{NamespaceResourceScope, PartialObjectMeta};
 use operator_api::{ModelDeployment, ModelDeploymentStatus};
 use operator_core::{Action, Kind, Object};
 use serde::Serialize;
@@ -333,6 +334,29 @@ impl Applier {
         Ok(())
     }
 
+    /// Makes the conditions of an object that is not understood `conditions`, and its message; nothing else of it is known.
+    ///
+    /// # Errors
+    /// The lease is lost, the object is gone, or the API server refuses or does not answer.
+    pub async fn report_malformed(
+        &self,
+        key: &Key,
+        conditions: &[Condition],
+        message: &str,
+    ) -> Result<(), Error> {
+        let wanted = json!({ "conditions": conditions, "message": message });
+        self.writer
+            .merge_status::<PartialObjectMeta<ModelDeployment>>(
+                "ModelDeployment",
+                &key.namespace,
+                &key.name,
+                &Value::Null,
+                wanted,
+            )
+            .await?;
+        Ok(())
+    }
+
     async fn one<'a>(&self, namespace: &str, action: &'a Action) -> Applied<'a> {
         let result = match action {
             Action::Create(object) => self.create(namespace, object).await,
@@ -347,6 +371,12 @@ impl Applier {
                     .await
             }
             Action::Release { name, uid } => self.release(namespace, name, uid).await,
+            Action::Adopt {
+                kind,
+                name,
+                uid,
+                owner,
+            } => self.adopt(namespace, *kind, name, uid, owner).await,
             Action::Delete {
                 kind,
                 name,
@@ -506,6 +536,34 @@ impl Applier {
         }
     }
 
+    async fn adopt(
+        &self,
+        namespace: &str,
+        kind: Kind,
+        name: &str,
+        uid: &str,
+        owner: &OwnerReference,
+    ) -> Result<bool, Error> {
+        let (writer, world) = (&self.writer, &self.world);
+        let word = kind.as_str();
+        let is_written = match kind {
+            Kind::ConfigMap => {
+                let written = writer.adopt(word, namespace, name, uid, owner).await?;
+                done(written).map(|map| world.wrote_config_map(map))
+            }
+            Kind::ResourceClaimTemplate => {
+                let written = writer.adopt(word, namespace, name, uid, owner).await?;
+                done(written).map(|template| world.wrote_claim_template(template))
+            }
+            // Of the others none is adopted: they are applied.
+            _ => {
+                let written = writer.adopt(word, namespace, name, uid, owner).await;
+                return self.patched(namespace, name, written);
+            }
+        };
+        Ok(is_written.is_some())
+    }
+
     async fn delete(
         &self,
         namespace: &str,
@@ -546,6 +604,13 @@ impl Applier {
     }
 }
 
+fn done<T>(written: Written<T>) -> Option<T> {
+    match written {
+        Written::Done(object) => Some(object),
+        Written::Already => None,
+    }
+}
+
 /// How many of the next actions may be under way together: those of one sort that do not build on each other. A delete that
 /// supposes something about a node is looked at alone.
 fn together(actions: &[Action]) -> usize {
@@ -559,6 +624,7 @@ fn together(actions: &[Action]) -> usize {
             if_silent: None,
             ..
         } => 4,
+        Action::Adopt { .. } => 5,
         Action::Delete { .. } | Action::Release { .. } => 0,
     };
     let first = actions.first().map_or(0, sort);
@@ -573,6 +639,7 @@ pub fn action_label(action: &Action) -> &'static str {
         Action::Apply(_) => "apply",
         Action::PatchPod { .. } => "patch_pod",
         Action::Release { .. } => "release_pod",
+        Action::Adopt { .. } => "adopt",
         Action::Delete { .. } => "delete",
     }
 }

@@ -6,6 +6,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use operator_api::{EventReason, Reason};
+use operator_core::status::Refusal;
 use thiserror::Error;
 
 /// The call that failed: verb, kind and name, as one would say it aloud.
@@ -147,18 +149,18 @@ impl Category {
     /// The reason of the Warning event on the object concerned.
     pub fn reason(self) -> &'static str {
         match self {
-            Category::Conflict => "WriteConflict",
-            Category::AlreadyExists => "NameTaken",
-            Category::NotFound => "ObjectGone",
-            Category::Forbidden => "AccessDenied",
-            Category::Invalid => "ObjectRefused",
+            Category::Conflict => EventReason::WriteConflict.as_str(),
+            Category::AlreadyExists => Reason::NameTaken.as_str(),
+            Category::NotFound => EventReason::ObjectGone.as_str(),
+            Category::Forbidden => Reason::CallRefused.as_str(),
+            Category::Invalid => Reason::ObjectRefused.as_str(),
             Category::Throttled
             | Category::Server
             | Category::Timeout
             | Category::Transport
-            | Category::Gone => "ApiServerTrouble",
-            Category::Malformed => "AnswerNotUnderstood",
-            Category::NotLeader => "LeaseLost",
+            | Category::Gone => EventReason::ApiServerTrouble.as_str(),
+            Category::Malformed => EventReason::AnswerNotUnderstood.as_str(),
+            Category::NotLeader => EventReason::LeaseLost.as_str(),
         }
     }
 
@@ -192,6 +194,42 @@ impl Error {
             )
     }
 
+    /// The refusal that a status tells of: what no repetition helps against, with the way out.
+    pub fn refusal(&self) -> Option<Refusal> {
+        let reason = match self.category() {
+            Category::Forbidden => Reason::CallRefused,
+            Category::Invalid => Reason::ObjectRefused,
+            _ => return None,
+        };
+        let message = format!("{self}. {}", self.way_out());
+        Some(Refusal { reason, message })
+    }
+
+    fn way_out(&self) -> String {
+        let text = self.to_string();
+        if let Some((verb, resource, group)) = missing_right(&text) {
+            return format!(
+                "Grant the operator the verb {verb} on {resource} (apiGroup \"{group}\") in its ClusterRole or Role: the chart does so with rbac.create=true, and its templates/rbac.yaml lists every right"
+            );
+        }
+        match self.status_code() {
+            Some(401) => "The API server does not know the operator: see its ServiceAccount and token".into(),
+            Some(403) => "No right is missing: a quota, an admission rule, the pod security of the namespace or its deletion is in the way, and the answer says which".into(),
+            _ => "An admission rule of the cluster is in the way, or this is a bug of the operator: then please report it with this message".into(),
+        }
+    }
+
+    fn status_code(&self) -> Option<u16> {
+        match self {
+            Error::Repeated { refused } => refused.status_code(),
+            Error::Api { source, .. } => match source.as_ref() {
+                kube::Error::Api(status) => Some(status.code),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     /// How long the API server asked us to wait.
     pub fn retry_after(&self) -> Option<Duration> {
         let Error::Api { source, .. } = self else {
@@ -223,6 +261,16 @@ pub fn categorise(error: &kube::Error) -> Category {
         kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => Category::Malformed,
         _ => Category::Transport,
     }
+}
+
+/// Verb, resource and API group of the right that is missing, from the words of the API server's RBAC authoriser:
+/// `User "u" cannot patch resource "services" in API group "" in the namespace "d"`.
+fn missing_right(text: &str) -> Option<(&str, &str, &str)> {
+    let (_, rest) = text.split_once(" cannot ")?;
+    let (verb, rest) = rest.split_once(" resource \"")?;
+    let (resource, rest) = rest.split_once('"')?;
+    let (group, _) = rest.split_once("in API group \"")?.1.split_once('"')?;
+    Some((verb, resource, group))
 }
 
 /// The error as one line; kube's own text repeats the whole status.
@@ -291,6 +339,65 @@ mod tests {
             refused(422, "Invalid").to_string(),
             "apply Service default/m: because (422 Invalid)"
         );
+    }
+
+    #[test]
+    fn a_refusal_says_what_to_grant_or_what_else_is_in_the_way() {
+        let refused = |code: u16, message: &str| {
+            let status = Status::failure(message, "Forbidden").with_code(code);
+            let error = Error::Api {
+                call: Call::on("create", "PodDisruptionBudget", "d", "m"),
+                source: Box::new(kube::Error::Api(status.boxed())),
+            };
+            error.refusal()
+        };
+        let right = "poddisruptionbudgets.policy is forbidden: User \"system:serviceaccount:s:cachalot\" cannot create \
+            resource \"poddisruptionbudgets\" in API group \"policy\" in the namespace \"d\"";
+        let quota = "pods \"m-0\" is forbidden: exceeded quota: q, requested: pods=1, used: pods=1, limited: pods=1";
+        for (code, message, reason, words) in [
+            (
+                403,
+                right,
+                Reason::CallRefused,
+                "the verb create on poddisruptionbudgets (apiGroup \"policy\")",
+            ),
+            (
+                403,
+                quota,
+                Reason::CallRefused,
+                "exceeded quota: q, requested: pods=1, used: pods=1, limited: pods=1 (403 Forbidden). No right is missing",
+            ),
+            (401, "Unauthorized", Reason::CallRefused, "ServiceAccount"),
+            (
+                422,
+                "spec: Invalid value",
+                Reason::ObjectRefused,
+                "An admission rule",
+            ),
+        ] {
+            let refusal = refused(code, message).expect("a refusal");
+            assert_eq!(refusal.reason, reason, "{message}");
+            assert!(refusal.message.contains(words), "{}", refusal.message);
+            assert!(
+                refusal
+                    .message
+                    .starts_with("create PodDisruptionBudget d/m: ")
+            );
+        }
+        for code in [404, 409, 410, 429, 500, 504] {
+            assert_eq!(refused(code, "because"), None, "{code}: it may pass");
+        }
+    }
+
+    #[test]
+    fn every_event_about_a_failure_has_a_reason_of_a_closed_set() {
+        for category in Category::ALL {
+            let word = category.reason();
+            let is_known = Reason::parse(word).is_some() || EventReason::parse(word).is_some();
+            assert!(is_known, "{word}");
+            // That word says that the hub refused the credentials.
+            assert_ne!(word, Reason::AccessDenied.as_str());
+        }
     }
 
     #[test]

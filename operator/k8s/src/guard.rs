@@ -7,9 +7,8 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta};
 use kube::Resource;
-use kube::core::error_boundary::InvalidObject;
 use serde::de::{
     Deserialize, DeserializeOwned, DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess,
     SeqAccess, Visitor,
@@ -19,9 +18,23 @@ use serde_json::{Map, Value};
 /// What is skipped of an object: a field of one of its sections.
 const BULK: &[(&str, &str)] = &[("metadata", "managedFields"), ("status", "images")];
 
+/// Readings of an object at most, to find the field that is at fault.
+const READINGS_MAX: usize = 256;
+
 /// An object, or why it is none.
 #[derive(Clone, Debug)]
-pub struct Guarded<K>(pub Result<K, InvalidObject>);
+pub struct Guarded<K>(pub Result<K, Box<Misread>>);
+
+/// An object that is not understood.
+#[derive(Clone, Debug)]
+pub struct Misread {
+    /// The field, and what is wrong with it.
+    pub error: String,
+    /// Its metadata.
+    pub metadata: ObjectMeta,
+    /// The conditions in its status, as far as they are conditions.
+    pub conditions: Vec<Condition>,
+}
 
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -32,17 +45,80 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
         .deserialize(deserializer)?;
         let failed = match K::deserialize(&value) {
             Ok(object) => return Ok(Guarded(Ok(object))),
-            Err(error) => error.to_string(),
+            Err(error) => with_field::<K>(&value, &error.to_string()),
         };
         let metadata = match value.get("metadata") {
             None => ObjectMeta::default(),
             Some(metadata) => ObjectMeta::deserialize(metadata).map_err(D::Error::custom)?,
         };
-        Ok(Guarded(Err(InvalidObject {
+        let conditions = value.pointer("/status/conditions");
+        let conditions = conditions.and_then(Value::as_array).into_iter().flatten();
+        Ok(Guarded(Err(Box::new(Misread {
             error: failed,
             metadata,
-        })))
+            conditions: conditions
+                .filter_map(|condition| Condition::deserialize(condition).ok())
+                .collect(),
+        }))))
     }
+}
+
+/// An error with the field it is about: the deepest one without which the object is read, or fails otherwise.
+fn with_field<K: DeserializeOwned>(value: &Value, error: &str) -> String {
+    let mut rest = value.clone();
+    let (mut path, mut readings) = (String::new(), 0);
+    let mut at: Vec<Step> = Vec::new();
+    loop {
+        let steps = match inner(&mut rest, &at) {
+            Some(Value::Object(fields)) => fields.keys().cloned().map(Step::Field).collect(),
+            Some(Value::Array(items)) => (0..items.len()).map(Step::Item).collect(),
+            _ => Vec::new(),
+        };
+        let found = steps.into_iter().find(|step| {
+            readings += 1;
+            readings <= READINGS_MAX && is_at_fault::<K>(&rest, &at, step, error)
+        });
+        let Some(step) = found else { break };
+        match &step {
+            Step::Field(name) if path.is_empty() => path.push_str(name),
+            Step::Field(name) => path.extend([".", name]),
+            Step::Item(index) => path.push_str(&format!("[{index}]")),
+        }
+        at.push(step);
+    }
+    if path.is_empty() {
+        return error.to_owned();
+    }
+    format!("{path}: {error}")
+}
+
+/// A step into a value.
+enum Step {
+    Field(String),
+    Item(usize),
+}
+
+fn inner<'a>(value: &'a mut Value, at: &[Step]) -> Option<&'a mut Value> {
+    at.iter().try_fold(value, |value, step| match step {
+        Step::Field(name) => value.get_mut(name),
+        Step::Item(index) => value.get_mut(index),
+    })
+}
+
+/// Whether an object without a part of it no longer fails with that error.
+fn is_at_fault<K: DeserializeOwned>(value: &Value, at: &[Step], step: &Step, error: &str) -> bool {
+    let mut without = value.clone();
+    match (inner(&mut without, at), step) {
+        (Some(Value::Object(fields)), Step::Field(name)) => {
+            // Keeps the others in order: which of two faults is met first must stay the same.
+            fields.retain(|field, _| field != name);
+        }
+        (Some(Value::Array(items)), Step::Item(index)) => {
+            items.remove(*index);
+        }
+        _ => return false,
+    }
+    K::deserialize(&without).map_or_else(|other| other.to_string() != error, |_| true)
 }
 
 impl<K: Resource> Resource for Guarded<K> {
@@ -68,14 +144,14 @@ impl<K: Resource> Resource for Guarded<K> {
     fn meta(&self) -> &ObjectMeta {
         match &self.0 {
             Ok(object) => object.meta(),
-            Err(invalid) => &invalid.metadata,
+            Err(misread) => &misread.metadata,
         }
     }
 
     fn meta_mut(&mut self) -> &mut ObjectMeta {
         match &mut self.0 {
             Ok(object) => object.meta_mut(),
-            Err(invalid) => &mut invalid.metadata,
+            Err(misread) => &mut misread.metadata,
         }
     }
 }
@@ -173,6 +249,7 @@ mod tests {
     use super::*;
     use k8s_openapi::api::core::v1::{Node, Pod};
     use kube::core::{ObjectList, WatchEvent};
+    use operator_api::ModelDeployment;
 
     #[test]
     fn an_object_that_is_not_understood_keeps_its_metadata_and_spoils_no_other() {
@@ -191,8 +268,54 @@ mod tests {
         assert!(good.spec.is_some() && good.metadata.managed_fields.is_none());
         let broken = list.items[1].0.as_ref().expect_err("no pod");
         assert_eq!(broken.metadata.uid.as_deref(), Some("u"));
+        assert!(
+            broken.error.starts_with("spec.containers: "),
+            "{}",
+            broken.error
+        );
         assert!(broken.error.contains("sequence"), "{}", broken.error);
         assert!(list.items[2].0.is_err());
+    }
+
+    #[test]
+    fn the_field_that_is_not_understood_is_named_with_what_the_status_says() {
+        let read = |spec: Value| {
+            let status = serde_json::json!({"conditions": ["odd", {"type": "Ready", "status": "True", "reason": "Ok",
+                "message": "", "lastTransitionTime": "2026-11-24T00:00:00Z"}]});
+            let object =
+                serde_json::json!({"metadata": {"name": "m"}, "spec": spec, "status": status});
+            let read: Guarded<ModelDeployment> = serde_json::from_value(object).expect("JSON");
+            read.0.expect_err("it is not understood")
+        };
+        for (spec, words) in [
+            (
+                serde_json::json!({"model": {"source": [1]}, "replicas": 1}),
+                "spec.model.source: invalid type",
+            ),
+            (
+                serde_json::json!({"model": {"source": "hf://a/b"}, "replicas": "two"}),
+                "spec.replicas: invalid type",
+            ),
+            (
+                serde_json::json!({"model": {}}),
+                "spec.model: missing field `source`",
+            ),
+            (
+                serde_json::json!({"model": {"source": "hf://a/b"}, "podTemplate": {"env": [{"name": "A", "value": "b"}, {"name": 3}]}}),
+                "spec.podTemplate.env[1].name: invalid type",
+            ),
+        ] {
+            let misread = read(spec);
+            assert!(misread.error.starts_with(words), "{}", misread.error);
+            let kinds: Vec<_> = misread.conditions.iter().map(|it| &*it.type_).collect();
+            assert!(kinds.is_empty() || kinds == ["Ready"]);
+        }
+        let misread = read(serde_json::json!({"model": {"source": 7}}));
+        assert_eq!(
+            misread.conditions.len(),
+            1,
+            "what is no condition is left out"
+        );
     }
 
     #[test]

@@ -7,7 +7,7 @@ use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use operator_api::{GpuFaultStatus, ModelDeployment};
-use operator_core::{Claim, ConfigMapView, PodPhase, PodView, names, priority};
+use operator_core::{Claim, ConfigMapView, Controller, PodPhase, PodView, names, priority};
 
 use crate::packed::Packed;
 use crate::watch::Key;
@@ -74,13 +74,18 @@ impl ChildPod {
 pub struct ChildConfigMap {
     /// Name of its ModelDeployment.
     pub deployment: Box<str>,
+    /// What controls it.
+    pub controller: Controller,
     pub(crate) whole: Packed<ConfigMap>,
 }
 
 impl ChildConfigMap {
     /// Its content.
     pub fn view(&self) -> Option<ConfigMapView> {
-        Some(ConfigMapView::of(&self.whole.unpack()?))
+        Some(ConfigMapView {
+            controller: self.controller,
+            ..ConfigMapView::of(&self.whole.unpack()?)
+        })
     }
 }
 
@@ -110,6 +115,7 @@ pub(crate) fn child_config_map(map: ConfigMap) -> Result<Option<ChildConfigMap>,
     let Some(deployment) = deployment_label(&map.metadata) else {
         return Ok(None);
     };
+    let controller = Controller::of(&map.metadata);
     // What its view is made of.
     let whole = ConfigMap {
         metadata: ObjectMeta {
@@ -122,6 +128,7 @@ pub(crate) fn child_config_map(map: ConfigMap) -> Result<Option<ChildConfigMap>,
     };
     Ok(Some(ChildConfigMap {
         deployment: deployment.into(),
+        controller,
         whole: Packed::of(&whole)?,
     }))
 }

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use futures::StreamExt;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::Resource;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt;
@@ -60,10 +61,14 @@ impl std::fmt::Display for Key {
 }
 
 /// An object that is in the cluster but not in a form we know.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Malformed {
     /// Its uid, for events about it.
     pub uid: String,
+    /// The generation that is not understood.
+    pub generation: Option<i64>,
+    /// The conditions in its status; none where they are not known.
+    pub conditions: Option<Vec<Condition>>,
     /// What is wrong, naming the field.
     pub message: String,
 }
@@ -362,20 +367,28 @@ fn entry_of<K, V>(
 where
     K: Resource<DynamicType = ()>,
 {
-    let (uid, message) = match object.0 {
+    let malformed = match object.0 {
         Ok(object) => {
-            let uid = object.meta().uid.clone();
+            let metadata = object.meta();
+            let (uid, generation) = (metadata.uid.clone(), metadata.generation);
             match trim(object) {
                 Ok(value) => return value.map(|value| Ok(Arc::new(value))),
-                Err(message) => (uid, message),
+                Err(message) => Malformed {
+                    uid: uid.unwrap_or_default(),
+                    generation,
+                    conditions: None,
+                    message,
+                },
             }
         }
-        Err(invalid) => (invalid.metadata.uid, invalid.error),
+        Err(misread) => Malformed {
+            uid: misread.metadata.uid.unwrap_or_default(),
+            generation: misread.metadata.generation,
+            conditions: Some(misread.conditions),
+            message: misread.error,
+        },
     };
-    Some(Err(Arc::new(Malformed {
-        uid: uid.unwrap_or_default(),
-        message,
-    })))
+    Some(Err(Arc::new(malformed)))
 }
 
 fn key_of<K: Resource>(object: &K) -> Key {

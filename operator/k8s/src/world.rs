@@ -19,7 +19,7 @@ use kube::{Client, Resource};
 use operator_api::{GpuFaultStatus, ModelDeployment};
 use operator_core::{
     Claim, Cluster, ConfigMapView, Demand, NodeView, PodSamples, PodView, PriorityClassView,
-    QuotaView, Snapshot, names,
+    QuotaView, Snapshot, names, status::Refusal,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -80,6 +80,8 @@ pub struct Observations {
     pub samples: BTreeMap<String, PodSamples>,
     /// What Prometheus said.
     pub demand: Option<Demand>,
+    /// What the API server refused in the pass before.
+    pub refusal: Option<Refusal>,
 }
 
 impl World {
@@ -188,6 +190,8 @@ impl World {
             // Never to be taken for one that is gone.
             None => Err(Arc::new(Malformed {
                 uid: String::new(),
+                generation: None,
+                conditions: None,
                 message: "it could not be kept: its JSON form is not read back".into(),
             })),
         }))
@@ -205,6 +209,7 @@ impl World {
             model_config,
             samples,
             demand,
+            refusal,
         } = seen;
         let pods = children(&self.pods, key, |pod| {
             let view = pod.view()?;
@@ -243,6 +248,7 @@ impl World {
             samples,
             demand,
             gpu_faults: self.gpu_faults_but_of(key),
+            refusal,
         }
     }
 
@@ -618,6 +624,7 @@ fn tells_more(change: &Change<'_, ChildPod>) -> bool {
     let (Some(mut before), Some(after)) = (pod_of(change.before), pod_of(change.after)) else {
         return false;
     };
+    before.controller = after.controller;
     before.labels.clone_from(&after.labels);
     before.annotations.clone_from(&after.annotations);
     before != after

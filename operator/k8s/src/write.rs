@@ -6,6 +6,7 @@
 //!   fields we name; nothing else is touched.
 //! - **report** (the status): a merge patch of all of it, since nobody else writes there. Server-side apply of a status
 //!   cost the API server several times as much, and a status is written more often than anything else.
+//! - **adopt** (children that nothing controls): a strategic merge patch with the uid, which adds an owner to those there are.
 //! - **delete**: with the uid as a precondition, so that a successor of the same name is never hit. 404 and a uid that
 //!   does not match mean it is already gone.
 
@@ -13,6 +14,7 @@ use std::fmt::Debug;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Client, Resource};
 use operator_core::names;
@@ -197,6 +199,32 @@ impl Writer {
         self.merge_pod(namespace, name, patch).await
     }
 
+    /// Makes `owner` the controller of an object of that uid; other owners that it has stay. Where something else controls it
+    /// by now, the API server refuses.
+    ///
+    /// # Errors
+    /// The lease is lost, or the API server refuses or does not answer.
+    pub async fn adopt<K>(
+        &self,
+        kind: &'static str,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+        owner: &OwnerReference,
+    ) -> Result<Written<K>, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned,
+    {
+        let metadata = serde_json::json!({ "uid": uid, "ownerReferences": [owner] });
+        // Merges lists by key, here by the uid of the owner.
+        let patch = Patch::Strategic(serde_json::json!({ "metadata": metadata }));
+        let call = Call::on("adopt", kind, namespace, name);
+        self.merge(call, namespace, name, patch).await
+    }
+
     async fn merge_pod(
         &self,
         namespace: &str,
@@ -204,9 +232,25 @@ impl Writer {
         patch: Value,
     ) -> Result<Written<Pod>, Error> {
         let call = Call::on("patch", "Pod", namespace, name);
+        self.merge(call, namespace, name, Patch::Merge(patch)).await
+    }
+
+    /// Merges a patch that carries the uid into an object that exists.
+    async fn merge<K>(
+        &self,
+        call: Call,
+        namespace: &str,
+        name: &str,
+        patch: Patch<Value>,
+    ) -> Result<Written<K>, Error>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+            + Clone
+            + Debug
+            + DeserializeOwned,
+    {
         self.guard(&call)?;
-        let patch = Patch::Merge(patch);
-        let api: Api<Pod> = Api::namespaced(self.client.clone(), namespace);
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
         let parameters = PatchParams {
             field_manager: Some(FIELD_MANAGER.into()),
             ..PatchParams::default()
@@ -215,7 +259,7 @@ impl Writer {
             .run(&call, || api.patch(name, &parameters, &patch))
             .await
         {
-            Ok(pod) => Ok(Written::Done(pod)),
+            Ok(object) => Ok(Written::Done(object)),
             // Gone, or a successor with another uid.
             Err(error) if matches!(error.category(), Category::NotFound | Category::Conflict) => {
                 Ok(Written::Already)

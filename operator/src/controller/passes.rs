@@ -424,3 +424,112 @@ async fn a_spec_that_is_edited_while_its_status_is_written_is_carried_out() {
     let works = works.with(|kept| kept.edit = Some(5)).begin(true).await;
     assert_eq!(works.count("pods"), 5);
 }
+
+impl Works {
+    /// Status and reason of a condition, and the message.
+    fn condition(&self, name: &str, kind: &str) -> Option<(String, String)> {
+        let kept = self.kept();
+        let key = ("modeldeployments".into(), "d".into(), name.into());
+        let conditions = kept.objects.get(&key)?["status"]["conditions"].as_array()?;
+        let found = conditions.iter().find(|found| found["type"] == kind)?;
+        let text = |field: &str| found[field].as_str().unwrap_or_default();
+        let verdict = format!("{} {}", text("status"), text("reason"));
+        Some((verdict, text("message").into()))
+    }
+
+    /// How often the status of one was written.
+    fn reports(&self, name: &str) -> usize {
+        let path = format!("/modeldeployments/{name}/status");
+        let kept = self.kept();
+        let all = kept.asked.iter();
+        all.filter(|asked| asked.starts_with("PATCH") && asked.contains(&path))
+            .count()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_refused_is_told_in_the_status_until_it_is_allowed() {
+    let works = Works::on([node("a"), wish("m", 2)]);
+    let refuse = |kept: &mut Kept| {
+        kept.faults.insert("POST pods", Fault::Refuse(403));
+    };
+    let works = works.with(refuse).begin(true).await;
+    tokio::time::sleep(s(120)).await;
+    let (verdict, message) = works.condition("m", "Degraded").expect("it is told");
+    assert_eq!(verdict, "True CallRefused");
+    assert!(message.starts_with("create Pod d/m-0-"), "{message}");
+    assert!(message.contains("No right is missing"), "{message}");
+    assert_eq!(
+        works.condition("m", "Planned").expect("it is planned").0,
+        "True FitFound"
+    );
+    let told = works.reports("m");
+    assert!(works.asked(PODS) > 5, "it is tried again");
+    tokio::time::sleep(s(600)).await;
+    assert_eq!(works.reports("m"), told, "told again though nothing is new");
+
+    works.kept().faults.clear();
+    tokio::time::sleep(s(90)).await;
+    assert_eq!(works.count("pods"), 2);
+    assert_eq!(
+        works.condition("m", "Degraded").expect("it is told").0,
+        "False AsExpected"
+    );
+}
+
+/// One whose spec has a form that nobody knows.
+fn malformed(name: &str) -> Value {
+    let mut wish = wish(name, 1);
+    wish["spec"]["replicas"] = json!("two");
+    wish
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_that_is_not_understood_is_told_so_once_beside_what_was_known_of_it() {
+    let mut bad = malformed("m");
+    let ready = json!({"type": "Ready", "status": "True", "reason": "AllReplicasReady", "message": "",
+        "lastTransitionTime": "2026-11-24T00:00:00Z"});
+    bad["status"] = json!({"phase": "Running", "conditions": [ready]});
+    let works = Works::on([node("a"), bad]).begin(true).await;
+    let (verdict, message) = works.condition("m", "Valid").expect("it is told");
+    assert_eq!(verdict, "False SpecNotUnderstood");
+    assert!(
+        message.starts_with("spec.replicas: invalid type"),
+        "{message}"
+    );
+    let ready = works.condition("m", "Ready").expect("it is kept");
+    assert_eq!(ready.0, "True AllReplicasReady");
+    tokio::time::sleep(s(1300)).await;
+    assert_eq!(works.reports("m"), 1);
+
+    let mut good = wish("m", 1);
+    good["metadata"]["generation"] = json!(2);
+    works.kept().put("modeldeployments", good);
+    tokio::time::sleep(s(5)).await;
+    let valid = works.condition("m", "Valid").expect("it is told");
+    assert_eq!(valid.0, "True SpecValid");
+    assert_eq!(works.count("pods"), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_thousand_one_that_is_malformed_holds_up_none_of_the_others() {
+    let nodes = (0..125).map(|number| node(&format!("n{number}")));
+    let wishes = (0..1000).map(|number| match number {
+        500 => malformed("m500"),
+        _ => wish(&format!("m{number}"), 1),
+    });
+    let works = Works::on(nodes.chain(wishes)).begin(true).await;
+    tokio::time::sleep(s(60)).await;
+    let planned = |name: &str| {
+        let planned = works.condition(name, "Planned");
+        planned.is_some_and(|(verdict, _)| verdict == "True FitFound")
+    };
+    let names: Vec<String> = (0..1000).map(|number| format!("m{number}")).collect();
+    let without: Vec<&String> = names.iter().filter(|name| !planned(name)).collect();
+    assert_eq!(without, ["m500"]);
+    assert_eq!(works.count("pods"), 999);
+    let (verdict, message) = works.condition("m500", "Valid").expect("it is told");
+    assert_eq!(verdict, "False SpecNotUnderstood");
+    assert!(message.starts_with("spec.replicas: "), "{message}");
+    assert_eq!(works.reports("m500"), 1);
+}

@@ -260,7 +260,10 @@ impl<'a> Planner<'a> {
         let draining = self
             .replicas
             .iter()
-            .filter(|replica| matches!(replica.state, State::Draining { .. }))
+            .filter(|replica| {
+                matches!(replica.state, State::Draining { .. })
+                    || self.given.snapshot.is_of_predecessor(replica.pod)
+            })
             .filter(|replica| !self.gone.contains(replica.pod.name.as_str()))
             .count();
         let draining = u32::try_from(draining).unwrap_or(u32::MAX);

@@ -38,7 +38,7 @@ pub enum State {
         /// Since when.
         since: Timestamp,
     },
-    /// It is being deleted, or it lost a rank that it ran with and what is left of it is to go.
+    /// It is being deleted, something else controls it, or it lost a rank that it ran with and what is left of it is to go.
     Leaving,
     /// It ended for good.
     Failed {
@@ -127,6 +127,9 @@ pub fn observe(snapshot: &Snapshot) -> Vec<Replica<'_>> {
 
 /// What a pod is doing, its group aside.
 pub fn state(pod: &PodView, snapshot: &Snapshot) -> State {
+    if snapshot.is_foreign(pod) {
+        return State::Leaving;
+    }
     if pod.is_finished() {
         return State::Failed {
             at: ended_at(pod).unwrap_or(snapshot.now),

@@ -1,5 +1,7 @@
 //! Chance: what goes wrong, and what users and nodes do meanwhile.
 
+use std::sync::Arc;
+
 use engine_spec::{EndReport, GpuFault};
 use k8s_openapi::api::core::v1::NodeCondition;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -8,11 +10,14 @@ use super::nature::later;
 use super::view::Unseen;
 use super::world::{Key, World};
 use crate::names;
+use crate::ownership::Controller;
 
 /// Seconds that a silent API server stays silent, at most.
 const SILENT_SECONDS_MAX: u64 = 60;
 /// Seconds after which a create that got no answer takes effect, at most: API servers give up after a minute.
 pub(super) const LATE_SECONDS_MAX: u64 = 60;
+/// Seconds after which the garbage collector comes for the pods of a ModelDeployment that is gone, at most.
+const COLLECT_SECONDS_MAX: u64 = 30;
 /// Seconds after which a node like one that left joins.
 const JOIN_SECONDS: u64 = 90;
 
@@ -68,6 +73,8 @@ pub struct Faults {
     pub bad_revision: u64,
     /// The user deletes a ModelDeployment, and creates it again.
     pub recreated: u64,
+    /// The same, but the user has its children stay (`--cascade=orphan`).
+    pub orphaned: u64,
 }
 
 impl Faults {
@@ -98,6 +105,7 @@ impl Faults {
             revised: 5,
             bad_revision: 250,
             recreated: 2,
+            orphaned: 2,
         }
     }
 }
@@ -254,9 +262,63 @@ impl World {
             again.metadata.uid = None;
             again.metadata.generation = None;
             again.status = None;
-            self.remove_wish(&key);
+            let seconds = self.chance.below(COLLECT_SECONDS_MAX);
+            self.remove_wish_slowly(&key, seconds);
             self.put_wish(again);
         }
+        if self.chance(faults.orphaned) {
+            self.tell(format!(
+                "the user deletes {} but not its children, and creates it again",
+                key.1
+            ));
+            self.orphan(&key);
+        }
+    }
+
+    /// The user deletes a ModelDeployment with `--cascade=orphan` and creates it again: its children are there, and
+    /// nothing controls them.
+    fn orphan(&mut self, key: &Key) {
+        let uid = self.uid();
+        let before = self
+            .wishes
+            .get(key)
+            .and_then(|wish| wish.deployment.metadata.uid.clone());
+        let controller = Controller::with_uid(&before.unwrap_or_default());
+        for pod in self.pods_of(key) {
+            if self.pods[&pod].view.controller == controller {
+                self.change_pod(&pod, |pod| pod.metadata.owner_references = None);
+            }
+        }
+        let is_own = |(space, _): &Key, owner: &str| *space == key.0 && owner == key.1;
+        for (name, (owner, map)) in &mut self.config_maps {
+            if is_own(name, owner) {
+                Arc::make_mut(map).controller = Controller::default();
+            }
+        }
+        for (name, (owner, template)) in &mut self.claim_templates {
+            if is_own(name, owner) {
+                Arc::make_mut(template).controller = Controller::default();
+            }
+        }
+        let Some(wish) = self.wishes.get_mut(key) else {
+            return;
+        };
+        let mut again = (*wish.deployment).clone();
+        again.metadata.uid = Some(uid);
+        again.metadata.generation = Some(1);
+        again.status = None;
+        let services = [&mut wish.service, &mut wish.ranks_service];
+        for service in services.into_iter().flatten() {
+            Arc::make_mut(service).metadata.owner_references = None;
+        }
+        if let Some(policy) = &mut wish.ranks_policy {
+            Arc::make_mut(policy).metadata.owner_references = None;
+        }
+        if let Some(budget) = &mut wish.budget {
+            Arc::make_mut(budget).metadata.owner_references = None;
+        }
+        wish.deployment = Arc::new(again);
+        wish.is_woken = true;
     }
 
     fn meddle(&mut self, key: &Key) {

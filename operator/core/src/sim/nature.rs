@@ -69,6 +69,7 @@ impl World {
             self.tell(format!("node {name} joins"));
             self.put_node(node);
         }
+        self.collect();
         self.sweep();
         self.land();
         let keys: Vec<Key> = self.pods.keys().cloned().collect();
@@ -111,7 +112,9 @@ impl World {
         let looks = self.wishes.values().map(|wish| wish.due);
         let joins = self.joining.iter().map(|(at, _)| Some(*at));
         let lands = self.late.iter().map(|(at, ..)| Some(*at));
-        pods.chain(looks).chain(joins).chain(lands).flatten().min()
+        let collects = self.uncollected.iter().map(|(at, ..)| Some(*at));
+        let all = pods.chain(looks).chain(joins).chain(lands);
+        all.chain(collects).flatten().min()
     }
 
     /// Deleted pods whose time has come are gone, unless their node is silent. Those of nodes that

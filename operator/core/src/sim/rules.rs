@@ -9,7 +9,8 @@
 //! - nobody takes the place of a replica that is worth as much;
 //! - no new pod of GPUs for a node while a GPU of it is remembered as at fault, and nothing of that forgotten before it is
 //!   repaired;
-//! - after the last fault: no write repeated for ever, nothing left over, and every ModelDeployment
+//! - after the last fault: every child controlled by its ModelDeployment, no write repeated for ever, nothing left over, and
+//!   every ModelDeployment
 //!   complete, or told that no node fits while indeed none does, even without all that is worth less.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +22,7 @@ use crate::gang::{self, Asked};
 use crate::gpu_faults::{FORGET_SECONDS, marked};
 use crate::names;
 use crate::objects::preferred_nodes;
+use crate::ownership::Controller;
 use crate::placement::{Room, Wish};
 use crate::plan::{Action, Kind, Object, Plan, Settings};
 use crate::priority::{Priority, Rival};
@@ -104,6 +106,17 @@ fn engines<'a>(world: &'a World, key: &'a Key) -> impl Iterator<Item = (&'a Key,
         })
 }
 
+/// Those of them that a ModelDeployment of that name which is gone does not still control.
+fn own_engines<'a>(world: &'a World, key: &'a Key) -> impl Iterator<Item = (&'a Key, &'a PodView)> {
+    engines(world, key).filter(|(_, pod)| is_own(world, key, pod))
+}
+
+fn is_own(world: &World, key: &Key, pod: &PodView) -> bool {
+    let wish = world.wishes.get(key);
+    let uid = wish.and_then(|wish| wish.deployment.metadata.uid.as_deref());
+    pod.controller.is_nothing() || pod.controller == Controller::with_uid(uid.unwrap_or_default())
+}
+
 /// Replicas of a wish as its pods are, by what the pods of one have in common.
 fn groups<'a>(
     pods: impl Iterator<Item = (&'a Key, &'a PodView)>,
@@ -133,6 +146,7 @@ fn seen_engines<'a>(
         *space == key.0
             && pod.label(names::MODEL_DEPLOYMENT) == key.1
             && pod.label(names::COMPONENT) == names::ENGINE
+            && is_own(world, key, pod)
     })
 }
 
@@ -162,7 +176,7 @@ pub(super) fn serving(world: &World, key: &Key, action: &Action) -> bool {
     let has_it = |pods: &&Vec<(&Key, &PodView)>| pods.iter().any(|(key, _)| key.1 == *name);
     let seen = groups(seen_engines(world, key));
     let is_seen = seen.values().find(has_it);
-    let truth = groups(engines(world, key));
+    let truth = groups(own_engines(world, key));
     let is_true = truth.values().find(has_it);
     is_seen.is_some_and(|pods| answers(pods, |pod| is_serving(pod) && !gives_way(pod)))
         && is_true.is_some_and(|pods| answers(pods, |pod| does_serve(world, pod)))
@@ -211,7 +225,7 @@ pub(super) fn write(
         // until that was seen. The first rank of a group is made first.
         let is_first = |pod: &PodView| pod.rank() == 0 && !pod.deleting;
         let is_leaving = |pods: &[(&Key, &PodView)]| !pods.iter().any(|(_, pod)| is_first(pod));
-        let pods = groups(engines(world, key))
+        let pods = groups(own_engines(world, key))
             .into_values()
             .filter(|pods| pods.iter().any(|(_, pod)| is_counted(pod)) && !is_leaving(pods))
             .count();
@@ -221,7 +235,7 @@ pub(super) fn write(
         }
     }
     if took_away {
-        let truth = groups(engines(world, key));
+        let truth = groups(own_engines(world, key));
         let does = |pods: &&Vec<_>| answers(pods, |pod| does_serve(world, pod));
         let left = truth.values().filter(does).count();
         let seen = groups(seen_engines(world, key));
@@ -458,6 +472,7 @@ fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), Str
     if !actions.is_empty() {
         return Err(format!("there is still something to do: {actions:?}"));
     }
+    all_are_owned(&snapshot)?;
     let spec = &snapshot.deployment.spec;
     let least = spec.autoscaling.as_ref().map(|range| range.min_replicas);
     let wanted = spec.replicas.or(least).unwrap_or(0);
@@ -527,6 +542,30 @@ fn wish_settled(world: &World, settings: &Settings, key: &Key) -> Result<(), Str
         Some(group) => Err(format!("{words}, though {:?} would fit", group.nodes)),
         None => nobody_else_can_leave(&snapshot, settings, &replicas, wanted)
             .map_err(|why| format!("{words}, though {why}")),
+    }
+}
+
+/// Whether everything that a ModelDeployment has goes with it.
+fn all_are_owned(snapshot: &Snapshot) -> Result<(), String> {
+    let uid = snapshot.deployment.metadata.uid.as_deref();
+    let own = Controller::with_uid(uid.unwrap_or_default());
+    let pods = snapshot.pods.iter().map(|pod| (&pod.name, pod.controller));
+    let maps = snapshot.config_maps.iter();
+    let maps = maps.map(|map| (&map.name, map.controller));
+    let templates = snapshot.claim_templates.iter();
+    let templates = templates.map(|one| (&one.name, one.controller));
+    let mut all = pods.chain(maps).chain(templates);
+    if let Some((name, _)) = all.find(|(_, controller)| *controller != own) {
+        return Err(format!("{name} is not its own"));
+    }
+    let services = [&snapshot.service, &snapshot.ranks_service];
+    let services = services.into_iter().flatten().map(|it| &it.metadata);
+    let budget = snapshot.disruption_budget.iter().map(|it| &it.metadata);
+    let policy = snapshot.ranks_policy.iter().map(|it| &it.metadata);
+    let mut all = services.chain(budget).chain(policy);
+    match all.find(|metadata| Controller::of(metadata) != own) {
+        Some(metadata) => Err(format!("{:?} is not its own", metadata.name)),
+        None => Ok(()),
     }
 }
 

@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{OwnerReference, Time};
 use operator_api::ModelDeploymentStatus;
 
 use super::nature::later;
 use super::world::{Key, StoredPod, World, owner_of};
+use crate::ownership::Controller;
 use crate::plan::{Action, Kind, Object};
 use crate::priority::Priority;
 use crate::snapshot::{ClaimTemplateView, ConfigMapView};
@@ -69,6 +70,15 @@ impl World {
                 self.hear(&key, is_unheard);
                 done
             }
+            Action::Adopt {
+                kind,
+                name,
+                uid,
+                owner,
+            } => {
+                let key = (namespace, name.clone());
+                self.adopt(*kind, &key, uid, owner, is_unheard)
+            }
             Action::Delete {
                 kind: Kind::Pod,
                 name,
@@ -107,6 +117,38 @@ impl World {
                 .config_maps
                 .remove(&(namespace, name.clone()))
                 .is_some(),
+        }
+    }
+
+    fn adopt(
+        &mut self,
+        kind: Kind,
+        key: &Key,
+        uid: &str,
+        owner: &OwnerReference,
+        is_unheard: bool,
+    ) -> bool {
+        let controller = Controller::with_uid(&owner.uid);
+        match kind {
+            Kind::Pod => {
+                let is_it = self.is_it(key, uid);
+                if is_it {
+                    self.change_pod(key, |pod| {
+                        let owners = pod.metadata.owner_references.get_or_insert_default();
+                        owners.push(owner.clone());
+                    });
+                }
+                self.hear(key, is_unheard);
+                is_it
+            }
+            Kind::ConfigMap => self.config_maps.get_mut(key).is_some_and(|(_, map)| {
+                Arc::make_mut(map).controller = controller;
+                true
+            }),
+            _ => self.claim_templates.get_mut(key).is_some_and(|(_, one)| {
+                Arc::make_mut(one).controller = controller;
+                true
+            }),
         }
     }
 

@@ -123,6 +123,8 @@ pub struct World {
     pub(super) nodes: BTreeMap<String, StoredNode>,
     /// Nodes that left, and when one like them joins.
     pub(super) joining: Vec<(Timestamp, Node)>,
+    /// Pods, by uid, whose controller is gone, and when the garbage collector comes for them.
+    pub(super) uncollected: Vec<(Timestamp, Key, String)>,
     pub(super) view: View,
     /// Nodes that ever joined later.
     pub(super) joined: u32,
@@ -183,6 +185,7 @@ impl World {
             devices,
             nodes: BTreeMap::new(),
             joining: Vec::new(),
+            uncollected: Vec::new(),
             view: View::default(),
             joined: 0,
             silent_until: None,
@@ -310,6 +313,11 @@ impl World {
 
     /// The user deletes a ModelDeployment; Kubernetes collects what it owned.
     pub fn remove_wish(&mut self, key: &Key) {
+        self.remove_wish_slowly(key, 0);
+    }
+
+    /// The same, with a garbage collector that takes so long to come for the pods.
+    pub(super) fn remove_wish_slowly(&mut self, key: &Key, seconds: u64) {
         if self.wishes.remove(key).is_none() {
             return;
         }
@@ -318,8 +326,25 @@ impl World {
             .retain(|(space, _), (owner, _)| space != namespace || owner != name);
         self.claim_templates
             .retain(|(space, _), (owner, _)| space != namespace || owner != name);
+        let at = super::nature::later(self.now, seconds);
         for pod in self.pods_of(key) {
-            self.delete_pod(&pod, self.pace.delete_seconds_max);
+            let uid = self.pods[&pod].view.uid.clone();
+            self.uncollected.push((at, pod, uid));
+        }
+        self.collect();
+    }
+
+    /// The garbage collector removes the pods that it comes to.
+    pub(super) fn collect(&mut self) {
+        let now = self.now;
+        let (due, waiting) = std::mem::take(&mut self.uncollected)
+            .into_iter()
+            .partition(|(at, ..)| *at <= now);
+        self.uncollected = waiting;
+        for (_, key, uid) in due {
+            if self.pods.get(&key).is_some_and(|pod| pod.view.uid == uid) {
+                self.delete_pod(&key, self.pace.delete_seconds_max);
+            }
         }
     }
 
@@ -435,6 +460,7 @@ impl World {
                 .filter_map(|(_, other)| other.deployment.status.as_ref())
                 .flat_map(|status| status.gpu_faults.iter().cloned())
                 .collect(),
+            refusal: None,
         })
     }
 

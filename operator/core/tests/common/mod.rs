@@ -17,7 +17,7 @@ use operator_core::snapshot::{
     Claim, ClaimTemplateView, Cluster, ConfigMapView, LoadSample, NodeView, PodPhase, PodSamples,
     PodView, Scheduled, Terminated,
 };
-use operator_core::{Action, Object, Plan, Settings, Snapshot, check, names, plan};
+use operator_core::{Action, Controller, Object, Plan, Settings, Snapshot, check, names, plan};
 use serde_json::{Value, json};
 
 pub fn now() -> Timestamp {
@@ -259,6 +259,7 @@ pub fn story(deployment: ModelDeployment) -> Story {
             samples: Default::default(),
             demand: None,
             gpu_faults: Vec::new(),
+            refusal: None,
         },
         settings: settings(),
         nodes: Vec::new(),
@@ -320,6 +321,7 @@ impl Story {
         self.snapshot.config_maps.push(Arc::new(ConfigMapView {
             name: names::facts_config_map(&valid.name, &hash),
             uid: "facts-uid".into(),
+            controller: Controller::with_uid(&valid.uid),
             data: [(
                 names::FACTS_JSON.to_owned(),
                 serde_json::to_string(&facts_of(SMALL_CONFIG)).unwrap(),
@@ -334,6 +336,7 @@ impl Story {
         self.snapshot.model_config = Some(Arc::new(ConfigMapView {
             name: "r1-config".into(),
             uid: "cm".into(),
+            controller: Controller::default(),
             data: [("config.json".to_owned(), text.to_owned())].into(),
         }));
         self
@@ -447,6 +450,24 @@ impl Story {
                 self.snapshot.disruption_budget = Some(Arc::new((**budget).clone()));
             }
             Action::Apply(Object::Pod(_)) => panic!("pods are created"),
+            Action::Adopt {
+                kind, name, owner, ..
+            } => {
+                let controller = Controller::with_uid(&owner.uid);
+                match kind {
+                    operator_core::Kind::Pod => self.pod(name, |pod| pod.controller = controller),
+                    operator_core::Kind::ConfigMap => {
+                        let mut maps = self.snapshot.config_maps.iter_mut();
+                        let map = maps.find(|map| map.name == *name).unwrap();
+                        Arc::make_mut(map).controller = controller;
+                    }
+                    _ => {
+                        let mut templates = self.snapshot.claim_templates.iter_mut();
+                        let template = templates.find(|one| one.name == *name).unwrap();
+                        Arc::make_mut(template).controller = controller;
+                    }
+                }
+            }
             Action::Release { name, .. } => {
                 self.pod(name, |pod| pod.annotations.remove(names::PREEMPTS));
             }

@@ -3,6 +3,7 @@
 use super::*;
 use crate::lease::{Election, Leadership};
 use crate::standin::{Answer, Asked, Log, api_server, list, refuses, says};
+use operator_core::Controller;
 
 fn pod(name: &str) -> Pod {
     serde_json::from_value(json!({
@@ -306,4 +307,51 @@ async fn a_patch_names_the_uid_and_its_answer_is_known_at_once() {
     apply(&applier, &[patch()]).await.expect("patched");
     assert_eq!(log.last().body["metadata"]["uid"], "u");
     assert!(world.pods.get(&key()).is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_adoption_names_both_uids_and_its_answer_is_known_at_once() {
+    let owner = || OwnerReference {
+        kind: operator_api::KIND.into(),
+        name: "m".into(),
+        uid: "of-m".into(),
+        controller: Some(true),
+        ..OwnerReference::default()
+    };
+    let adopt = |kind, uid: &str| Action::Adopt {
+        kind,
+        name: NAME.into(),
+        uid: uid.into(),
+        owner: Box::new(owner()),
+    };
+    let (applier, world, log) = applier(move |_, asked| {
+        if asked.path.contains("configmaps") {
+            return says(
+                json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": NAME}}),
+            );
+        }
+        let mut pod = json_of(NAME);
+        pod["metadata"]["ownerReferences"] = json!([owner()]);
+        says(pod)
+    });
+    let adopted = apply(&applier, &[adopt(Kind::Pod, "u")]).await;
+    assert_eq!(adopted.expect("adopted").written, 1);
+    let asked = log.last();
+    assert_eq!(asked.method, "PATCH");
+    let metadata = &asked.body["metadata"];
+    assert_eq!(metadata["uid"], "u");
+    assert_eq!(metadata["ownerReferences"][0]["uid"], "of-m");
+    assert_eq!(asked.body.as_object().map(|fields| fields.len()), Some(1));
+    let known = world.pods.get(&key()).expect("it is known");
+    let view = known.ok().and_then(|pod| pod.view()).expect("a pod");
+    assert_eq!(view.controller, Controller::with_uid("of-m"));
+    assert!(world.take_woken().is_empty(), "what we wrote we know");
+    // Config maps too, and a successor of another uid is let alone.
+    apply(&applier, &[adopt(Kind::ConfigMap, "v")])
+        .await
+        .expect("adopted");
+    assert!(log.last().path.ends_with(&format!("/configmaps/{NAME}")));
+    let (applier, _, _) = self::applier(|_, _| refuses(409, "Conflict"));
+    let adopted = apply(&applier, &[adopt(Kind::Pod, "w")]).await;
+    assert_eq!(adopted.expect("nothing to do").written, 0);
 }

@@ -39,7 +39,8 @@ pub(in crate::replicas) fn torn<'a>(
     }
     // The failed pod stays until its successor exists: it carries the count of failures.
     let stays = |pod: &&PodView| is_failed && pod.name == replica.pod.name;
-    let all = replica.pods().filter(|pod| !pod.deleting);
+    let is_ours = |pod: &&PodView| !pod.deleting && !snapshot.is_foreign(pod);
+    let all = replica.pods().filter(is_ours);
     all.filter(|pod| !stays(pod)).collect()
 }
 
