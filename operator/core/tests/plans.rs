@@ -7,7 +7,7 @@ mod common;
 use common::*;
 use engine_spec::LoadReport;
 use operator_core::snapshot::{PodView, Scheduled, Terminated};
-use operator_core::{Action, names, replicas};
+use operator_core::{Action, Plan, names, replicas};
 use serde_json::json;
 
 fn busy(running: u32, waiting: u32) -> LoadReport {
@@ -158,6 +158,27 @@ fn replicas_spread_over_cpu_nodes() {
         .filter_map(|pod| pod.node.clone())
         .collect();
     assert_eq!(nodes, ["a", "b", "a"]);
+}
+
+#[test]
+fn a_first_start_is_told_of_once_when_it_begins_and_once_when_all_answer() {
+    let reasons = |plan: &Plan| -> Vec<&str> {
+        let events = plan.events.iter();
+        events.map(|event| event.reason).collect()
+    };
+    let wish = json!({"replicas": 3, "rollout": {"maxUnavailable": 1}});
+    let story = story(deployment("m", wish)).on([node("a", "8", "16Gi")]);
+    let story = story.inspected();
+    let first = story.plan();
+    assert_eq!(reasons(&first), ["FitFound", "ReplicasCreated"]);
+    let starting = story.after(&first, starts);
+    let second = starting.plan();
+    assert_eq!(reasons(&second), Vec::<&str>::new());
+    let starting = starting.after(&second, |_| ());
+    let most = starting.replica(0, answers).replica(1, answers);
+    assert_eq!(reasons(&most.plan()), ["MinimumReplicasReady"]);
+    let all = most.replica(2, answers);
+    assert_eq!(reasons(&all.plan()), ["AllReplicasReady"]);
 }
 
 #[test]
