@@ -18,9 +18,6 @@ use serde_json::{Map, Value};
 /// What is skipped of an object: a field of one of its sections.
 const BULK: &[(&str, &str)] = &[("metadata", "managedFields"), ("status", "images")];
 
-/// Readings of an object at most, to find the field that is at fault.
-const READINGS_MAX: usize = 256;
-
 /// An object, or why it is none.
 #[derive(Clone, Debug)]
 pub struct Guarded<K>(pub Result<K, Box<Misread>>);
@@ -45,7 +42,7 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
         .deserialize(deserializer)?;
         let failed = match K::deserialize(&value) {
             Ok(object) => return Ok(Guarded(Ok(object))),
-            Err(error) => with_field::<K>(&value, &error.to_string()),
+            Err(error) => with_field::<K>(&value, &error),
         };
         let metadata = match value.get("metadata") {
             None => ObjectMeta::default(),
@@ -63,62 +60,12 @@ impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
     }
 }
 
-/// An error with the field it is about: the deepest one without which the object is read, or fails otherwise.
-fn with_field<K: DeserializeOwned>(value: &Value, error: &str) -> String {
-    let mut rest = value.clone();
-    let (mut path, mut readings) = (String::new(), 0);
-    let mut at: Vec<Step> = Vec::new();
-    loop {
-        let steps = match inner(&mut rest, &at) {
-            Some(Value::Object(fields)) => fields.keys().cloned().map(Step::Field).collect(),
-            Some(Value::Array(items)) => (0..items.len()).map(Step::Item).collect(),
-            _ => Vec::new(),
-        };
-        let found = steps.into_iter().find(|step| {
-            readings += 1;
-            readings <= READINGS_MAX && is_at_fault::<K>(&rest, &at, step, error)
-        });
-        let Some(step) = found else { break };
-        match &step {
-            Step::Field(name) if path.is_empty() => path.push_str(name),
-            Step::Field(name) => path.extend([".", name]),
-            Step::Item(index) => path.push_str(&format!("[{index}]")),
-        }
-        at.push(step);
+/// An error with the field that it is about: the object is read once more for it.
+fn with_field<K: DeserializeOwned>(value: &Value, error: &serde_json::Error) -> String {
+    match serde_path_to_error::deserialize::<_, K>(value) {
+        Err(found) if found.path().iter().len() > 0 => found.to_string(),
+        _ => error.to_string(),
     }
-    if path.is_empty() {
-        return error.to_owned();
-    }
-    format!("{path}: {error}")
-}
-
-/// A step into a value.
-enum Step {
-    Field(String),
-    Item(usize),
-}
-
-fn inner<'a>(value: &'a mut Value, at: &[Step]) -> Option<&'a mut Value> {
-    at.iter().try_fold(value, |value, step| match step {
-        Step::Field(name) => value.get_mut(name),
-        Step::Item(index) => value.get_mut(index),
-    })
-}
-
-/// Whether an object without a part of it no longer fails with that error.
-fn is_at_fault<K: DeserializeOwned>(value: &Value, at: &[Step], step: &Step, error: &str) -> bool {
-    let mut without = value.clone();
-    match (inner(&mut without, at), step) {
-        (Some(Value::Object(fields)), Step::Field(name)) => {
-            // Keeps the others in order: which of two faults is met first must stay the same.
-            fields.retain(|field, _| field != name);
-        }
-        (Some(Value::Array(items)), Step::Item(index)) => {
-            items.remove(*index);
-        }
-        _ => return false,
-    }
-    K::deserialize(&without).map_or_else(|other| other.to_string() != error, |_| true)
 }
 
 impl<K: Resource> Resource for Guarded<K> {
