@@ -1,8 +1,8 @@
 //! The objects beside the pods: what stands in front of them, and what groups share.
 //!
 //! Each is written where it is missing or differs from what is wanted. Invariant: an object of the name that belongs to
-//! someone else is never touched; it is told of. One with the labels
-//! of a child that nothing controls was left behind, and is applied with its owner like one that differs.
+//! someone else is never touched; it is told of. One with the labels of a child that nothing controls was left behind, and is
+//! applied with its owner like one that differs.
 
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
