@@ -6,11 +6,13 @@
 use std::path::Path;
 use std::time::Duration;
 
+use hyper::{Request, Uri};
 use hyper_timeout::TimeoutConnector;
 use hyper_util::rt::TokioExecutor;
-use kube::client::ConfigExt;
+use kube::client::{Body, ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
+use tower::util::MapRequestLayer;
 use tower::{BoxError, ServiceBuilder};
 
 use crate::error::{Call, Error};
@@ -81,7 +83,8 @@ fn client_of(mut config: Config, call: Call) -> Result<(Client, String), Error> 
     let namespace = config.default_namespace.clone();
     let client = match config.proxy_url {
         // kube knows which proxies it can talk to.
-        Some(_) => Client::try_from(config),
+        Some(_) => ClientBuilder::try_from(config)
+            .map(|builder| builder.with_layer(&MapRequestLayer::new(fresh)).build()),
         None => direct(config),
     };
     let client = client.map_err(|source| Error::Api {
@@ -106,9 +109,32 @@ fn direct(config: Config) -> Result<Client, kube::Error> {
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
+        .map_request(fresh)
         .map_err(BoxError::from)
         .service(connections);
     Ok(Client::new(service, config.default_namespace))
+}
+
+/// Has streamed lists be as new as the question. kube asks for one of any age (version 0), which the cache of an API server that
+/// lags may answer with what was long ago; without a version it waits until it has caught up, as it does for client-go.
+fn fresh(mut request: Request<Body>) -> Request<Body> {
+    let query = request.uri().query().unwrap_or_default();
+    if query
+        .split('&')
+        .any(|parameter| parameter == "sendInitialEvents=true")
+    {
+        let kept: Vec<&str> = query
+            .split('&')
+            .filter(|parameter| *parameter != "resourceVersion=0")
+            .collect();
+        let mut parts = request.uri().clone().into_parts();
+        let asked = format!("{}?{}", request.uri().path(), kept.join("&"));
+        parts.path_and_query = asked.parse().ok();
+        if let Ok(uri) = Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
 }
 
 #[cfg(test)]
@@ -160,6 +186,24 @@ mod tests {
             "{asked}"
         );
         assert!(asked.contains("\r\nuser-agent: tester\r\n"), "{asked}");
+    }
+
+    #[test]
+    fn a_streamed_list_is_never_asked_for_at_any_age_and_nothing_else_changes() {
+        let asked = |uri: &str| {
+            let request = Request::get(uri).body(Body::empty()).expect("a request");
+            fresh(request).uri().to_string()
+        };
+        let streamed = "https://host/p/api/v1/pods?&watch=true&labelSelector=a%3Db&sendInitialEvents=true\
+            &resourceVersionMatch=NotOlderThan";
+        assert_eq!(asked(&format!("{streamed}&resourceVersion=0")), streamed);
+        for other in [
+            "https://host/api/v1/pods?&watch=true&resourceVersion=0",
+            "/api/v1/pods?limit=1&resourceVersion=0",
+            "/version",
+        ] {
+            assert_eq!(asked(other), other);
+        }
     }
 
     #[tokio::test]

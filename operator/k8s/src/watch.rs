@@ -29,6 +29,7 @@ use tokio::time::Instant;
 
 use crate::guard::Guarded;
 use crate::retry::jitter;
+use lists::Lists;
 
 /// Namespace and name; the namespace of cluster-wide objects is empty. Shared: a pod's key is held in several places, and
 /// there are ten thousand of them.
@@ -295,9 +296,6 @@ fn tell<V: PartialEq>(
     }
 }
 
-/// Objects asked for at once while a list is read: a page is held as text and as whole objects before it is made small.
-const PAGE: u32 = 200;
-
 /// Keeps `mirror` equal to the cluster until dropped. `trim` makes the small value, or none for objects that do not
 /// matter; `changed` is told of every difference, from this task, and must not block.
 pub async fn follow<K, V>(
@@ -310,51 +308,67 @@ pub async fn follow<K, V>(
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
     V: PartialEq,
 {
-    let config = config.page_size(PAGE);
-    let events = watcher::watcher(api, config).backoff(Pauses::default());
-    let mut events = std::pin::pin!(events);
-    let mut listed = HashSet::new();
-    while let Some(event) = events.next().await {
-        match event {
-            Ok(Event::Init) => {
-                listed.clear();
-                mirror.begin_list();
+    let mut lists = Lists::streamed();
+    loop {
+        let events = watcher::watcher(api.clone(), lists.configure(config.clone()));
+        let mut events = std::pin::pin!(events.backoff(Pauses::default()));
+        let mut listed = HashSet::new();
+        while let Some(event) = events.next().await {
+            if let Some(why) = lists.turn_to_pages(&event) {
+                tracing::info!(kind = mirror.kind, why, "lists are read in pages from now on");
+                break;
             }
-            Ok(Event::InitApply(object)) => {
-                let (key, version) = (mirror.held(key_of(&object)), version_of(&object));
-                mirror.put(&key, version, entry_of(object, &trim), &changed);
-                listed.insert(key);
-            }
-            Ok(Event::InitDone) => {
-                mirror.keep_only(&listed, &changed);
-                listed = HashSet::new();
-                if !mirror.ready.swap(true, Ordering::AcqRel) {
-                    tracing::debug!(
-                        kind = mirror.kind,
-                        objects = mirror.read().len(),
-                        "first list complete"
-                    );
-                }
-            }
-            Ok(Event::Apply(object)) => {
-                mirror.put(
-                    &mirror.held(key_of(&object)),
-                    version_of(&object),
-                    entry_of(object, &trim),
-                    &changed,
+            take_in(&mirror, event, &mut listed, &trim, &changed);
+        }
+    }
+}
+
+/// Puts into the mirror what a watch told; `listed` are the objects of a list that is being read.
+fn take_in<K, V>(
+    mirror: &Mirror<V>,
+    event: watcher::Result<Event<Guarded<K>>>,
+    listed: &mut HashSet<Key>,
+    trim: &impl Fn(K) -> Result<Option<V>, String>,
+    changed: &impl Fn(Change<'_, V>),
+) where
+    K: Resource<DynamicType = ()>,
+    V: PartialEq,
+{
+    match event {
+        Ok(Event::Init) => {
+            listed.clear();
+            mirror.begin_list();
+        }
+        Ok(Event::InitApply(object)) => {
+            let (key, version) = (mirror.held(key_of(&object)), version_of(&object));
+            mirror.put(&key, version, entry_of(object, trim), changed);
+            listed.insert(key);
+        }
+        Ok(Event::InitDone) => {
+            mirror.keep_only(listed, changed);
+            *listed = HashSet::new();
+            if !mirror.ready.swap(true, Ordering::AcqRel) {
+                tracing::debug!(
+                    kind = mirror.kind,
+                    objects = mirror.read().len(),
+                    "first list complete"
                 );
             }
-            Ok(Event::Delete(object)) => {
-                mirror.put(&key_of(&object), version_of(&object), None, &changed)
-            }
-            Err(error) => {
-                mirror.errors.fetch_add(1, Ordering::Relaxed);
-                *mirror
-                    .trouble
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
-                tracing::warn!(kind = mirror.kind, %error, "watch interrupted; it is resumed after a pause");
-            }
+        }
+        Ok(Event::Apply(object)) => {
+            let (key, version) = (mirror.held(key_of(&object)), version_of(&object));
+            mirror.put(&key, version, entry_of(object, trim), changed);
+        }
+        Ok(Event::Delete(object)) => {
+            mirror.put(&key_of(&object), version_of(&object), None, changed);
+        }
+        Err(error) => {
+            mirror.errors.fetch_add(1, Ordering::Relaxed);
+            *mirror
+                .trouble
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner) = Some(error.to_string());
+            tracing::warn!(kind = mirror.kind, %error, "watch interrupted; it is resumed after a pause");
         }
     }
 }
@@ -524,5 +538,6 @@ impl Backoff for Pauses {
 
 #[cfg(test)]
 mod following;
+mod lists;
 #[cfg(test)]
 mod tests;
