@@ -437,7 +437,12 @@ async fn many(place: &Place<'_>, number: u32) -> Result<(f64, f64)> {
 
 /// Waits until so many ModelDeployments have a plan.
 pub async fn wait_planned(wishes: &Api<ModelDeployment>, wanted: usize) -> Result<()> {
-    wait_for(Duration::from_millis(100), || async {
+    // A list of a thousand takes the API server a quarter of a second.
+    let period = match wanted > 500 {
+        true => Duration::from_secs(3),
+        false => Duration::from_millis(100),
+    };
+    wait_for(period, || async {
         let all = wishes.list(&ListParams::default()).await?;
         let planned = all.iter().filter(|wish| is_planned(wish)).count();
         Ok((planned < wanted).then(|| format!("{planned} of {wanted} are Planned")))

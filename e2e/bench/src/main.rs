@@ -8,6 +8,7 @@ mod churn;
 mod clocks;
 mod cluster;
 mod large;
+mod lists;
 mod objects;
 mod operator;
 mod planning;

@@ -27,12 +27,13 @@ use crate::snapshot::Snapshot;
 use crate::status::{Report, Verdict};
 use crate::validate::{Scale, ValidDeployment, validate};
 
-/// Seconds between looks while something moves: replicas load, demand steers.
+/// Seconds between looks while replicas fail or are drained.
 const LOOK_SECONDS_BUSY: u64 = 2;
 /// Seconds between looks while demand steers.
 const LOOK_SECONDS_STEERED: u64 = 5;
-/// Seconds between looks at replicas that serve, for the figures in the status.
-const LOOK_SECONDS_SERVING: u64 = 15;
+/// Seconds between looks at replicas that start, or whose engines tell of their load: what they say wakes, and only that they
+/// fall silent has to be looked for.
+const LOOK_SECONDS_TOLD: u64 = 15;
 /// Seconds between looks while a replica has no place; changes of nodes wake earlier.
 const LOOK_SECONDS_UNPLACED: u64 = 30;
 
@@ -514,15 +515,22 @@ impl<'a> Decided<'a> {
         let moving = self.replicas.iter().any(|replica| {
             matches!(
                 replica.state,
-                State::Starting | State::Failing { .. } | State::Draining { .. }
+                State::Failing { .. } | State::Draining { .. }
             )
         });
+        let starting = self
+            .replicas
+            .iter()
+            .any(|replica| replica.state == State::Starting);
         let serving = self.replicas.iter().any(Replica::is_ready);
         let steered = self.autoscaling.is_some();
         let looks = [
             (moving, LOOK_SECONDS_BUSY),
             (steered && serving, LOOK_SECONDS_STEERED),
-            (serving, LOOK_SECONDS_SERVING),
+            (
+                starting || !self.snapshot.samples.is_empty(),
+                LOOK_SECONDS_TOLD,
+            ),
             (
                 moves.unplaced > 0 || !moves.waiting.is_empty() || !is_planned,
                 LOOK_SECONDS_UNPLACED,

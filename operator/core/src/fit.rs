@@ -18,7 +18,7 @@ use crate::gang;
 use crate::resources::human_bytes;
 use crate::snapshot::Cluster;
 use crate::validate::{ValidAccelerator, ValidDeployment, ValidMig};
-pub use kind::{DeviceKind, NodeGpus, node_gpus, offered_kinds};
+pub use kind::{DeviceKind, NodeGpus, offered_kinds};
 
 /// Numbers of GPUs tried when parallelism is automatic.
 const GPU_COUNTS: &[u32] = &[1, 2, 4, 8, 16];
@@ -200,9 +200,15 @@ fn gpu_kinds(cluster: &Cluster) -> BTreeMap<DeviceKind, Present> {
             if gpus == 0 {
                 continue;
             }
-            let present = kinds.entry(kind).or_default();
-            present.nodes += 1;
-            present.gpus_per_node = gpus.max(present.gpus_per_node);
+            // A thousand nodes offer a handful of kinds.
+            let more = |present: &mut Present| {
+                present.nodes += 1;
+                present.gpus_per_node = gpus.max(present.gpus_per_node);
+            };
+            match kinds.get_mut(kind) {
+                Some(present) => more(present),
+                None => more(kinds.entry(kind.clone()).or_default()),
+            }
         }
     }
     kinds
@@ -210,15 +216,15 @@ fn gpu_kinds(cluster: &Cluster) -> BTreeMap<DeviceKind, Present> {
 
 /// Nodes that have no GPU to plan with, by why.
 fn without_gpus(cluster: &Cluster) -> Vec<String> {
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut whys: BTreeMap<&str, usize> = BTreeMap::new();
     for node in cluster.nodes.values() {
-        let offered = offered_kinds(node);
-        let mut counts_of = offered.iter().map(|kind| kind.count_in(&node.allocatable));
-        if counts_of.any(|count| count > 0) {
+        let mut offered = offered_kinds(node);
+        let mut counts = offered.clone().map(|kind| kind.count_in(&node.allocatable));
+        if counts.any(|count| count > 0) {
             continue;
         }
-        let why = match node_gpus(node) {
-            _ if offered.iter().any(|kind| !kind.can_combine()) => {
+        let why = match &node.gpus {
+            _ if offered.any(|kind| !kind.can_combine()) => {
                 "MIG devices by their labels, but none to allocate; is the device plugin running with their strategy?"
             }
             NodeGpus::Usable(_) => {
@@ -228,9 +234,9 @@ fn without_gpus(cluster: &Cluster) -> Vec<String> {
             NodeGpus::Shared => "GPUs are shared by pods, which is not served",
             NodeGpus::Old { .. } => "GPUs of a compute capability below 8.0",
         };
-        *counts.entry(why).or_default() += 1;
+        *whys.entry(why).or_default() += 1;
     }
-    counts
+    whys
         .into_iter()
         .map(|(why, count)| format!("{}: {why}", nodes(count)))
         .collect()

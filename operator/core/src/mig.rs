@@ -11,6 +11,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::fit::DeviceKind;
+use crate::pairs::Pairs;
 use crate::snapshot::NodeView;
 
 /// What the names of resources and labels of MIG devices begin with.
@@ -242,21 +243,22 @@ impl MigDevices {
 }
 
 /// MIG devices that a node's labels tell of under the strategy `mixed`.
-pub fn mixed_kinds(node: &NodeView) -> Vec<DeviceKind> {
-    let labels = node.labels.iter();
+pub fn mixed_kinds(labels: &Pairs) -> Vec<DeviceKind> {
+    let label = |key: &str| labels.get(key).unwrap_or_default();
     labels
+        .iter()
         .filter(|(key, _)| key.starts_with(PREFIX))
         .filter_map(|(key, value)| {
             let name = key.strip_suffix(".memory")?;
             let profile = MigProfile::of_resource(name)?;
-            let about = |what: &str| node.label(&format!("{name}.{what}"));
+            let about = |what: &str| label(&format!("{name}.{what}"));
             let is_shared = !matches!(about("sharing-strategy"), "" | "none")
                 || about("product").ends_with("-SHARED");
             if is_shared {
                 return None;
             }
             let product = match about("product") {
-                "" => format!("{}-MIG-{profile}", node.label("nvidia.com/gpu.product")),
+                "" => format!("{}-MIG-{profile}", label("nvidia.com/gpu.product")),
                 given => given.to_owned(),
             };
             Some(DeviceKind::Mig {

@@ -18,7 +18,7 @@ use operator_api::{GpuFaultStatus, ModelDeployment};
 use serde::{Deserialize, Serialize};
 
 use crate::devices::{ClaimNews, NodeDevices};
-use crate::fit::DeviceKind;
+use crate::fit::{DeviceKind, NodeGpus};
 use crate::marks::Marks;
 use crate::names;
 use crate::ownership::Controller;
@@ -209,6 +209,10 @@ pub struct NodeView {
     pub boot_id: String,
     /// Labels.
     pub labels: Pairs,
+    /// What they say of its GPUs.
+    pub gpus: NodeGpus,
+    /// What they say of its MIG devices, under the strategy `mixed`.
+    pub mig: Box<[DeviceKind]>,
     /// Taints.
     pub taints: Vec<Taint>,
     /// Whether it is cordoned.
@@ -452,18 +456,21 @@ impl NodeView {
         let status = node.status.as_ref();
         let conditions = || status.iter().flat_map(|s| s.conditions.iter().flatten());
         let ready = conditions().find(|c| c.type_ == "Ready");
+        let labels: Pairs = node
+            .metadata
+            .labels
+            .as_ref()
+            .map(Pairs::from)
+            .unwrap_or_default();
         Self {
+            gpus: NodeGpus::of(&labels),
+            mig: crate::mig::mixed_kinds(&labels).into(),
+            labels,
             name: node.metadata.name.clone().unwrap_or_default(),
             uid: node.metadata.uid.clone().unwrap_or_default(),
             boot_id: status
                 .and_then(|status| status.node_info.as_ref())
                 .map(|info| info.boot_id.clone())
-                .unwrap_or_default(),
-            labels: node
-                .metadata
-                .labels
-                .as_ref()
-                .map(Pairs::from)
                 .unwrap_or_default(),
             taints: spec
                 .iter()

@@ -86,6 +86,29 @@ fn the_first_look_at_a_drain_is_when_endpoints_have_forgotten_it() {
     assert_eq!(plan.wake_after.map(|after| after.as_secs()), Some(5));
 }
 
+/// What pods, nodes and engines tell wakes. Only that something did not happen has to be looked for.
+#[test]
+fn a_fleet_is_looked_at_as_often_as_silence_means_something() {
+    let looks_after = |story: &Story| story.plan().wake_after.map(|after| after.as_secs());
+    let silent = three().running();
+    assert_eq!(looks_after(&silent), None);
+    let told = silent.clone().load(0, busy(0, 1));
+    assert_eq!(looks_after(&told), Some(15));
+    let starting = silent.clone().replica(0, |pod| pod.ready = false);
+    assert_eq!(looks_after(&starting), Some(15));
+    let failing = starting.replica(0, |pod| fails(pod, ago(1)));
+    assert!(looks_after(&failing).is_some_and(|after| after <= 15));
+    // Neither is a node known that has just joined.
+    let unknown = silent.clone().replica(0, |pod| {
+        pod.node = Some("joins".into());
+        pod.created = Some(ago(1));
+    });
+    assert_eq!(looks_after(&unknown), Some(15));
+    let draining = silent.edited(json!({"replicas": 2}));
+    let draining = draining.after(&draining.plan(), |_| ()).later(6);
+    assert_eq!(looks_after(&draining), Some(1));
+}
+
 #[test]
 fn a_drain_ends_by_a_sample_taken_after_endpoints_forgot_it_that_shows_no_request() {
     let story = three().running().edited(json!({"replicas": 2}));

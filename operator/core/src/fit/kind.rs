@@ -4,7 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::mig::{self, MigProfile, MigStrategy};
+use crate::mig::{MigProfile, MigStrategy};
+use crate::pairs::Pairs;
 use crate::resources::{NVIDIA_GPU, Resources};
 use crate::snapshot::NodeView;
 
@@ -131,9 +132,10 @@ impl fmt::Display for DeviceKind {
 }
 
 /// What the labels of a node say about the devices counted as `nvidia.com/gpu`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum NodeGpus {
     /// No GPU, or none that is labelled.
+    #[default]
     None,
     /// GPUs that several pods share, or that are divided in a way their strategy does not allow.
     Shared,
@@ -146,52 +148,53 @@ pub enum NodeGpus {
     Usable(DeviceKind),
 }
 
-/// Reads the labels of gpu-feature-discovery.
-pub fn node_gpus(node: &NodeView) -> NodeGpus {
-    let product = node.label("nvidia.com/gpu.product");
-    let Ok(memory_mib) = node.label("nvidia.com/gpu.memory").parse::<u64>() else {
-        return NodeGpus::None;
-    };
-    let strategy = node.label("nvidia.com/gpu.sharing-strategy");
-    if product.ends_with("-SHARED") || !matches!(strategy, "" | "none") {
-        return NodeGpus::Shared;
-    }
-    if let Ok(compute_major) = node.label("nvidia.com/gpu.compute.major").parse::<u32>()
-        && compute_major < COMPUTE_MAJOR_MIN
-    {
-        return NodeGpus::Old { compute_major };
-    }
-    let memory_bytes = memory_mib.saturating_mul(1 << 20);
-    let product = product.to_owned();
-    if !product.contains("-MIG-") {
-        return NodeGpus::Usable(DeviceKind::Gpu {
-            product,
-            memory_bytes,
-        });
-    }
-    match MigProfile::of_product(&product) {
-        Some(profile) => NodeGpus::Usable(DeviceKind::Mig {
-            product,
-            memory_bytes,
-            profile,
-            strategy: MigStrategy::Single,
-        }),
-        // gpu-feature-discovery says `-MIG-INVALID` when GPUs are not divided alike.
-        None => NodeGpus::Shared,
+impl NodeGpus {
+    /// Reads the labels of gpu-feature-discovery.
+    pub fn of(labels: &Pairs) -> Self {
+        let label = |key: &str| labels.get(key).unwrap_or_default();
+        let product = label("nvidia.com/gpu.product");
+        let Ok(memory_mib) = label("nvidia.com/gpu.memory").parse::<u64>() else {
+            return Self::None;
+        };
+        let strategy = label("nvidia.com/gpu.sharing-strategy");
+        if product.ends_with("-SHARED") || !matches!(strategy, "" | "none") {
+            return Self::Shared;
+        }
+        if let Ok(compute_major) = label("nvidia.com/gpu.compute.major").parse::<u32>()
+            && compute_major < COMPUTE_MAJOR_MIN
+        {
+            return Self::Old { compute_major };
+        }
+        let memory_bytes = memory_mib.saturating_mul(1 << 20);
+        let product = product.to_owned();
+        if !product.contains("-MIG-") {
+            return Self::Usable(DeviceKind::Gpu {
+                product,
+                memory_bytes,
+            });
+        }
+        match MigProfile::of_product(&product) {
+            Some(profile) => Self::Usable(DeviceKind::Mig {
+                product,
+                memory_bytes,
+                profile,
+                strategy: MigStrategy::Single,
+            }),
+            // gpu-feature-discovery says `-MIG-INVALID` when GPUs are not divided alike.
+            None => Self::Shared,
+        }
     }
 }
 
 /// Kinds of device that a node offers: under the MIG strategy `mixed` several. Those it has none of
 /// are named only where it has none at all.
-pub fn offered_kinds(node: &NodeView) -> Vec<DeviceKind> {
-    let mut kinds = mig::mixed_kinds(node);
-    kinds.extend(node.devices.clone());
-    if let NodeGpus::Usable(kind) = node_gpus(node) {
-        kinds.push(kind);
-    }
+pub fn offered_kinds(node: &NodeView) -> impl Iterator<Item = &DeviceKind> + Clone {
+    let usable = match &node.gpus {
+        NodeGpus::Usable(kind) => Some(kind),
+        _ => None,
+    };
+    let named = node.mig.iter().chain(&node.devices).chain(usable);
     let is_there = |kind: &DeviceKind| kind.count_in(&node.allocatable) > 0;
-    if kinds.iter().any(is_there) {
-        kinds.retain(is_there);
-    }
-    kinds
+    let has_none = !named.clone().any(is_there);
+    named.filter(move |kind| has_none || is_there(kind))
 }

@@ -7,7 +7,7 @@ use std::fmt;
 
 use super::WhyNot;
 use crate::devices::DRIVER;
-use crate::fit::{DeviceKind, Layout, NodeGpus, node_gpus, offered_kinds};
+use crate::fit::{DeviceKind, Layout, NodeGpus, offered_kinds};
 use crate::mig;
 use crate::resources::{NVIDIA_GPU, Resources};
 use crate::snapshot::NodeView;
@@ -129,22 +129,23 @@ pub(super) fn why_not(node: &NodeView, layout: &Layout) -> Option<WhyNot> {
         let state = state.to_owned();
         return Some(WhyNot::Device(DeviceWhyNot::Repartitioning(state)));
     }
-    let offered = offered_kinds(node);
-    if offered.contains(&layout.kind) {
+    let mut offered = offered_kinds(node);
+    if offered.clone().any(|kind| *kind == layout.kind) {
         return None;
     }
     let is_claim = |kind: &DeviceKind| matches!(kind, DeviceKind::Claimed { .. });
-    let mut alike = offered.clone();
-    alike.retain(|kind| is_claim(kind) == is_claim(&layout.kind));
-    if alike.is_empty() && is_claim(&layout.kind) {
+    let alike = offered
+        .clone()
+        .filter(|kind| is_claim(kind) == is_claim(&layout.kind));
+    let nearest = alike.max_by_key(|kind| kind.usable_bytes());
+    if nearest.is_none() && is_claim(&layout.kind) {
         return Some(WhyNot::Device(DeviceWhyNot::NotPublished));
     }
-    if alike.is_empty() && !offered.is_empty() {
+    if nearest.is_none() && offered.next().is_some() {
         return Some(WhyNot::Device(DeviceWhyNot::ClaimsOnly));
     }
-    let nearest = alike.iter().max_by_key(|kind| kind.usable_bytes());
-    match (node_gpus(node), nearest) {
-        (NodeGpus::Old { compute_major }, _) => Some(WhyNot::OldGpu(compute_major)),
+    match (&node.gpus, nearest) {
+        (NodeGpus::Old { compute_major }, _) => Some(WhyNot::OldGpu(*compute_major)),
         (NodeGpus::Shared, None) => Some(WhyNot::SharedGpu),
         (_, Some(kind)) => Some(other_kind(kind, layout)),
         (_, None) => Some(WhyNot::NoGpu),

@@ -163,12 +163,12 @@ impl<'a> Planner<'a> {
                 }
             }
         }
-        // A node that has just gone silent is looked at again when its grace is over.
+        // A node that has just gone silent, or is not known yet, is looked at again when its grace is over.
         let on_silent_node = |replica: &&Replica<'_>| {
             let mut nodes = replica.pods().filter_map(|pod| pod.node.as_ref());
             nodes.any(|node| {
                 let node = self.given.snapshot.cluster.nodes.get(node);
-                node.is_some_and(|node| !node.ready)
+                node.is_none_or(|node| !node.ready)
             })
         };
         if self.live().any(|replica| on_silent_node(&replica)) {

@@ -239,7 +239,8 @@ impl World {
                 let name = (key.0.clone(), view.name.clone());
                 self.claim_templates.insert(name, (owner, Arc::new(view)));
             }
-            Object::Service(service) => {
+            Object::Service(mut service) => {
+                service.metadata.uid = Some(uid);
                 let is_front = service.metadata.name.as_ref() == Some(&key.1);
                 let place = if is_front {
                     &mut wish.service
@@ -248,8 +249,14 @@ impl World {
                 };
                 *place = Some(Arc::new(*service));
             }
-            Object::NetworkPolicy(policy) => wish.ranks_policy = Some(Arc::new(*policy)),
-            Object::PodDisruptionBudget(budget) => wish.budget = Some(Arc::new(*budget)),
+            Object::NetworkPolicy(mut policy) => {
+                policy.metadata.uid = Some(uid);
+                wish.ranks_policy = Some(Arc::new(*policy));
+            }
+            Object::PodDisruptionBudget(mut budget) => {
+                budget.metadata.uid = Some(uid);
+                wish.budget = Some(Arc::new(*budget));
+            }
             Object::Pod(_) => return false,
         }
         true
