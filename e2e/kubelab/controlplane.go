@@ -35,6 +35,7 @@ type controlPlane struct {
 	featureGates, runtimeConfig         string
 	audit                               bool
 	downscaleStabilization, hpaInterval time.Duration
+	nodeGrace                           time.Duration
 }
 
 func (c controlPlane) gates() []string {
@@ -94,7 +95,7 @@ func (l *lab) controllerManagerArgs(c controlPlane) []string {
 		"--horizontal-pod-autoscaler-sync-period="+c.hpaInterval.String(),
 		"--horizontal-pod-autoscaler-initial-readiness-delay=1s",
 		"--horizontal-pod-autoscaler-downscale-stabilization="+c.downscaleStabilization.String(),
-		"--node-monitor-grace-period=20s", "--node-monitor-period=2s",
+		"--node-monitor-grace-period="+c.nodeGrace.String(), "--node-monitor-period=2s",
 	)
 	return append(args, c.gates()...)
 }

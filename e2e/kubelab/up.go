@@ -61,6 +61,7 @@ func upCommand(dir *string) *cobra.Command {
 	f.BoolVar(&o.controlPlane.audit, "audit", false, "the API server logs who wrote what, as the administrator or in another's name, to audit.log in the state folder")
 	f.DurationVar(&o.controlPlane.hpaInterval, "hpa-interval", 2*time.Second, "how often HorizontalPodAutoscalers are looked at")
 	f.DurationVar(&o.controlPlane.downscaleStabilization, "hpa-downscale-stabilization", 10*time.Second, "how long an HPA waits before it scales down")
+	f.DurationVar(&o.controlPlane.nodeGrace, "node-grace", 20*time.Second, "how long a node may be silent; more where simulated nodes get too little of the processors to be heard in time")
 	o.node.addFlags(f)
 	return c
 }
