@@ -460,8 +460,8 @@ fn is_planned(wish: &ModelDeployment) -> bool {
 }
 
 /// Starts the operator over a fleet of `models` that is as it should be; seconds until its first look that changes
-/// nothing, and until so many looks have; with the operator. Passes that wrote a status are not counted: simulated nodes
-/// may have reported something meanwhile.
+/// nothing, and until it has looked so often; with the operator. Looks that only wrote a status count: simulated nodes may
+/// have reported something meanwhile.
 pub async fn restart(place: &Place<'_>, models: u32) -> Result<(f64, f64, Operator)> {
     let start = Instant::now();
     let operator = Operator::start(place)?;
@@ -486,7 +486,7 @@ pub async fn restart(place: &Place<'_>, models: u32) -> Result<(f64, f64, Operat
                 made.join(", ")
             );
         }
-        if unchanged >= f64::from(models)
+        if unchanged + looks("applied") >= f64::from(models)
             && let Some(first) = first
         {
             return Ok((first, elapsed.as_secs_f64(), operator));
