@@ -64,7 +64,11 @@ async fn stream(client: &Client, path: &str, select: &str) -> Result<usize> {
     let uri = format!(
         "{path}?watch=true&sendInitialEvents=true&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true&{select}"
     );
-    let mut lines = pin!(client.request_stream(Request::get(uri).body(Vec::new())?).await?);
+    let mut lines = pin!(
+        client
+            .request_stream(Request::get(uri).body(Vec::new())?)
+            .await?
+    );
     let (mut line, mut bytes) = (Vec::new(), 0);
     loop {
         line.clear();

@@ -236,8 +236,7 @@ fn without_gpus(cluster: &Cluster) -> Vec<String> {
         };
         *whys.entry(why).or_default() += 1;
     }
-    whys
-        .into_iter()
+    whys.into_iter()
         .map(|(why, count)| format!("{}: {why}", nodes(count)))
         .collect()
 }

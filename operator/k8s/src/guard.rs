@@ -307,8 +307,7 @@ mod tests {
 
     #[test]
     fn what_lies_deeper_and_is_named_like_bulk_is_kept() {
-        let deeper =
-            serde_json::json!({"status": {"images": [1]}, "metadata": {"managedFields": [2]}, "env": 3});
+        let deeper = serde_json::json!({"status": {"images": [1]}, "metadata": {"managedFields": [2]}, "env": 3});
         let kept = serde_json::json!({"spec": deeper, "status": deeper, "env": [deeper]});
         let mut full = kept.clone();
         full["metadata"] = serde_json::json!({"managedFields": [3]});
@@ -344,7 +343,10 @@ mod tests {
         assert!(left.to_string().len() < full.to_string().len() * 2 / 3);
         let views = [full, left].map(|pod| {
             let pod: Pod = serde_json::from_value(pod).expect("a pod");
-            (operator_core::PodView::of(&pod), operator_core::Claim::of(&pod))
+            (
+                operator_core::PodView::of(&pod),
+                operator_core::Claim::of(&pod),
+            )
         });
         assert_eq!(views[0], views[1]);
         assert!(views[0].0.requests.gpus == 3 && views[0].0.requests.claimed == 2);

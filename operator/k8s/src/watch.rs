@@ -315,7 +315,11 @@ pub async fn follow<K, V>(
         let mut listed = HashSet::new();
         while let Some(event) = events.next().await {
             if let Some(why) = lists.turn_to_pages(&event) {
-                tracing::info!(kind = mirror.kind, why, "lists are read in pages from now on");
+                tracing::info!(
+                    kind = mirror.kind,
+                    why,
+                    "lists are read in pages from now on"
+                );
                 break;
             }
             take_in(&mirror, event, &mut listed, &trim, &changed);

@@ -1,7 +1,7 @@
 //! How the list that a watch begins with is read: as a stream of events or in pages.
 //!
 //! A streamed list (`sendInitialEvents`) comes out of the API server's cache, object by object on the connection that goes on as
-//! the watch. Pages are read one after the other, and each costs the API server a search: of ten thousand pods a second for 500.
+//! the watch. Pages are read one after the other: of ten thousand pods 500 took a busy API server a second.
 //! Invariant: whoever cannot stream is asked for pages. API servers without the feature refuse; what stands between may end the
 //! stream early, which kube begins anew without a pause.
 
