@@ -2,8 +2,8 @@
 //!
 //! One object that does not parse must not make a whole list unreadable, so each is read as plain JSON first and made a
 //! typed object from that. What nothing here keeps is skipped while it is read: managed fields, the images of a node (most of
-//! it), and of a pod how its containers are run, which is three quarters of what managed fields leave. The surprise: a field
-//! that is skipped is also not checked.
+//! it), and of a pod how its containers are run, half of what managed fields leave. The surprise: a field that is skipped is also
+//! not checked.
 
 use std::borrow::Cow;
 use std::fmt;
