@@ -32,6 +32,9 @@ const LISTS: [(&str, &str); 7] = [
     ("/apis/policy/v1/poddisruptionbudgets", ""),
 ];
 
+/// What marks the end of a streamed list.
+const END: &str = "k8s.io/initial-events-end";
+
 /// What was told.
 #[derive(Clone, Copy, Debug)]
 pub struct Told {
@@ -77,7 +80,7 @@ async fn stream(client: &Client, path: &str, select: &str) -> Result<usize> {
             bail!("{path}: the list ended before it was complete");
         }
         bytes += read;
-        // Annotations of a bookmark come early, those of an object are skipped with it.
+        // An object may have such a text in it too.
         if line.starts_with(b"{\"type\":\"BOOKMARK\"")
             && line
                 .windows(END.len())
@@ -87,6 +90,3 @@ async fn stream(client: &Client, path: &str, select: &str) -> Result<usize> {
         }
     }
 }
-
-/// What marks the end of a streamed list.
-const END: &str = "k8s.io/initial-events-end";

@@ -257,7 +257,9 @@ async fn a_stream_that_is_begun_anew_drops_what_is_gone_meanwhile() {
 
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_ends_before_it_is_complete_is_not_begun_again_and_again() {
-    let following = Following::of(|_, asked| match (is_stream(asked), &asked.query) {
+    let following = Following::of(|number, asked| match (is_stream(asked), &asked.query) {
+        // Enough to be told from a few.
+        (true, _) if number > 50 => Answer::Silence,
         (true, _) => Answer::Says(200, vec![event("ADDED", object("a", "3", 1))]),
         (false, query) if query.contains("watch=true") => Answer::Silence,
         (false, _) => list("10", "", &[object("b", "4", 1)]),
