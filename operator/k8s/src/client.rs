@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hyper::{Request, Uri};
 use hyper_timeout::TimeoutConnector;
-use hyper_util::rt::TokioExecutor;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use kube::client::{Body, ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
@@ -19,6 +19,10 @@ use crate::error::{Call, Error};
 
 /// How long opening a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a connection that nobody uses stays open: some 50 kB with TLS, of which a rollout opens hundreds at once. Without a timer
+/// hyper looks for them only when the next is taken, and keeps all.
+const IDLE_FOR: Duration = Duration::from_secs(10);
 
 /// A client from the environment: `KUBECONFIG`, `~/.kube/config`, or the service account of the pod. Also the namespace
 /// that the environment names.
@@ -104,6 +108,8 @@ fn direct(config: Config) -> Result<Client, kube::Error> {
     connector.set_write_timeout(config.write_timeout);
     let connections = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
         .http1_max_buf_size(READ_BYTES_MAX)
+        .pool_timer(TokioTimer::new())
+        .pool_idle_timeout(IDLE_FOR)
         .build(connector);
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
@@ -140,6 +146,9 @@ fn fresh(mut request: Request<Body>) -> Request<Body> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use kube::config::AuthInfo;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
@@ -186,6 +195,55 @@ mod tests {
             "{asked}"
         );
         assert!(asked.contains("\r\nuser-agent: tester\r\n"), "{asked}");
+    }
+
+    /// Accepts connections and answers what is asked on them; each ends when the other side closes it.
+    async fn serve(listener: TcpListener, open: Arc<AtomicUsize>) {
+        loop {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            let open = Arc::clone(&open);
+            tokio::spawn(async move {
+                open.fetch_add(1, Ordering::SeqCst);
+                let mut asked = vec![0; 4096];
+                while stream.read(&mut asked).await.is_ok_and(|length| length > 0) {
+                    // Others come meanwhile, so that they open connections of their own.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}";
+                    stream.write_all(answer).await.expect("an answer");
+                }
+                open.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+    }
+
+    #[tokio::test]
+    async fn connections_that_nobody_uses_any_more_are_closed() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let url = format!("http://{}", listener.local_addr().expect("bound"));
+        let open = Arc::new(AtomicUsize::new(0));
+        tokio::spawn(serve(listener, Arc::clone(&open)));
+        let config = Config::new(url.parse().expect("a URL"));
+        let (client, _) = client_of(config, call("by hand")).expect("a client");
+        let ask = || async {
+            let request = hyper::Request::get("/version").body(Vec::new());
+            let asked = client.request_text(request.expect("a request")).await;
+            assert_eq!(asked.expect("an answer"), "{}");
+        };
+        futures::future::join_all((0..8).map(|_| ask())).await;
+        assert_eq!(open.load(Ordering::SeqCst), 8);
+        // One that is used goes on being used.
+        ask().await;
+        assert_eq!(open.load(Ordering::SeqCst), 8);
+        tokio::time::pause();
+        tokio::time::sleep(IDLE_FOR * 3).await;
+        tokio::time::resume();
+        let left = async {
+            while open.load(Ordering::SeqCst) > 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let left = tokio::time::timeout(Duration::from_secs(10), left).await;
+        assert!(left.is_ok(), "{open:?} are open");
     }
 
     #[test]

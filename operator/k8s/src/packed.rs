@@ -15,10 +15,33 @@ use serde::de::DeserializeOwned;
 
 use crate::wakes::lock;
 
-/// Patterns of each kind, those last made use of first.
-static PATTERNS: Mutex<BTreeMap<TypeId, Vec<Arc<[u8]>>>> = Mutex::new(BTreeMap::new());
+static PATTERNS: Mutex<BTreeMap<TypeId, Patterns>> = Mutex::new(BTreeMap::new());
 /// Patterns of a kind that are tried; each takes some ten microseconds where it does not help.
 const PATTERNS_MAX: usize = 4;
+/// A pattern that leaves so much of a text or less, one in so many, is as good as they come; no other is tried.
+const LITTLE: usize = 5;
+/// A pattern that leaves more than that is no help.
+const MUCH: usize = 2;
+/// Of how many texts that a pattern helps somewhat one becomes a pattern.
+const SELDOM: u32 = 32;
+
+/// The patterns of a kind.
+#[derive(Debug, Default)]
+struct Patterns {
+    /// Those last made use of first.
+    known: Vec<Arc<[u8]>>,
+    /// Texts that one of them helped somewhat, since the last became one.
+    somewhat: u32,
+}
+
+impl Patterns {
+    /// Puts a pattern before the others.
+    fn first(&mut self, pattern: &Arc<[u8]>) {
+        self.known.retain(|known| !Arc::ptr_eq(known, pattern));
+        self.known.insert(0, Arc::clone(pattern));
+        self.known.truncate(PATTERNS_MAX);
+    }
+}
 
 /// An object of a kind.
 #[derive(Debug)]
@@ -70,28 +93,43 @@ impl<K: Serialize + DeserializeOwned + 'static> Packed<K> {
     }
 }
 
-/// Packs a text against the first pattern of its kind that halves it; where none does, it is the next pattern.
+/// Packs a text against the first pattern of its kind that leaves little of it, else against the one that leaves least. Where
+/// none leaves half, it is the next pattern, and so is each [`SELDOM`]th where none leaves little.
 fn pack_as_others(kind: TypeId, text: &[u8]) -> (Vec<u8>, Arc<[u8]>) {
-    let known = lock(&PATTERNS).get(&kind).cloned().unwrap_or_default();
-    let halved = known.iter().find_map(|pattern| {
-        let parts = pack(text, pattern);
-        (parts.len() <= text.len() / 2).then(|| (parts, Arc::clone(pattern)))
-    });
-    let (parts, pattern) = halved.unwrap_or_else(|| {
-        let pattern: Arc<[u8]> = text.into();
-        (pack(text, &pattern), pattern)
-    });
-    if known
-        .first()
-        .is_none_or(|first| !Arc::ptr_eq(first, &pattern))
-    {
-        let mut patterns = lock(&PATTERNS);
-        let patterns = patterns.entry(kind).or_default();
-        patterns.retain(|known| !Arc::ptr_eq(known, &pattern));
-        patterns.insert(0, Arc::clone(&pattern));
-        patterns.truncate(PATTERNS_MAX);
+    let known = lock(&PATTERNS)
+        .get(&kind)
+        .map(|patterns| patterns.known.clone())
+        .unwrap_or_default();
+    let mut best: Option<(Vec<u8>, Arc<[u8]>)> = None;
+    for pattern in known {
+        let parts = pack(text, &pattern);
+        let is_little = parts.len() <= text.len() / LITTLE;
+        if best
+            .as_ref()
+            .is_none_or(|(least, _)| parts.len() < least.len())
+        {
+            best = Some((parts, pattern));
+        }
+        if is_little {
+            break;
+        }
     }
-    (parts, pattern)
+    let mut patterns = lock(&PATTERNS);
+    let patterns = patterns.entry(kind).or_default();
+    if let Some((parts, pattern)) = best
+        && parts.len() <= text.len() / MUCH
+    {
+        let helped = parts.len() <= text.len() / LITTLE;
+        patterns.somewhat += u32::from(!helped);
+        if patterns.somewhat < SELDOM {
+            patterns.first(&pattern);
+            return (parts, pattern);
+        }
+    }
+    patterns.somewhat = 0;
+    let pattern: Arc<[u8]> = text.into();
+    patterns.first(&pattern);
+    (pack(text, &pattern), pattern)
 }
 
 /// `text` without what it shares with the pattern or repeats of itself.
@@ -112,6 +150,15 @@ mod tests {
     fn wish(index: usize, note: &str) -> serde_json::Value {
         serde_json::json!({"metadata": {"name": format!("model-{index}"), "namespace": "default"},
             "spec": {"model": {"source": "hf://org/model"}, "replicas": index, "note": note}})
+    }
+
+    /// Letters without repetitions.
+    fn letters(seed: u64, count: usize) -> String {
+        let next = |last: &u64| Some(last.wrapping_mul(6_364_136_223_846_793_005) + 1);
+        let numbers = std::iter::successors(Some(seed), next).skip(8).take(count);
+        numbers
+            .map(|number| char::from(b'a' + (number >> 60) as u8))
+            .collect()
     }
 
     #[test]
@@ -149,15 +196,7 @@ mod tests {
 
     #[test]
     fn objects_of_several_sorts_are_what_they_were_and_take_little() {
-        // Letters without repetitions.
-        let text = |seed: u64| {
-            let next = |last: &u64| Some(last.wrapping_mul(6_364_136_223_846_793_005) + 1);
-            let numbers = std::iter::successors(Some(seed), next).skip(8).take(1500);
-            numbers
-                .map(|number| char::from(b'a' + (number >> 60) as u8))
-                .collect()
-        };
-        let texts: [String; 3] = [text(1), text(2), text(3)];
+        let texts: [String; 3] = [1, 2, 3].map(|seed| letters(seed, 1500));
         let all: Vec<_> = (0..100)
             .map(|index| wish(index, &texts[index % 3]))
             .collect();
@@ -181,5 +220,31 @@ mod tests {
         };
         assert_eq!(again, packed[0]);
         assert_ne!(again, packed[3]);
+    }
+
+    #[test]
+    fn objects_that_grow_are_soon_packed_like_each_other_and_not_like_what_they_were() {
+        /// A kind of its own: patterns are of all tests.
+        #[derive(Debug, PartialEq, Serialize, serde::Deserialize)]
+        struct Growing(String);
+        let (spec, status) = (letters(4, 900), letters(5, 600));
+        let young = |index: usize| Growing(format!("{index} {spec}"));
+        let grown = |index: usize| Growing(format!("{index} {spec} {status}"));
+        for index in 0..100 {
+            let packed = Packed::of(&young(index)).expect("JSON");
+            assert!(packed.parts.len() < 60 || index == 0);
+        }
+        let packed: Vec<_> = (0..200)
+            .map(|index| Packed::of(&grown(index)).expect("JSON"))
+            .collect();
+        for (index, packed) in packed.iter().enumerate() {
+            assert_eq!(packed.unpack(), Some(grown(index)));
+            let is_seldom = usize::try_from(SELDOM).expect("small") <= index + 1;
+            assert_eq!(packed.parts.len() < 60, is_seldom, "{index}");
+        }
+        let patterns: BTreeSet<_> = packed.iter().map(|one| one.pattern.as_ptr()).collect();
+        assert_eq!(patterns.len(), 2);
+        // What is made afterwards is packed as well as before.
+        assert!(Packed::of(&young(100)).expect("JSON").parts.len() < 60);
     }
 }

@@ -44,12 +44,19 @@ const MANY: usize = 100;
 
 /// Bytes that stay of each of [`MANY`] objects that are read as `text` says and taken in.
 fn kept<T: DeserializeOwned>(text: impl Fn(usize) -> Value, take: impl Fn(T)) -> usize {
-    let read = |index| serde_json::from_value(text(index)).expect("an object");
+    kept_after(&[&text], take)
+}
+
+/// The same of objects that are taken in once for each of `ages`: each age of all before the next of any.
+fn kept_after<T: DeserializeOwned>(ages: &[&dyn Fn(usize) -> Value], take: impl Fn(T)) -> usize {
+    let read = |text: &dyn Fn(usize) -> Value, index| {
+        take(serde_json::from_value(text(index)).expect("an object"));
+    };
     // What is made once, such as names that objects share, is not one object's.
-    take(read(MANY));
+    read(ages[0], MANY);
     let before = BYTES.load(Ordering::Relaxed);
-    for index in 0..MANY {
-        take(read(index));
+    for text in ages {
+        (0..MANY).for_each(|index| read(text, index));
     }
     (BYTES.load(Ordering::Relaxed) - before) / MANY
 }
@@ -113,6 +120,12 @@ fn planned() -> (ModelDeployment, Plan) {
     (wish, plan)
 }
 
+/// The object as it was before.
+fn earlier(mut object: Value) -> Value {
+    object["metadata"]["resourceVersion"] = json!("123455");
+    object
+}
+
 /// An object under another name, with what the API server adds.
 fn stored(object: impl Serialize, name: &str, status: &Value) -> Value {
     let mut object = serde_json::to_value(object).expect("JSON");
@@ -154,10 +167,15 @@ fn objects_are_kept_small() {
     });
     let mut pod = (**pod.expect("a pod")).clone();
     pod.spec.as_mut().expect("a spec").node_name = Some("n7".into());
-    let pods = kept(
-        |index| stored(&pod, &format!("model-00-{index}-abcdefgh-0"), &status),
-        |pod: Pod| world.wrote_pod(pod),
-    );
+    let name = |index| format!("model-00-{index}-abcdefgh-0");
+    let running = |index| stored(&pod, &name(index), &status);
+    // As it comes back from its create; and this first, as with an operator that saw the fleet grow.
+    let mut made = pod.clone();
+    made.spec.as_mut().expect("a spec").node_name = None;
+    let made = |index| earlier(stored(&made, &name(index), &json!({"phase": "Pending"})));
+    let grown = World::new();
+    let pods_grown = kept_after(&[&made, &running], |pod: Pod| grown.wrote_pod(pod));
+    let pods = kept(running, |pod: Pod| world.wrote_pod(pod));
     let mut models = 0;
     for object in objects() {
         let of = |index| format!("model-{index:02}");
@@ -196,10 +214,16 @@ fn objects_are_kept_small() {
         models += bytes;
     }
     let status = serde_json::to_value(&plan.status).expect("JSON");
-    models += kept(
-        |index| stored(&wish, &format!("model-{index:02}"), &status),
-        |wish: ModelDeployment| world.wrote_deployment(wish),
+    let new = |index| earlier(stored(&wish, &format!("model-{index:02}"), &Value::Null));
+    let told = |index| stored(&wish, &format!("model-{index:02}"), &status);
+    let wishes_grown = kept_after(&[&new, &told], |wish: ModelDeployment| {
+        grown.wrote_deployment(wish);
+    });
+    let wishes = kept(told, |wish: ModelDeployment| world.wrote_deployment(wish));
+    println!(
+        "as it grew: a pod {pods_grown} (listed: {pods}), a ModelDeployment {wishes_grown} (listed: {wishes})"
     );
+    models += wishes;
     let fleet = 1250 * nodes + 10_000 * pods + 1000 * models;
     println!("a node {nodes}, a pod {pods}, a model with its objects {models} bytes");
     println!(
