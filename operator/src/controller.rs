@@ -37,8 +37,11 @@ const DEBOUNCE: Duration = Duration::from_millis(20);
 const REST_FACTOR: u32 = 8;
 /// Longest such rest.
 const REST_MAX: Duration = Duration::from_secs(1);
-/// How long the writes of a plan wait that was told while many others were looked at; engines load for minutes.
+/// How long the writes of a plan wait that was told while many others were looked at, since the last of them was told; engines load
+/// for minutes.
 const TOLD_PAUSE: Duration = Duration::from_secs(1);
+/// How long they wait at most.
+const TOLD_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How soon the status is made anew when nothing is refused any more.
 const ALLOWED_PAUSE: Duration = Duration::from_millis(100);
 /// How soon a status that was not written is tried again where nothing else is to be done.
@@ -96,6 +99,35 @@ struct Shared {
     is_crowded: AtomicBool,
     /// What the API server refused, by ModelDeployment, until a pass over it succeeds.
     refused: std::sync::Mutex<HashMap<Key, Refusal>>,
+    told: std::sync::Mutex<Told>,
+}
+
+/// Plans that were told and are not carried out yet.
+#[derive(Debug, Default)]
+struct Told {
+    /// When the last of any was told.
+    last: Option<Instant>,
+    since: HashMap<Key, Instant>,
+}
+
+impl Told {
+    fn tell(&mut self, key: &Key, now: Instant) {
+        self.last = Some(now);
+        self.since.insert(key.clone(), now);
+    }
+
+    /// How long a plan waits on, because others are still being told; it is forgotten when it waits no more.
+    fn waits(&mut self, key: &Key, now: Instant) -> Option<Duration> {
+        let since = *self.since.get(key)?;
+        let quiet = self.last.unwrap_or(since) + TOLD_PAUSE;
+        let until = quiet.min(since + TOLD_PAUSE_MAX);
+        let left = until.saturating_duration_since(now);
+        if left.is_zero() {
+            self.since.remove(key);
+            return None;
+        }
+        Some(left)
+    }
 }
 
 impl Controller {
@@ -108,6 +140,7 @@ impl Controller {
             deciding: Mutex::new(()),
             is_crowded: AtomicBool::new(false),
             refused: std::sync::Mutex::default(),
+            told: std::sync::Mutex::default(),
         });
         let this = &shared.controller;
         let mut queue: Queue<Key> = Queue::default();
@@ -218,6 +251,7 @@ impl Shared {
                 this.world.waits_for_room(&key, false);
                 this.applier.untell(&key);
                 self.refused().remove(&key);
+                self.told().since.remove(&key);
                 timer.ended(Outcome::Gone);
                 return Ok(Done::Gone);
             }
@@ -276,6 +310,10 @@ impl Shared {
         deployment: Arc<ModelDeployment>,
     ) -> Result<(bool, Option<Duration>), Error> {
         let this = &self.controller;
+        let waits = self.told().waits(key, Instant::now());
+        if waits.is_some() {
+            return Ok((false, waits));
+        }
         this.applier.settle(key).await?;
         let model_config = match &deployment.spec.model.config_map_ref {
             None => None,
@@ -301,6 +339,7 @@ impl Shared {
             only_tells = self.only_tells(&deployment, &plan);
             if only_tells {
                 this.applier.tell(key, &std::mem::take(&mut plan.actions));
+                self.told().tell(key, Instant::now());
                 plan.wake_after = Some(TOLD_PAUSE);
             }
             this.applier.assume(&key.namespace, &plan.actions);
@@ -394,6 +433,10 @@ impl Shared {
 
     fn refused(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Refusal>> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn told(&self) -> std::sync::MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tells of a refusal in the status, unless it tells so already, and in the plans to come.
@@ -501,6 +544,27 @@ mod tests {
         assert!(!is_news(Some(2), Some(2)));
         // It would be told for ever, and nothing ever made.
         assert!(!is_news(None, None) && !is_news(Some(1), None));
+    }
+
+    #[test]
+    fn a_plan_that_was_told_waits_until_no_other_is_told_but_not_for_ever() {
+        let (start, mut told) = (Instant::now(), Told::default());
+        let ms = Duration::from_millis;
+        let (one, other) = (Key::new("d", "m"), Key::new("d", "n"));
+        assert_eq!(told.waits(&one, start), None, "it was never told");
+        told.tell(&one, start);
+        assert_eq!(told.waits(&one, start + ms(400)), Some(ms(600)));
+        told.tell(&other, start + ms(900));
+        assert_eq!(told.waits(&one, start + ms(1000)), Some(ms(900)));
+        assert_eq!(told.waits(&one, start + ms(1900)), None);
+        assert!(!told.since.contains_key(&one) && told.since.contains_key(&other));
+        told.tell(&one, start);
+        for after in (0..5000).step_by(500) {
+            told.tell(&other, start + ms(after));
+            let left = told.waits(&one, start + ms(after));
+            assert_eq!(left, Some(ms(5000 - after).min(ms(1000))), "{after}");
+        }
+        assert_eq!(told.waits(&one, start + ms(5000)), None);
     }
 
     /// What a queue holds of a key after a pass that ended like this 100 s after the start.
