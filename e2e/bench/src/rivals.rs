@@ -406,22 +406,14 @@ impl Contestant<'_> {
         if self.rival.is_none() {
             return objects::clear(place.cluster, place.client).await;
         }
-        let own = &dynamic(place, &self.project.resource());
-        let free = Patch::Merge(json!({"metadata": {"finalizers": null}}));
-        let all = own.list_metadata(&ListParams::default()).await?;
-        let names = all
-            .items
-            .into_iter()
-            .filter(|one| one.metadata.finalizers.is_some());
-        let names = names.filter_map(|one| one.metadata.name);
-        let (free, how) = (&free, &PatchParams::default());
-        // Nobody else finishes their deletion.
-        try_join_all(names.map(|name| async move { own.patch(&name, how, free).await })).await?;
+        let own = dynamic(place, &self.project.resource());
+        free(&own).await?;
         own.delete_collection(&DeleteParams::default(), &ListParams::default())
             .await?;
         clear_pods(place.client).await?;
         for kind in self.project.dependents() {
             let left = dynamic(place, &kind);
+            free(&left).await?;
             wait_for(LOOK, || async {
                 let left = count(&left, &ListParams::default()).await?;
                 Ok((left > 0).then(|| format!("{left} {} are still there", kind.plural)))
@@ -430,6 +422,28 @@ impl Contestant<'_> {
         }
         Ok(())
     }
+}
+
+/// Takes the finalizers off all objects of a kind: nobody else finishes their deletion while their controller does not run.
+async fn free(objects: &Api<DynamicObject>) -> Result<()> {
+    let all = objects.list_metadata(&ListParams::default()).await?.items;
+    let held = all
+        .into_iter()
+        .filter(|one| one.metadata.finalizers.is_some());
+    let (without, how) = (
+        &Patch::Merge(json!({"metadata": {"finalizers": null}})),
+        &PatchParams::default(),
+    );
+    let freed = held
+        .filter_map(|one| one.metadata.name)
+        .map(|name| async move {
+            match objects.patch_metadata(&name, how, without).await {
+                // It went meanwhile.
+                Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+                other => other.map(drop),
+            }
+        });
+    try_join_all(freed).await.map(drop).map_err(Into::into)
 }
 
 fn log(folder: &Path, project: Project) -> PathBuf {
