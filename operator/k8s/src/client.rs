@@ -20,8 +20,8 @@ use crate::error::{Call, Error};
 /// How long opening a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a connection that nobody uses stays open: some 50 kB with TLS, of which a rollout opens hundreds at once. Without a timer
-/// hyper looks for them only when the next is taken, and keeps all.
+/// How long a connection that nobody uses stays open: it keeps its buffers and those of TLS, and a rollout opens some hundred at
+/// once. Without a timer hyper looks for them only when the next is taken, and keeps all.
 const IDLE_FOR: Duration = Duration::from_secs(10);
 
 /// A client from the environment: `KUBECONFIG`, `~/.kube/config`, or the service account of the pod. Also the namespace
