@@ -1,12 +1,8 @@
 //! GPUs that engines reported at fault: remembered first, then left, then avoided until they are repaired.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use engine_spec::{EndReport, GpuFault};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;

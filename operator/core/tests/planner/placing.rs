@@ -1,13 +1,9 @@
 //! Who binds, what a namespace may take, and nodes whose GPUs are at fault: a table or property for
 //! each rule.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use k8s_openapi::api::core::v1::{Node, ResourceQuota};
 use operator_core::placement::{self, Offers, Room, Wish};
 use operator_core::quota::QuotaLimit;

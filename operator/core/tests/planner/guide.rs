@@ -1,21 +1,18 @@
 //! The examples of the guide are valid and do what their comments say.
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
 
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use operator_api::ModelDeployment;
 use operator_core::snapshot::ConfigMapView;
 use operator_core::{Controller, names, validate};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-const QUICKSTART: &str = include_str!("../../../docs/guide/quickstart.yaml");
-const AUTOSCALING: &str = include_str!("../../../docs/guide/autoscaling.yaml");
-const GPU_FLEET: &str = include_str!("../../../docs/guide/gpu-fleet.yaml");
-const TINY_R1: &str = include_str!("../../../e2e/models/tiny-r1/config.json");
+const QUICKSTART: &str = include_str!("../../../../docs/guide/quickstart.yaml");
+const AUTOSCALING: &str = include_str!("../../../../docs/guide/autoscaling.yaml");
+const GPU_FLEET: &str = include_str!("../../../../docs/guide/gpu-fleet.yaml");
+const TINY_R1: &str = include_str!("../../../../e2e/models/tiny-r1/config.json");
 
 fn documents(yaml: &str) -> Vec<Value> {
     serde_yaml::Deserializer::from_str(yaml)

@@ -4,14 +4,10 @@
 //! (evaluated as an API server would); ours is `validate`. A row says who refuses: both, or only
 //! Rust, which knows more than a schema can say.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-#[path = "../common/mod.rs"]
-mod common;
 mod template;
 
-use common::merge;
-use common::schema::refused_by_api_server;
+use crate::common::merge;
+use crate::common::schema::refused_by_api_server;
 use operator_api::ModelDeployment;
 use operator_core::validate;
 use serde_json::{Value, json};

@@ -1,10 +1,6 @@
 //! What is decided in the situations users meet, each told as a short story.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
-use common::*;
+use crate::common::*;
 use engine_spec::LoadReport;
 use operator_core::snapshot::{PodView, Scheduled, Terminated};
 use operator_core::{Action, Plan, names, replicas};

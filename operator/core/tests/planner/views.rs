@@ -1,9 +1,6 @@
 //! From Kubernetes' objects to the views that decisions are made on.
-#![allow(clippy::unwrap_used)] // helpers of tests
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use k8s_openapi::api::core::v1::Pod;
 use operator_core::Resources;
 use operator_core::snapshot::{Claim, NodeView, PodPhase, PodView, Scheduled, TaintEffect};

@@ -1,13 +1,10 @@
 //! Rules that matter together only: what is taken back while others start, whose place is taken, what stays off spot.
 //!
 //! As in `edges`, no other test saw these broken.
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
 
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use operator_core::snapshot::PodView;
 use operator_core::{Action, Contest, Object, Plan, PriorityClassView, Rival, names};

@@ -1,9 +1,6 @@
 //! What counts as room, to the byte, and which of the nodes that have it comes first.
-#![allow(clippy::unwrap_used)] // helpers of tests
 
-mod common;
-
-use common::*;
+use crate::common::*;
 use k8s_openapi::api::core::v1::{Node, Pod, PodSpec, Toleration};
 use operator_core::placement::tolerates;
 use operator_core::snapshot::{PodView, Taint, TaintEffect};

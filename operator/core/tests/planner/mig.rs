@@ -1,13 +1,9 @@
 //! Parts of GPUs: who gets one, how it is counted, and why not.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use operator_core::quota::{QuotaLimit, QuotaView};

@@ -1,12 +1,8 @@
 //! Children that nothing controls are taken over as they are, and what something else controls is let alone.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use operator_core::snapshot::PodPhase;
 use operator_core::{Action, Controller, Flaw, Kind, Plan, check, names, replicas};
 use serde_json::json;

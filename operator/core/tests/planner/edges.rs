@@ -1,14 +1,11 @@
 //! Each rule at the edge where it begins to hold: one step before nothing happens, one step after it does.
 //!
 //! What stands here was found by breaking the rules of the core one by one: no other test saw these broken.
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use engine_spec::LoadReport;
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::Pod;

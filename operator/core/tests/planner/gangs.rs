@@ -1,10 +1,6 @@
 //! Replicas of several pods: laid out, placed, made, drained and replaced whole, or not at all.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
-use common::*;
+use crate::common::*;
 use k8s_openapi::api::core::v1::Pod;
 use operator_api::ModelDeployment;
 use operator_core::replicas::observe;

@@ -1,11 +1,8 @@
 //! How far a rollout goes, and what happens when the new revision fails.
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
 
 use std::collections::BTreeMap;
 
-use common::*;
+use crate::common::*;
 use engine_spec::LoadReport;
 use jiff::SignedDuration;
 use operator_core::snapshot::{PodView, Terminated};

@@ -1,11 +1,8 @@
 //! What ends a stabilisation window, begins it anew, and which figures are believed.
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
 
 use std::cell::Cell;
 
-use common::{ago, now};
+use crate::common::{ago, now};
 use engine_spec::LoadReport;
 use jiff::{SignedDuration, Timestamp};
 use operator_api::AutoscalingStatus;

@@ -1,10 +1,6 @@
 //! Replicas that share weights on their node: which nodes are remembered, and what that counts for.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
-use common::*;
+use crate::common::*;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use operator_api::{ModelDeployment, NodeCacheStatus};
 use operator_core::explain::Standing;

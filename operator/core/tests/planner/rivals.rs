@@ -1,12 +1,9 @@
 //! Who may be asked to leave and for whom, and where the ranks of a group go beside others.
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use k8s_openapi::api::core::v1::Node;
 use operator_core::gang::{self, Asked};
 use operator_core::placement::{Room, Wish};

@@ -1,10 +1,6 @@
 //! What becomes of `spec.speculation` and `spec.context.kvCacheDtype` on their way to the engine.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
-use common::*;
+use crate::common::*;
 use operator_core::{Action, Object, Plan, names};
 use serde_json::{Value, json};
 

@@ -1,12 +1,8 @@
 //! Ranks of one replica are kept together, by the narrowest domain that has room for all of them.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
 use std::collections::BTreeMap;
 
-use common::*;
+use crate::common::*;
 use operator_core::{Action, Object, Plan};
 use proptest::prelude::*;
 use serde_json::{Value, json};

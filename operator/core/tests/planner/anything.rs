@@ -1,11 +1,8 @@
 //! Whatever pods are found, in whatever state: the plan keeps every rule, and never panics.
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
 
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use engine_spec::LoadReport;
 use operator_core::snapshot::{LoadSample, PodPhase, PodSamples, PodView, Scheduled};
 use operator_core::{Action, Kind, names};

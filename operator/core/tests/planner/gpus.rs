@@ -1,12 +1,26 @@
 //! Planning and placement on GPU nodes: what fits, where, and for every other node why not.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
-use common::*;
+use crate::common::*;
 use proptest::prelude::*;
 use serde_json::json;
+
+/// kube-scheduler adds what emptier nodes are worth, at most 100 points for each of its scorers; a preference counts double.
+#[test]
+fn of_sixteen_offered_nodes_the_first_four_are_preferred_by_more_than_chance() {
+    let nodes = (0..20).map(|number| h200x8(&format!("h200-{number:02}")));
+    let plan = story(r1(json!({"replicas": 1}))).on(nodes).plan();
+    let mut pods = plan.actions.iter().filter_map(|action| match action {
+        operator_core::Action::Create(operator_core::Object::Pod(pod)) => Some(pod),
+        _ => None,
+    });
+    let pod = pods.next().unwrap();
+    assert_eq!(operator_core::objects::preferred_nodes(pod).len(), 16);
+    let affinity = pod.spec.as_ref().unwrap().affinity.clone().unwrap();
+    let affinity = affinity.node_affinity.unwrap();
+    let preferred = affinity.preferred_during_scheduling_ignored_during_execution;
+    let weights: Vec<i32> = preferred.iter().flatten().map(|it| it.weight).collect();
+    assert_eq!(weights, [100, 50, 25, 12]);
+}
 
 #[test]
 fn r1_takes_eight_h200_and_lands_only_there() {

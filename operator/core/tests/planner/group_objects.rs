@@ -1,12 +1,8 @@
 //! What the groups of a deployment share beside their pods: a Service, a network policy, a secret.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
 use std::sync::Arc;
 
-use common::*;
+use crate::common::*;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use operator_core::{Action, Flaw, Kind, Object, Plan, check};

@@ -1,10 +1,6 @@
 //! GPUs by resource claims: what is published, what is held, what a replica asks for, and why not.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
-use common::*;
+use crate::common::*;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use operator_core::devices::{AllocationView, SliceView, by_node};

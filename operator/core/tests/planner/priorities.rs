@@ -1,13 +1,9 @@
 //! Priority and preemption among ModelDeployments: whose place is taken, by whom, and how.
 
-#![allow(clippy::unwrap_used)] // helpers of tests
-
-mod common;
-
 use std::sync::Arc;
 
-use common::fleets::classes;
-use common::*;
+use crate::common::fleets::classes;
+use crate::common::*;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use operator_api::ModelDeployment;
 use operator_core::placement::{self, Room, Wish};
