@@ -142,7 +142,7 @@ pub enum MigStrategy {
 ///
 /// In order of profile and without zeros, so that equal amounts are equal values. What does not fit
 /// into the table makes the amount uncountable: such devices are not given away.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MigDevices {
     entries: [Option<(MigProfile, u16)>; KINDS_MAX],
     is_uncountable: bool,

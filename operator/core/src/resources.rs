@@ -14,7 +14,7 @@ use crate::mig::{MigDevices, MigProfile};
 pub const NVIDIA_GPU: &str = "nvidia.com/gpu";
 
 /// Amounts the planner counts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Resources {
     /// Processor time in thousandths of a core.
     pub cpu_millis: u64,

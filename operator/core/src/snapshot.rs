@@ -168,7 +168,7 @@ pub struct PodView {
 }
 
 /// What a pod, whoever's it is, takes from a node.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Claim {
     /// Node it is bound to, or the one it is planned for.
     pub node: String,

@@ -2,8 +2,8 @@
 //!
 //! One object that does not parse must not make a whole list unreadable, so each is read as plain JSON first and made a
 //! typed object from that. What nothing here keeps is skipped while it is read: managed fields, the images of a node (most of
-//! it), and of a pod how its containers are run, half of what managed fields leave. The surprise: a field that is skipped is also
-//! not checked.
+//! it), and of a pod how it is placed and its containers are run, most of what managed fields leave. The surprise: a field that
+//! is skipped is also not checked.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -40,12 +40,25 @@ const CONTAINER: &[Bulk] = &[
     all("command"),
     all("env"),
     all("envFrom"),
+    all("image"),
+    all("imagePullPolicy"),
     all("lifecycle"),
     all("livenessProbe"),
     all("ports"),
     all("readinessProbe"),
     all("securityContext"),
     all("startupProbe"),
+    all("terminationMessagePath"),
+    all("terminationMessagePolicy"),
+    all("volumeMounts"),
+];
+const CONTAINER_STATUS: &[Bulk] = &[
+    all("allocatedResources"),
+    all("containerID"),
+    all("image"),
+    all("imageID"),
+    all("resources"),
+    all("user"),
     all("volumeMounts"),
 ];
 const POD: &[Bulk] = &[
@@ -54,11 +67,36 @@ const POD: &[Bulk] = &[
         "spec",
         &[
             all("affinity"),
+            all("automountServiceAccountToken"),
+            all("dnsPolicy"),
+            all("enableServiceLinks"),
+            all("imagePullSecrets"),
+            all("nodeSelector"),
+            all("preemptionPolicy"),
+            all("priorityClassName"),
+            all("restartPolicy"),
+            all("schedulerName"),
+            all("securityContext"),
+            all("serviceAccount"),
+            all("serviceAccountName"),
+            all("terminationGracePeriodSeconds"),
             all("tolerations"),
             all("topologySpreadConstraints"),
             all("volumes"),
             of("containers", CONTAINER),
             of("initContainers", CONTAINER),
+        ],
+    ),
+    of(
+        "status",
+        &[
+            all("hostIP"),
+            all("hostIPs"),
+            all("initContainerStatuses"),
+            all("podIPs"),
+            all("qosClass"),
+            all("startTime"),
+            of("containerStatuses", CONTAINER_STATUS),
         ],
     ),
 ];
@@ -325,7 +363,8 @@ mod tests {
         let container = |name: &str, gpus: &str| {
             serde_json::json!({"name": name, "image": "i", "env": [{"name": "A", "value": "b"}], "command": ["c"],
                 "args": ["--a"], "ports": [{"containerPort": 8000}], "volumeMounts": [{"name": "v", "mountPath": "/v"}],
-                "readinessProbe": {"httpGet": {"port": 8000}}, "restartPolicy": "Always",
+                "readinessProbe": {"httpGet": {"port": 8000}}, "restartPolicy": "Always", "imagePullPolicy": "Always",
+                "terminationMessagePath": "/dev/termination-log", "terminationMessagePolicy": "File",
                 "resources": {"limits": {"nvidia.com/gpu": gpus}, "requests": {"cpu": "2"}, "claims": [{"name": "g"}]}})
         };
         let full = serde_json::json!({
@@ -334,13 +373,25 @@ mod tests {
             "spec": {"nodeName": "n", "priority": 7, "overhead": {"cpu": "1"}, "schedulingGates": [{"name": "g"}],
                 "resourceClaims": [{"name": "cachalot-gpus-2", "resourceClaimTemplateName": "t"}],
                 "volumes": [{"name": "v", "emptyDir": {}}], "tolerations": [{"operator": "Exists"}],
-                "affinity": {"nodeAffinity": {}}, "topologySpreadConstraints": [],
+                "affinity": {"nodeAffinity": {}}, "topologySpreadConstraints": [], "dnsPolicy": "ClusterFirst",
+                "automountServiceAccountToken": false, "enableServiceLinks": false, "imagePullSecrets": [{"name": "s"}],
+                "nodeSelector": {"a": "b"}, "preemptionPolicy": "Never", "priorityClassName": "high",
+                "restartPolicy": "Always", "schedulerName": "default-scheduler", "securityContext": {"runAsUser": 1},
+                "serviceAccount": "default", "serviceAccountName": "default", "terminationGracePeriodSeconds": 30,
                 "containers": [container("a", "2")], "initContainers": [container("b", "1")]},
-            "status": {"phase": "Running", "podIP": "10.0.0.1",
-                "containerStatuses": [{"name": "a", "image": "i", "imageID": "", "ready": true, "restartCount": 3}]},
+            "status": {"phase": "Running", "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}], "hostIP": "10.0.1.1",
+                "hostIPs": [{"ip": "10.0.1.1"}], "qosClass": "Burstable", "startTime": "2026-11-24T00:00:00Z",
+                "reason": "r", "message": "m", "conditions": [{"type": "Ready", "status": "True",
+                    "lastTransitionTime": "2026-11-24T00:00:00Z"}, {"type": "PodScheduled", "status": "False",
+                    "reason": "Unschedulable", "message": "0/3 nodes", "lastTransitionTime": "2026-11-24T00:00:00Z"}],
+                "initContainerStatuses": [{"name": "b", "image": "i", "imageID": "", "ready": true, "restartCount": 1}],
+                "containerStatuses": [{"name": "a", "image": "i", "imageID": "", "containerID": "x", "ready": true,
+                    "restartCount": 3, "state": {"waiting": {"reason": "CrashLoopBackOff", "message": "m"}},
+                    "lastState": {"terminated": {"exitCode": 1}}, "allocatedResources": {"cpu": "1"},
+                    "resources": {"requests": {"cpu": "1"}}, "volumeMounts": [{"name": "v", "mountPath": "/v"}]}]},
         });
         let left = lean(POD, &full);
-        assert!(left.to_string().len() < full.to_string().len() * 2 / 3);
+        assert!(left.to_string().len() < full.to_string().len() / 2);
         let views = [full, left].map(|pod| {
             let pod: Pod = serde_json::from_value(pod).expect("a pod");
             (

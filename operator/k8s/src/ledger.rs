@@ -43,6 +43,14 @@ pub(crate) struct Ledger {
 impl Ledger {
     /// Who takes something under a pod's name from now on; none when nobody does.
     pub(crate) fn set(&mut self, pod: &Key, taker: Option<Taker>) {
+        if let Some(Taker::Pod(after)) = &taker
+            && let Some(Taker::Pod(before)) = self.takers.get_mut(pod)
+            && before.takes == after.takes
+        {
+            // Most of what happens to a pod changes nothing here; a packed pod is not opened for it.
+            *before = Arc::clone(after);
+            return;
+        }
         let after = taker.as_ref().and_then(Taker::takes);
         let before = match taker.filter(|_| after.is_some()) {
             Some(taker) => self.takers.insert(pod.clone(), taker),

@@ -1,6 +1,7 @@
 //! From Kubernetes objects to the small values that the mirrors keep.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
@@ -39,14 +40,18 @@ pub struct ChildPod {
     pub incarnation: u64,
     /// Node it is bound to.
     pub node: Option<Box<str>>,
+    /// Tells apart what it takes, and of which node; 0: nothing.
+    pub takes: u64,
+    /// How much of its name is that of its ModelDeployment; none: its label has to be looked at.
+    owner_bytes: Option<u16>,
     whole: Packed<PodView>,
 }
 
 impl ChildPod {
     pub(crate) fn of(pod: &PodView) -> Result<Self, String> {
-        let mut hasher = DefaultHasher::new();
-        pod.uid.hash(&mut hasher);
         let is_engine = pod.label(names::COMPONENT) == names::ENGINE;
+        let owner = pod.label(names::MODEL_DEPLOYMENT);
+        let owner_bytes = pod.name.starts_with(owner).then(|| owner.len().try_into());
         Ok(Self {
             priority: pod.priority,
             reserves: pod.is_reserving(),
@@ -57,8 +62,10 @@ impl ChildPod {
                 && !pod.deleting
                 && pod.address.is_some(),
             drains: pod.annotations.get(names::DRAIN_SINCE).is_some(),
-            incarnation: hasher.finish(),
+            incarnation: hashed(&pod.uid),
             node: pod.node.as_deref().map(Box::from),
+            takes: pod.claim().map_or(0, |claim| hashed(&claim).max(1)),
+            owner_bytes: owner_bytes.and_then(Result::ok),
             whole: Packed::of(pod)?,
         })
     }
@@ -67,6 +74,27 @@ impl ChildPod {
     pub fn view(&self) -> Option<PodView> {
         self.whole.unpack()
     }
+
+    /// The ModelDeployment of a pod that is kept under `key`.
+    pub fn owner(&self, key: &Key) -> Option<Key> {
+        let namespace = Arc::clone(&key.namespace);
+        let of_name = self
+            .owner_bytes
+            .and_then(|bytes| key.name.get(..bytes.into()));
+        match of_name {
+            Some(name) => Some(Key::new(namespace, name)),
+            None => Some(Key::new(
+                namespace,
+                self.view()?.label(names::MODEL_DEPLOYMENT),
+            )),
+        }
+    }
+}
+
+fn hashed(value: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A config map of ours.

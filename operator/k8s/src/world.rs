@@ -18,8 +18,8 @@ use kube::runtime::watcher;
 use kube::{Client, Resource};
 use operator_api::{GpuFaultStatus, ModelDeployment};
 use operator_core::{
-    Claim, Cluster, ConfigMapView, Demand, NodeView, PodSamples, PodView, PriorityClassView,
-    QuotaView, Snapshot, names, status::Refusal,
+    Claim, Cluster, ConfigMapView, Demand, NodeView, PodSamples, PriorityClassView, QuotaView,
+    Snapshot, names, status::Refusal,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -539,12 +539,11 @@ impl World {
 
     fn pod_changed(&self, change: Change<'_, ChildPod>) {
         let Change { key, before, after } = change;
-        let (was, is) = (pod_of(before), pod_of(after));
-        let takes = |pod: &Option<PodView>| pod.as_ref().is_some_and(|pod| pod.claim().is_some());
-        let freed = takes(&was) && !takes(&is);
+        let (was, is) = (before.and_then(known), after.and_then(known));
+        let freed = was.is_some_and(|pod| pod.takes != 0) && is.is_none_or(|pod| pod.takes == 0);
         self.count_pod(key);
-        let deployment = |pod: PodView| pod.label(names::MODEL_DEPLOYMENT).to_owned();
-        self.wake_owner(key, was.map(deployment), is.map(deployment));
+        let both = [was, is].into_iter().flatten();
+        self.wakes.add(both.filter_map(|pod| pod.owner(key)));
         if freed {
             self.wakes.room_appeared();
         }
@@ -569,11 +568,9 @@ impl World {
                 .read()
                 .iter()
                 .filter_map(|(pod, entry)| {
-                    let child = entry.as_ref().ok()?;
+                    let child = known(entry)?;
                     let is_there = child.node.as_deref() == Some(&*key.name);
-                    let view = is_there.then(|| child.view())??;
-                    let name = view.label(names::MODEL_DEPLOYMENT);
-                    Some(Key::new(Arc::clone(&pod.namespace), name))
+                    is_there.then(|| child.owner(pod))?
                 })
                 .collect::<BTreeSet<_>>();
             self.wakes.add(on_it);
@@ -621,7 +618,11 @@ where
 
 /// Whether an answer to a write tells of more than what was written: the pod ended, or began to end, meanwhile.
 fn tells_more(change: &Change<'_, ChildPod>) -> bool {
-    let (Some(mut before), Some(after)) = (pod_of(change.before), pod_of(change.after)) else {
+    let view = |entry: Option<&Entry<ChildPod>>| entry.and_then(known)?.view();
+    let Some(mut before) = view(change.before) else {
+        return false;
+    };
+    let Some(after) = view(change.after) else {
         return false;
     };
     before.controller = after.controller;
@@ -630,8 +631,8 @@ fn tells_more(change: &Change<'_, ChildPod>) -> bool {
     before != after
 }
 
-fn pod_of(entry: Option<&Entry<ChildPod>>) -> Option<PodView> {
-    entry?.as_ref().ok()?.view()
+fn known(entry: &Entry<ChildPod>) -> Option<&ChildPod> {
+    entry.as_ref().ok().map(AsRef::as_ref)
 }
 
 /// Whether two wishes differ in nothing that people may write; one that was not known is told of by its watch.

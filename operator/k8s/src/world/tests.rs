@@ -1,6 +1,7 @@
 //! What is counted and who is woken, change by change.
 
 use super::*;
+use operator_core::PodView;
 
 fn pod(name: &str, deployment: &str, node: &str, gpus: &str) -> Pod {
     serde_json::from_value(serde_json::json!({
