@@ -533,3 +533,29 @@ async fn of_a_thousand_one_that_is_malformed_holds_up_none_of_the_others() {
     assert!(message.starts_with("spec.replicas: "), "{message}");
     assert_eq!(works.reports("m500"), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn of_many_applied_in_three_seconds_each_is_told_of_its_plan_before_pods_are_made() {
+    let nodes = (0..20).map(|number| node(&format!("n{number}")));
+    let works = Works::on(nodes).begin(true).await;
+    for batch in 0..10 {
+        for number in 0..12 {
+            let name = format!("m{}", batch * 12 + number);
+            works.kept().put("modeldeployments", wish(&name, 1));
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    tokio::time::sleep(s(10)).await;
+    assert_eq!(works.count("pods"), 120);
+    let kept = works.kept();
+    let mut told = BTreeSet::new();
+    let before = kept.asked.iter().take_while(|asked| {
+        if asked.starts_with("PATCH") && asked.contains("/status?") {
+            told.insert((*asked).clone());
+        }
+        told.len() < 110
+    });
+    // The last of a batch may find nobody beside it, and makes its pod at once.
+    let made = before.filter(|asked| asked.starts_with(PODS)).count();
+    assert!(made <= 20, "{made} pods were made before 110 were told");
+}
