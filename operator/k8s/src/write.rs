@@ -15,9 +15,7 @@ use std::fmt::Debug;
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use kube::api::{
-    Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions, Request,
-};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::{Client, Resource};
 use operator_core::names;
 use serde::Serialize;
@@ -26,7 +24,6 @@ use serde_json::Value;
 
 use crate::FIELD_MANAGER;
 use crate::error::{Call, Category, Error};
-use crate::guard::Guarded;
 use crate::lease::Leadership;
 use crate::retry::RetryPolicy;
 
@@ -65,7 +62,7 @@ impl Writer {
         }
     }
 
-    /// Creates an object of a deterministic name. The answer is what [`Guarded`] leaves of it.
+    /// Creates an object of a deterministic name.
     ///
     /// # Errors
     /// The lease is lost, or the API server refuses or does not answer.
@@ -85,20 +82,15 @@ impl Writer {
         let name = object.meta().name.clone().unwrap_or_default();
         let call = Call::on("create", kind, namespace, &name);
         self.guard(&call)?;
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
         let parameters = PostParams {
             field_manager: Some(FIELD_MANAGER.into()),
             ..PostParams::default()
         };
-        let url = K::url_path(&(), Some(namespace));
-        let create = || async {
-            let body = serde_json::to_vec(object).map_err(kube::Error::SerdeError)?;
-            let request = Request::new(url.clone()).create(&parameters, body);
-            let request = request.map_err(kube::Error::BuildRequest)?;
-            let Guarded(created) = self.client.request(request).await?;
-            created
-                .map_err(|misread| kube::Error::SerdeError(serde::de::Error::custom(misread.error)))
-        };
-        match RetryPolicy::CALL.run(&call, create).await {
+        match RetryPolicy::CALL
+            .run(&call, || api.create(&parameters, object))
+            .await
+        {
             Ok(created) => Ok(Written::Done(created)),
             Err(error) if error.category() == Category::AlreadyExists => Ok(Written::Already),
             Err(error) => Err(error),
