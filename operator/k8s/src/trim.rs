@@ -236,3 +236,24 @@ pub(crate) fn trim_budget(
     }
     Packed::of(&budget).map(Some)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_owner_of_a_pod_is_what_its_label_says_whatever_its_name() {
+        for (name, owner) in [
+            ("m-0-abc-0", "m"),
+            ("shortened-0", "a-long-name"),
+            ("x", ""),
+        ] {
+            let pod: Pod = serde_json::from_value(serde_json::json!({
+                "metadata": {"name": name, "labels": {names::MODEL_DEPLOYMENT: owner}}}))
+            .expect("a pod");
+            let child = ChildPod::of(&PodView::of(&pod)).expect("it has a JSON form");
+            let found = child.owner(&Key::new("d", name));
+            assert_eq!(found, Some(Key::new("d", owner)), "{name}");
+        }
+    }
+}

@@ -60,7 +60,7 @@ const GPU_HOST_BYTES_EACH: u64 = 4 << 30;
 const LIMIT_MARGIN_PERCENT: u64 = 10;
 const LIMIT_MARGIN_BYTES: u64 = 64 << 20;
 /// Of the offered nodes that a pod prefers, best first. The order of the others is kube-scheduler's affair, and a term for each
-/// would be a fifth of a pod.
+/// made lists of pods longer by a seventh.
 const PREFERRED_WEIGHTS: &[i32] = &[100, 50, 25, 12];
 
 /// What the engine is told the limit of its cache with.
@@ -556,7 +556,7 @@ pub(super) fn tolerations(valid: &ValidDeployment, on_gpus: bool) -> Option<Vec<
 }
 
 /// Required affinity on the offered nodes, by node name, and a preference for the best of them. Weights halve: the scorers of
-/// kube-scheduler that like emptier nodes (100 points each, NodeAffinity counts double) hardly ever move a pod from the node it
+/// kube-scheduler that like emptier nodes (at most 100 points each; the first leads by as many) seldom move a pod from the node it
 /// is counted on, which would take the place that another is counted on.
 fn affinity(nodes: &[String]) -> Option<Affinity> {
     if nodes.is_empty() {

@@ -4,9 +4,10 @@ use crate::common::*;
 use proptest::prelude::*;
 use serde_json::json;
 
-/// kube-scheduler adds what emptier nodes are worth, at most 100 points for each of its scorers; a preference counts double.
+/// kube-scheduler adds at most 100 points for each scorer that likes emptier nodes. A preference counts double, so the first
+/// leads by 100.
 #[test]
-fn of_sixteen_offered_nodes_the_first_four_are_preferred_by_more_than_chance() {
+fn of_sixteen_offered_nodes_the_first_four_are_preferred_by_halving_weights() {
     let nodes = (0..20).map(|number| h200x8(&format!("h200-{number:02}")));
     let plan = story(r1(json!({"replicas": 1}))).on(nodes).plan();
     let mut pods = plan.actions.iter().filter_map(|action| match action {
