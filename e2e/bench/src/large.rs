@@ -166,7 +166,7 @@ async fn run(place: &Place<'_>, size: Size, namespaces: u32) -> Result<Run> {
 }
 
 async fn restarted(place: &Place<'_>, models: u32) -> Result<Restart> {
-    let lists = lists::read(place.client).await?;
+    let lists = lists::read(place.cluster.kubeconfig()).await?;
     say(format!(
         "S6: lists of {:.0} MB take {:.2} s by themselves; the operator is restarted",
         lists.megabytes, lists.seconds

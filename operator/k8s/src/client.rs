@@ -6,16 +6,18 @@
 use std::path::Path;
 use std::time::Duration;
 
-use hyper::{Request, Uri};
+use hyper::body::{Body as HttpBody, Bytes};
+use hyper::{Request, Response, Uri};
 use hyper_timeout::TimeoutConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use kube::client::{Body, ClientBuilder, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
-use tower::util::MapRequestLayer;
-use tower::{BoxError, ServiceBuilder};
+use tower::layer::layer_fn;
+use tower::{BoxError, Service, ServiceBuilder};
 
 use crate::error::{Call, Error};
+use crate::protobuf::{Protobuf, Read};
 
 /// How long opening a connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -88,7 +90,7 @@ fn client_of(mut config: Config, call: Call) -> Result<(Client, String), Error> 
     let client = match config.proxy_url {
         // kube knows which proxies it can talk to.
         Some(_) => ClientBuilder::try_from(config)
-            .map(|builder| builder.with_layer(&MapRequestLayer::new(fresh)).build()),
+            .map(|builder| builder.with_layer(&layer_fn(adapted)).build()),
         None => direct(config),
     };
     let client = client.map_err(|source| Error::Api {
@@ -115,10 +117,26 @@ fn direct(config: Config) -> Result<Client, kube::Error> {
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
-        .map_request(fresh)
         .map_err(BoxError::from)
         .service(connections);
-    Ok(Client::new(service, config.default_namespace))
+    Ok(Client::new(adapted(service), config.default_namespace))
+}
+
+/// What is asked and answered otherwise than kube does it: lists as new as the question, pods and nodes in protobuf.
+fn adapted<S, B>(
+    service: S,
+) -> impl Service<Request<Body>, Response = Response<Read>, Error = S::Error, Future: Send> + Send
+where
+    S: Service<Request<Body>, Response = Response<B>, Future: Send> + Send,
+    B: HttpBody<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    let asked = Protobuf::default();
+    let read = asked.clone();
+    ServiceBuilder::new()
+        .map_request(move |request| asked.ask(fresh(request)))
+        .map_response(move |answer| read.read(answer))
+        .service(service)
 }
 
 /// Has streamed lists be as new as the question. kube asks for one of any age (version 0), which the cache of an API server that

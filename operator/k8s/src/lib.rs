@@ -15,6 +15,7 @@ mod ledger;
 pub mod list;
 mod packed;
 pub mod prometheus;
+mod protobuf;
 pub mod read;
 pub mod retry;
 mod rivals;
