@@ -90,6 +90,9 @@ if [ "$mode" != fast ]; then
   stage "python environment" venv
 fi
 stage "rust" cargo test --workspace --locked --no-fail-fast
+# With the whole workspace, though the tests are of one package: for that one alone cargo would choose other features of its
+# dependencies and build them again.
+lab=(cargo test --workspace --features e2e/lab --locked --no-fail-fast)
 stage "kubelab" env GOWORK=off CGO_ENABLED=0 go -C e2e/kubelab test -trimpath -v ./...
 stage "up" env GOWORK=off CGO_ENABLED=0 go -C e2e/up test -v ./...
 stage "dashboards" env GOWORK=off CGO_ENABLED=0 go -C e2e/dashboards test -v ./...
@@ -100,10 +103,10 @@ if [ "$mode" != fast ]; then
   stage "engine build" cargo build --release --locked -p engine -p operator -p kubectl-cachalot
   stage "openai sdk" "$python" -m unittest discover -s e2e/sdk -p 'test_*.py'
   stage "openai sdk javascript" javascript
-  stage "control plane" cargo test --locked --no-fail-fast -p e2e --features lab --test 'control_plane_*' -- --test-threads=2
+  stage "control plane" "${lab[@]}" --test 'control_plane_*' -- --test-threads=2
   if [ "$(id -u)" -eq 0 ]; then
     stage "make up" make --no-print-directory up
-    stage "real node" cargo test --locked --no-fail-fast -p e2e --features lab --test 'node_*' -- --test-threads=1
+    stage "real node" "${lab[@]}" --test 'node_*' -- --test-threads=1
     stage "make down" make --no-print-directory down
   else
     echo "SKIPPED: the end-to-end tests on a real node need root: sudo make test" | tee "$logs/real-node.log"
