@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use engine_core::{Batch, BatchEntry, BlockId, Executor, Logits, SequenceId, TokenId};
-use engine_cuda::{CudaExecutor, CudaLimits, Gpu};
+use engine_cuda::{CudaExecutor, CudaLimits, Gpu, ProductChoice, Products};
 use engine_group::{Joining, ProcessGroup, Terms, join};
 use engine_load::{Progress, read_config};
 use engine_memory::{MemoryPlan, MemoryRequest, ResidentDtype, memory_plan};
@@ -101,8 +101,11 @@ pub fn device() -> Option<Arc<Device>> {
     Some(Device::open_apart(&driver()?, 0).unwrap())
 }
 
+/// With the products that the first GPU of this process got: each would try them again, a second of the emulator's time.
 pub fn gpu_of(device: &Arc<Device>) -> Gpu {
-    Gpu::over(device.clone()).unwrap()
+    static PRODUCTS: OnceLock<Products> = OnceLock::new();
+    let products = *PRODUCTS.get_or_init(|| Gpu::over(device.clone()).unwrap().products());
+    Gpu::with_products(device.clone(), ProductChoice::Fixed(products)).unwrap()
 }
 
 pub fn limits(resident: ResidentDtype) -> CudaLimits {
