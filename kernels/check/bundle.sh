@@ -12,17 +12,16 @@ folder=.lab/gpu-check
 rm -rf "$folder"
 mkdir -p "$folder/emulated" "$folder/models"
 
-# built PACKAGE TARGET... : the program that cargo built for a target.
-built() {
-  cargo "${@:2}" --locked --quiet -p "$1" --message-format json-render-diagnostics |
-    python3 -c 'import json, sys
-found = [m["executable"] for m in map(json.loads, sys.stdin) if m.get("reason") == "compiler-artifact" and m.get("executable")]
-print(found[-1] if found else "")'
-}
-
-ops=$(built kernels test --release --test ops --no-run)
-device=$(built kernels bench --bench device --no-run)
-backend=$(built engine-cuda build --release --example gpu-check)
+# In one call, for cargo chooses the features of dependencies for all that is named together: in three the same crates would be
+# built thrice. The last three are named and not built, so that whoever builds them next, as `make test` does, has those crates.
+packages=(-p kernels -p engine-cuda -p engine -p operator -p kubectl-cachalot)
+built=$(cargo build --release --locked --quiet "${packages[@]}" --test ops --bench device --example gpu-check \
+  --message-format json-render-diagnostics | python3 -c 'import json, sys
+for message in map(json.loads, sys.stdin):
+    if message.get("reason") == "compiler-artifact" and message.get("executable"):
+        print(message["target"]["name"], message["executable"])')
+program() { awk -v name="$1" '$1 == name { sub(/^[^ ]* /, ""); print }' <<<"$built"; }
+ops=$(program ops) device=$(program device) backend=$(program gpu-check)
 for program in "$ops" "$device" "$backend"; do
   [ -x "$program" ] || { echo "gpu-bundle: a program does not build; see cargo build" >&2; exit 1; }
 done
