@@ -528,9 +528,10 @@ proptest! {
     #[test]
     fn those_who_leave_are_worth_less_and_all_of_them_are_needed(
         pods in prop::collection::vec((0..3usize, prop::sample::select(vec![1u64, 2, 4, 8]), -20..1500i32, 0..99i64), 1..14),
+        others in prop::array::uniform3((-20..1500i32, 0..99i64)),
     ) {
         let mut left = [8u64; 3];
-        let pods: Vec<_> = pods
+        let mut pods: Vec<_> = pods
             .into_iter()
             .filter(|(node, gpus, ..)| {
                 let fits = left[*node] >= *gpus;
@@ -539,7 +540,12 @@ proptest! {
             })
             .map(|(node, gpus, priority, age)| ("a", node, gpus, priority, age))
             .collect();
-        prop_assume!(left.iter().all(|free| *free < 4));
+        // Nowhere is room for the four that are asked for.
+        for (node, (priority, age)) in others.into_iter().enumerate() {
+            for _ in 0..left[node] / 4 {
+                pods.push(("a", node, 4, priority, age));
+            }
+        }
         let fleet = fleet(3, &pods, &[]);
         let fits = |node: usize, without: &dyn Fn(usize, i32) -> bool| {
             let stay = pods.iter().enumerate().filter(|(index, pod)| pod.1 == node && !without(*index, pod.3));
