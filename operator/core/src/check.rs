@@ -14,7 +14,7 @@ use crate::names;
 use crate::objects;
 use crate::ownership::Controller;
 use crate::plan::{Action, Kind, Object, Plan, Settings};
-use crate::priority::{Priority, Rival};
+use crate::priority::{Priority, Rival, Victim};
 use crate::replicas::{GroupKey, Replica, State, observe};
 use crate::resources::Resources;
 use crate::snapshot::{PodView, Snapshot};
@@ -127,12 +127,14 @@ fn check_gpu_faults(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
         .filter(|fault| gpu_faults::counts(fault, snapshot))
         .map(|fault| fault.node.as_str())
         .collect();
+    if sick.is_empty() {
+        return;
+    }
     for action in &plan.actions {
         if let Action::Create(Object::Pod(pod)) = action
-            && PodView::of(pod).requests.devices() > 0
-            && objects::preferred_nodes(pod)
-                .iter()
-                .any(|node| sick.contains(node.as_str()))
+            && let Some(spec) = &pod.spec
+            && Resources::of_pod(spec).devices() > 0
+            && objects::offered_nodes(pod).any(|node| sick.contains(node))
         {
             let name = pod.metadata.name.clone().unwrap_or_default();
             flaws.push(Flaw::SickGpu(name));
@@ -484,9 +486,8 @@ fn check_room(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
         let Action::Create(Object::Pod(pod)) = action else {
             continue;
         };
-        let nodes = crate::objects::preferred_nodes(pod);
-        if let (Some(node), Some(spec)) = (nodes.first(), &pod.spec) {
-            *taken.entry(node.clone()).or_default() += Resources::of_pod(spec);
+        if let (Some(node), Some(spec)) = (objects::offered_nodes(pod).next(), &pod.spec) {
+            *taken.entry(node.to_owned()).or_default() += Resources::of_pod(spec);
         }
     }
     let all = taken
@@ -541,15 +542,15 @@ fn returned(
         let Action::Create(Object::Pod(pod)) = action else {
             continue;
         };
-        let view = PodView::of(pod);
-        for victim in view.victims() {
+        for victim in Victim::of(pod) {
             let is_lower = contest
                 .rivals
                 .iter()
                 .filter(|rival| rival.pod.priority < own.value)
                 .any(|rival| rival.pods().any(|pod| pod.uid == victim.uid));
             if !is_lower || !own.preempts {
-                flaws.push(Flaw::Outranks(view.name.clone()));
+                let name = pod.metadata.name.clone().unwrap_or_default();
+                flaws.push(Flaw::Outranks(name));
             }
             leaving.insert(victim.uid.to_owned());
         }

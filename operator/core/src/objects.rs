@@ -29,6 +29,7 @@ use crate::plan::Settings;
 use crate::validate::ValidDeployment;
 
 pub use inspection::{inspect_inputs, inspect_pod};
+pub(crate) use pod::offered_nodes;
 pub use pod::{Slot, engine_pod, engine_requests, node_cache, preferred_nodes};
 pub use record::{record, recorded};
 

@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use operator_api::ModelDeploymentSpec;
 
@@ -154,6 +155,17 @@ pub struct Victim<'a> {
 }
 
 impl<'a> Victim<'a> {
+    /// Those that a pod which is to be made names.
+    pub(crate) fn of(pod: &'a Pod) -> impl Iterator<Item = Self> {
+        let annotations = pod.metadata.annotations.as_ref();
+        let text = annotations.and_then(|annotations| annotations.get(names::PREEMPTS));
+        Self::all(text.map(String::as_str))
+    }
+
+    fn all(text: Option<&'a str>) -> impl Iterator<Item = Self> {
+        text.unwrap_or_default().split(',').filter_map(Self::parse)
+    }
+
     /// Reads `namespace/deployment/uid`.
     fn parse(text: &'a str) -> Option<Self> {
         let (namespace, rest) = text.split_once('/')?;
@@ -176,8 +188,7 @@ impl<'a> Victim<'a> {
 impl PodView {
     /// Pods whose place this one takes once they have left.
     pub fn victims(&self) -> impl Iterator<Item = Victim<'_>> {
-        let text = self.annotations.get(names::PREEMPTS).unwrap_or_default();
-        text.split(',').filter_map(Victim::parse)
+        Victim::all(self.annotations.get(names::PREEMPTS))
     }
 
     /// Whether it holds a place that others have not left yet.

@@ -33,14 +33,22 @@ pub struct Resources {
 impl Resources {
     /// Reads a resource list of Kubernetes; what it does not name counts as zero.
     pub fn of(list: &BTreeMap<String, Quantity>) -> Self {
+        Self::read(list.keys(), |key| list.get(key))
+    }
+
+    /// The same of a list that is not in one piece; a key may come twice.
+    fn read<'a>(
+        keys: impl Iterator<Item = &'a String>,
+        get: impl Fn(&str) -> Option<&'a Quantity>,
+    ) -> Self {
         let millis = |key: &str| {
-            list.get(key)
+            get(key)
                 .and_then(|quantity| parse_millis(&quantity.0))
                 .unwrap_or(0)
         };
         let units = |key: &str| u64::try_from(millis(key) / 1000).unwrap_or(u64::MAX);
         let mut mig = MigDevices::default();
-        for key in list.keys() {
+        for key in keys {
             if let Some(profile) = MigProfile::of_resource(key) {
                 mig.set(profile, units(key));
             }
@@ -60,15 +68,16 @@ impl Resources {
     pub fn of_pod(spec: &PodSpec) -> Self {
         let requests = |container: &k8s_openapi::api::core::v1::Container| {
             let resources = container.resources.as_ref();
+            let requests = resources.and_then(|r| r.requests.as_ref());
+            let limits = resources.and_then(|r| r.limits.as_ref());
+            let keys = requests.into_iter().chain(limits).flat_map(BTreeMap::keys);
             // An extended resource may be given as a limit alone.
-            let mut list = resources.and_then(|r| r.limits.clone()).unwrap_or_default();
-            list.retain(|key, _| key == NVIDIA_GPU || MigProfile::of_resource(key).is_some());
-            list.extend(
-                resources
-                    .and_then(|r| r.requests.clone())
-                    .unwrap_or_default(),
-            );
-            Self::of(&list)
+            let is_extended =
+                |key: &str| key == NVIDIA_GPU || MigProfile::of_resource(key).is_some();
+            Self::read(keys, |key| {
+                let limit = || limits.filter(|_| is_extended(key))?.get(key);
+                requests.and_then(|list| list.get(key)).or_else(limit)
+            })
         };
         let mut sum = spec
             .containers

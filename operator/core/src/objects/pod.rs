@@ -605,12 +605,15 @@ pub fn node_cache(pod: &Pod) -> Option<NodeCache> {
 
 /// The node a pod is bound to, or those its affinity names, best first.
 pub fn preferred_nodes(pod: &Pod) -> Vec<String> {
-    if let Some(node) = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()) {
-        return vec![node];
-    }
-    let terms = pod
-        .spec
-        .as_ref()
+    offered_nodes(pod).map(str::to_owned).collect()
+}
+
+/// The same, without a copy.
+pub(crate) fn offered_nodes(pod: &Pod) -> impl Iterator<Item = &str> {
+    let spec = pod.spec.as_ref();
+    let bound = spec.and_then(|spec| spec.node_name.as_deref());
+    let terms = spec
+        .filter(|_| bound.is_none())
         .and_then(|spec| {
             let affinity = spec.affinity.as_ref()?.node_affinity.as_ref()?;
             let required = affinity
@@ -620,8 +623,7 @@ pub fn preferred_nodes(pod: &Pod) -> Vec<String> {
         })
         .into_iter()
         .flatten();
-    terms
-        .flat_map(|term| term.match_fields.iter().flatten())
-        .flat_map(|field| field.values.iter().flatten().cloned())
-        .collect()
+    let fields = terms.flat_map(|term| term.match_fields.iter().flatten());
+    let named = fields.flat_map(|field| field.values.iter().flatten());
+    bound.into_iter().chain(named.map(String::as_str))
 }
