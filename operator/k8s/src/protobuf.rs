@@ -16,7 +16,7 @@ use hyper::body::{Body as HttpBody, Bytes, Frame};
 use hyper::header::{ACCEPT, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
 use hyper::{Method, Request, Response};
 use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::Resource;
 use kube::client::Body;
 use kube::core::watch::{Bookmark, BookmarkMeta};
 use kube::core::{Status, TypeMeta, WatchEvent};
@@ -220,30 +220,27 @@ fn line(event: Bytes) -> Result<Bytes, BoxError> {
         ))),
         (kind, "Pod") => {
             let pod = messages::Pod::decode(raw)?;
-            told(kind, types, core::Pod::from(pod), |pod| &mut pod.metadata)
+            told(kind, types, core::Pod::from(pod))
         }
         (kind, "Node") => {
             let node = messages::Node::decode(raw)?;
-            told(kind, types, core::Node::from(node), |node| {
-                &mut node.metadata
-            })
+            told(kind, types, core::Node::from(node))
         }
         (_, kind) => Err(format!("an object of kind {kind:?} in a watch of pods or nodes").into()),
     }
 }
 
-fn told<K: Serialize>(
+fn told<K: Resource + Serialize>(
     kind: &str,
     types: messages::TypeMeta,
     mut object: K,
-    metadata: impl Fn(&mut K) -> &mut ObjectMeta,
 ) -> Result<Bytes, BoxError> {
     match kind {
         "ADDED" => written(&WatchEvent::Added(object)),
         "MODIFIED" => written(&WatchEvent::Modified(object)),
         "DELETED" => written(&WatchEvent::Deleted(object)),
         "BOOKMARK" => {
-            let metadata = std::mem::take(metadata(&mut object));
+            let metadata = std::mem::take(object.meta_mut());
             written(&WatchEvent::<K>::Bookmark(Bookmark {
                 types: TypeMeta {
                     api_version: types.api_version,

@@ -117,8 +117,6 @@ struct OwnerReference {
     name: String,
     #[prost(string, tag = "4")]
     uid: String,
-    #[prost(string, tag = "5")]
-    api_version: String,
     #[prost(bool, optional, tag = "6")]
     controller: Option<bool>,
 }
@@ -166,8 +164,6 @@ struct PodSpec {
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Container {
-    #[prost(string, tag = "1")]
-    name: String,
     #[prost(message, optional, tag = "8")]
     resources: Option<Resources>,
     #[prost(string, optional, tag = "24")]
@@ -195,7 +191,7 @@ struct PodStatus {
     #[prost(string, tag = "1")]
     phase: String,
     #[prost(message, repeated, tag = "2")]
-    conditions: Vec<PodCondition>,
+    conditions: Vec<Condition>,
     #[prost(string, tag = "3")]
     message: String,
     #[prost(string, tag = "4")]
@@ -206,8 +202,9 @@ struct PodStatus {
     container_statuses: Vec<ContainerStatus>,
 }
 
+/// Of a pod or a node; their fields have the same numbers.
 #[derive(Clone, PartialEq, prost::Message)]
-struct PodCondition {
+struct Condition {
     #[prost(string, tag = "1")]
     kind: String,
     #[prost(string, tag = "2")]
@@ -222,14 +219,10 @@ struct PodCondition {
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct ContainerStatus {
-    #[prost(string, tag = "1")]
-    name: String,
     #[prost(message, optional, tag = "2")]
     state: Option<ContainerState>,
     #[prost(message, optional, tag = "3")]
     last_state: Option<ContainerState>,
-    #[prost(bool, tag = "4")]
-    ready: bool,
     #[prost(int32, tag = "5")]
     restart_count: i32,
 }
@@ -295,23 +288,9 @@ struct NodeStatus {
     #[prost(btree_map = "string, message", tag = "2")]
     allocatable: BTreeMap<String, Quantity>,
     #[prost(message, repeated, tag = "4")]
-    conditions: Vec<NodeCondition>,
+    conditions: Vec<Condition>,
     #[prost(message, optional, tag = "7")]
     node_info: Option<NodeInfo>,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct NodeCondition {
-    #[prost(string, tag = "1")]
-    kind: String,
-    #[prost(string, tag = "2")]
-    status: String,
-    #[prost(message, optional, tag = "4")]
-    last_transition_time: Option<Time>,
-    #[prost(string, tag = "5")]
-    reason: String,
-    #[prost(string, tag = "6")]
-    message: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -407,12 +386,11 @@ impl From<ObjectMeta> for meta::ObjectMeta {
 impl From<OwnerReference> for meta::OwnerReference {
     fn from(owner: OwnerReference) -> Self {
         Self {
-            api_version: owner.api_version,
             kind: owner.kind,
             name: owner.name,
             uid: owner.uid,
             controller: owner.controller,
-            block_owner_deletion: None,
+            ..Self::default()
         }
     }
 }
@@ -444,7 +422,6 @@ impl From<PodSpec> for core::PodSpec {
 impl From<Container> for core::Container {
     fn from(container: Container) -> Self {
         Self {
-            name: container.name,
             resources: container
                 .resources
                 .map(|resources| core::ResourceRequirements {
@@ -482,8 +459,8 @@ impl From<PodStatus> for core::PodStatus {
     }
 }
 
-impl From<PodCondition> for core::PodCondition {
-    fn from(condition: PodCondition) -> Self {
+impl From<Condition> for core::PodCondition {
+    fn from(condition: Condition) -> Self {
         Self {
             type_: condition.kind,
             status: condition.status,
@@ -498,10 +475,8 @@ impl From<PodCondition> for core::PodCondition {
 impl From<ContainerStatus> for core::ContainerStatus {
     fn from(status: ContainerStatus) -> Self {
         Self {
-            name: status.name,
             state: status.state.map(Into::into),
             last_state: status.last_state.map(Into::into),
-            ready: status.ready,
             restart_count: status.restart_count,
             ..Self::default()
         }
@@ -562,14 +537,12 @@ impl From<Taint> for core::Taint {
     }
 }
 
-impl From<NodeCondition> for core::NodeCondition {
-    fn from(condition: NodeCondition) -> Self {
+impl From<Condition> for core::NodeCondition {
+    fn from(condition: Condition) -> Self {
         Self {
             type_: condition.kind,
             status: condition.status,
             last_transition_time: time(condition.last_transition_time),
-            reason: text(condition.reason),
-            message: text(condition.message),
             ..Self::default()
         }
     }

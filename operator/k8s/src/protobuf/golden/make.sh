@@ -2,7 +2,7 @@
 # Records how an API server tells of the same pods and nodes in protobuf and in JSON, and how it refuses.
 #
 #   make up MODE=control-plane
-#   KUBECONFIG=.lab/kubeconfig PATH=$PWD/.lab/bin:$PATH operator/k8s/src/protobuf/golden/make.sh
+#   KUBECONFIG=.lab/admin.kubeconfig PATH=$PWD/.lab/bin:$PATH operator/k8s/src/protobuf/golden/make.sh
 #
 # Wants a cluster of Kubernetes 1.34 or newer for tests, with no pods of its own; leaves it as it was. Needs kubectl, curl and jq.
 set -euo pipefail
