@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as QuantityText;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
 use kube::core::Status as StatusObject;
-use kube::core::response::{StatusCause, StatusDetails as Details, StatusSummary};
+use kube::core::response::{StatusDetails as Details, StatusSummary};
 
 /// What the API server wraps every object in, after four bytes that say so.
 #[derive(Clone, PartialEq, prost::Message)]
@@ -61,28 +61,8 @@ pub(super) struct Status {
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct StatusDetails {
-    #[prost(string, tag = "1")]
-    name: String,
-    #[prost(string, tag = "2")]
-    group: String,
-    #[prost(string, tag = "3")]
-    kind: String,
-    #[prost(message, repeated, tag = "4")]
-    causes: Vec<Cause>,
     #[prost(int32, tag = "5")]
     retry_after_seconds: i32,
-    #[prost(string, tag = "6")]
-    uid: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct Cause {
-    #[prost(string, tag = "1")]
-    reason: String,
-    #[prost(string, tag = "2")]
-    message: String,
-    #[prost(string, tag = "3")]
-    field: String,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -121,13 +101,11 @@ struct OwnerReference {
     controller: Option<bool>,
 }
 
-/// Seconds and nanoseconds since 1970; both zero stand for no time, as in Kubernetes.
+/// Seconds since 1970; zero stands for no time, as in Kubernetes, which sends no parts of seconds.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Time {
     #[prost(int64, tag = "1")]
     seconds: i64,
-    #[prost(int32, tag = "2")]
-    nanos: i32,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -170,10 +148,9 @@ struct Container {
     restart_policy: Option<String>,
 }
 
+/// An API server has put limits that stand alone into the requests when it took the pod in.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Resources {
-    #[prost(btree_map = "string, message", tag = "1")]
-    limits: BTreeMap<String, Quantity>,
     #[prost(btree_map = "string, message", tag = "2")]
     requests: BTreeMap<String, Quantity>,
 }
@@ -305,11 +282,9 @@ fn text(text: String) -> Option<String> {
 }
 
 fn time(time: Option<Time>) -> Option<meta::Time> {
-    let Time { seconds, nanos } = time?;
-    if seconds == 0 && nanos == 0 {
-        return None;
-    }
-    jiff::Timestamp::new(seconds, nanos).ok().map(meta::Time)
+    let seconds = time?.seconds;
+    let known = (seconds != 0).then(|| jiff::Timestamp::from_second(seconds));
+    known?.ok().map(meta::Time)
 }
 
 /// A map that JSON leaves out where it is empty.
@@ -346,20 +321,12 @@ impl From<Status> for StatusObject {
             reason: status.reason,
             metadata: None,
             details: status.details.map(|details| Details {
-                name: details.name,
-                group: details.group,
-                kind: details.kind,
-                uid: details.uid,
-                causes: details
-                    .causes
-                    .into_iter()
-                    .map(|cause| StatusCause {
-                        reason: cause.reason,
-                        message: cause.message,
-                        field: cause.field,
-                    })
-                    .collect(),
                 retry_after_seconds: details.retry_after_seconds.try_into().unwrap_or(0),
+                name: String::new(),
+                group: String::new(),
+                kind: String::new(),
+                uid: String::new(),
+                causes: Vec::new(),
             }),
         }
     }
@@ -425,9 +392,8 @@ impl From<Container> for core::Container {
             resources: container
                 .resources
                 .map(|resources| core::ResourceRequirements {
-                    limits: quantities(resources.limits),
                     requests: quantities(resources.requests),
-                    claims: None,
+                    ..Default::default()
                 }),
             restart_policy: container.restart_policy,
             ..Self::default()

@@ -76,9 +76,13 @@ fn told<K: DeserializeOwned + Resource<DynamicType = ()> + Clone, V>(
             WatchEvent::Error(status) => {
                 // It names the version of the day.
                 let (message, _) = status.message.split_once(", current").unwrap_or_default();
+                let details = status.details.as_ref();
                 let told = format!(
                     "{} {} {message} {:?} {:?}",
-                    status.code, status.reason, status.status, status.details
+                    status.code,
+                    status.reason,
+                    status.status,
+                    details.map(|details| details.retry_after_seconds)
                 );
                 ("error", (told, None))
             }
