@@ -20,6 +20,7 @@ proxy=$!
 remove
 kubectl create --save-config=false -f objects.yaml >/dev/null
 kubectl patch pod golden-rich -n default --subresource=status --type=merge --patch-file=status.yaml >/dev/null
+kubectl patch pod golden-plain -n default --subresource=status --type=merge --patch-file=plain.yaml >/dev/null
 kubectl patch node golden --subresource=status --type=merge --patch-file=node.yaml >/dev/null
 kubectl delete pod golden-rich -n default --wait=false >/dev/null
 
