@@ -73,18 +73,22 @@ func (l *lab) cleanUpCrash() error {
 		if os.Geteuid() != 0 {
 			return fmt.Errorf("%s holds what is left of a real node: cleaning up needs root", l.dir)
 		}
-		v, err := newSupervisor(context.Background(), l)
-		if err != nil {
-			return err
-		}
-		n := &node{supervisor: v, dir: l.path("node"), nodeState: *s.Node, changed: true}
-		v.node = n
-		defer v.stop()
-		if err := n.stopAfterCrash(); err != nil {
+		if err := l.cleanUpNode(*s.Node); err != nil {
 			return err
 		}
 	}
 	return l.clear()
+}
+
+func (l *lab) cleanUpNode(state nodeState) error {
+	v, err := newSupervisor(context.Background(), l)
+	if err != nil {
+		return err
+	}
+	n := &node{supervisor: v, dir: l.path("node"), nodeState: state, changed: true}
+	v.node = n
+	defer v.stop()
+	return n.stopAfterCrash()
 }
 
 func statusCommand(dir *string) *cobra.Command {

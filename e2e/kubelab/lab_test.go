@@ -1,6 +1,8 @@
 package main
 
 import (
+	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -144,6 +146,76 @@ func TestTheLastLinesOfALog(t *testing.T) {
 	}
 	if got := tail(f, 2); got != "  two\n  three" {
 		t.Errorf("got %q", got)
+	}
+}
+
+func TestTheLastWordsOfAStart(t *testing.T) {
+	f := filepath.Join(t.TempDir(), "log")
+	for log, want := range map[string]string{
+		"etcd ready\nkubelab: port 1 is taken:\n  by another\n": "port 1 is taken:\n  by another",
+		"kubelab: going on\nkubelab: no disk\n":                 "no disk",
+		"etcd ready\n":                                          "it was killed",
+	} {
+		if err := os.WriteFile(f, []byte(log), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got := lastWords(f); got != want {
+			t.Errorf("%q: got %q", log, got)
+		}
+	}
+}
+
+// A bridge of another lab: one that runs keeps it, one that died makes way, and what is nobody's lab stays.
+func TestTheBridgeOfADeadLabMakesWay(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("makes a network bridge: needs root")
+	}
+	if run("nft", "list", "table", "ip", "kube-proxy") == nil {
+		t.Skip("a real node runs on this machine")
+	}
+	const bridge = "kubelab-test"
+	mine, _ := openLab(t.TempDir())
+	other, _ := openLab(t.TempDir())
+	supervisor, err := newSupervisor(t.Context(), mine)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &node{supervisor: supervisor, nodeState: nodeState{Bridge: bridge}}
+	for _, c := range []struct {
+		alias, state, refused string
+	}{
+		{alias: "", refused: "not a lab's: choose another name with --bridge"},
+		{alias: "kubelab:" + other.dir, state: fmt.Sprintf(`{"pid": %d, "started": %d}`, os.Getpid(), supervisor.started), refused: "kubelab down --dir " + other.dir},
+		{alias: "kubelab:" + other.dir, state: fmt.Sprintf(`{"pid": %d, "started": 1, "node": {"bridge": %q}}`, os.Getpid(), bridge)},
+		{alias: "kubelab:" + other.dir},
+		{alias: "kubelab:" + other.dir + "/removed"},
+	} {
+		if err := run("ip", "link", "add", "name", bridge, "type", "bridge"); err != nil {
+			t.Skip(err)
+		}
+		if err := run("ip", "link", "set", "dev", bridge, "alias", c.alias); err != nil {
+			t.Error(err)
+		}
+		if err := errors.Join(os.RemoveAll(other.path("lab.json")), os.RemoveAll(other.path("node"))); err != nil {
+			t.Error(err)
+		}
+		if c.state != "" {
+			if err := os.WriteFile(other.path("lab.json"), []byte(c.state), 0o600); err != nil {
+				t.Error(err)
+			}
+		}
+		err := n.clearBridge()
+		_, there := net.InterfaceByName(bridge)
+		if c.refused == "" && (err != nil || there == nil) {
+			t.Errorf("%+v: got %v, and the bridge is there: %v", c, err, there == nil)
+		}
+		if c.refused != "" && (err == nil || !strings.Contains(err.Error(), c.refused) || there != nil) {
+			t.Errorf("%+v: got %v, and the bridge is there: %v", c, err, there == nil)
+		}
+		if s, _ := other.state(); c.state != "" && c.refused == "" && s != nil {
+			t.Errorf("%+v: its state is left", c)
+		}
+		_ = run("ip", "link", "del", bridge)
 	}
 }
 

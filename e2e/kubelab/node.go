@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/pflag"
 	"k8s.io/client-go/kubernetes"
+	criapi "k8s.io/cri-api/pkg/apis"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	criclient "k8s.io/cri-client/pkg"
 )
@@ -178,6 +179,7 @@ func (n *node) stop() error {
 // stopAfterCrash is stop for a lab that was killed. Pods outlive their containerd; a fresh one finds
 // them again and takes them down as usual.
 func (n *node) stopAfterCrash() error {
+	_ = os.Remove(n.socket()) // nothing listens on it any more
 	if _, err := os.Stat(n.file("containerd.toml")); err == nil {
 		if err := n.startProgram("containerd", "containerd", "-c", n.file("containerd.toml")); err != nil {
 			return err
@@ -196,8 +198,11 @@ func (n *node) removePods() error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
 	defer cancel()
-	c, err := criclient.NewRemoteRuntimeService(ctx, "unix://"+n.socket(), 10*time.Second, nil, false)
-	if err != nil {
+	var c criapi.RuntimeService
+	if err := retry(50, func() (err error) { // containerd listens before its CRI answers
+		c, err = criclient.NewRemoteRuntimeService(ctx, "unix://"+n.socket(), 10*time.Second, nil, false)
+		return err
+	}); err != nil {
 		return err
 	}
 	pods, err := c.ListPodSandbox(ctx, &runtimeapi.PodSandboxFilter{})

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -33,7 +34,7 @@ var debianPackages = [][2]string{
 	{"/usr/lib/cni/bridge", "containernetworking-plugins"}, {"nft", "nftables"}, {"ip", "iproute2"}, {busybox, "busybox-static"},
 }
 
-// checkHost says what is missing before anything is changed.
+// checkHost says what is missing before anything is changed; only what a dead lab left makes way.
 func (n *node) checkHost() error {
 	if os.Geteuid() != 0 {
 		return errors.New("a real node needs root (mounts, network namespaces, cgroups): use sudo, or leave --node out for a control plane with simulated nodes")
@@ -41,8 +42,8 @@ func (n *node) checkHost() error {
 	if missing := missingPackages(); len(missing) > 0 {
 		return fmt.Errorf("missing programs; run: apt-get install -y --no-install-recommends %s", strings.Join(missing, " "))
 	}
-	if _, err := net.InterfaceByName(n.Bridge); err == nil {
-		return n.busyBridge()
+	if err := n.clearBridge(); err != nil {
+		return err
 	}
 	_, want, err := net.ParseCIDR(n.Subnet)
 	if err != nil {
@@ -75,14 +76,55 @@ func missingPackages() (missing []string) {
 	return slices.Compact(missing)
 }
 
-// busyBridge names the lab that has the bridge; each lab writes its folder into the bridge's alias.
-func (n *node) busyBridge() error {
+// clearBridge makes way for the node where its bridge is taken. Each lab writes its folder into the bridge's alias: one that was
+// killed, or whose folder was removed while it ran, is cleaned up after; one that runs is named in the error.
+func (n *node) clearBridge() error {
+	if _, err := net.InterfaceByName(n.Bridge); err != nil {
+		return nil
+	}
 	alias, _ := os.ReadFile("/sys/class/net/" + n.Bridge + "/ifalias")
-	owner, isLab := strings.CutPrefix(strings.TrimSpace(string(alias)), "kubelab:")
+	dir, isLab := strings.CutPrefix(strings.TrimSpace(string(alias)), "kubelab:")
 	if !isLab {
 		return fmt.Errorf("network interface %s exists already and is not a lab's: choose another name with --bridge", n.Bridge)
 	}
-	return fmt.Errorf("the lab in %s has the real node of this machine (bridge %s), and there can be only one: stop it with kubelab down --dir %s, or leave --node out", owner, n.Bridge, owner)
+	owner := &lab{dir: dir}
+	state, err := owner.state()
+	if err != nil {
+		return err
+	}
+	if state != nil && state.alive() {
+		return fmt.Errorf("the lab in %s has the real node of this machine (bridge %s), and there can be only one: stop it with kubelab down --dir %s, or leave --node out", dir, n.Bridge, dir)
+	}
+	if pid := supervisorOf(dir); state == nil && pid != 0 {
+		return fmt.Errorf("the lab in %s has the real node of this machine (bridge %s), and its state was removed while it ran: end it with kill %d", dir, n.Bridge, pid)
+	}
+	n.say("the lab in %s did not end well and left its node: cleaning up after it", dir)
+	if state == nil { // nothing tells how its sysctls were
+		return owner.cleanUpNode(nodeState{Bridge: n.Bridge})
+	}
+	lock, err := owner.lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	return owner.cleanUpCrash()
+}
+
+// supervisorOf finds what runs the lab of a folder, by the folder in its etcd's arguments; 0 where nothing does.
+func supervisorOf(dir string) int {
+	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, p := range procs {
+		b, _ := os.ReadFile(p)
+		if name, args, _ := strings.Cut(string(b), "\x00"); name != "etcd" || !strings.Contains(args, dir+"/") {
+			continue
+		}
+		stat, _ := os.ReadFile(filepath.Join(filepath.Dir(p), "stat"))
+		if f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:])); len(f) > 1 {
+			parent, _ := strconv.Atoi(f[1])
+			return parent
+		}
+	}
+	return 0
 }
 
 // checkPorts finds out whether the fixed ports on the bridge's address are free.

@@ -143,7 +143,7 @@ func (l *lab) detach() error {
 		select {
 		case <-ended:
 			show()
-			return fmt.Errorf("the lab did not start; logs are in %s", l.path("logs"))
+			return fmt.Errorf("the lab did not start: %s; logs are in %s", lastWords(l.log("kubelab")), l.path("logs"))
 		case <-time.After(50 * time.Millisecond):
 		}
 		show()
@@ -151,6 +151,19 @@ func (l *lab) detach() error {
 			return nil
 		}
 	}
+}
+
+// lastWords is the error a kubelab ended with: its log from the last line on that main.go began.
+func lastWords(log string) string {
+	b, err := os.ReadFile(log)
+	if err != nil {
+		return err.Error()
+	}
+	text := strings.TrimSpace(string(b))
+	if at := strings.LastIndex("\n"+text, "\nkubelab: "); at >= 0 {
+		return text[at+len("kubelab: "):]
+	}
+	return "it was killed"
 }
 
 // serve runs the lab until a signal, or until a component keeps dying.
