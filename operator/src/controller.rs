@@ -41,7 +41,7 @@ const REST_MAX: Duration = Duration::from_secs(1);
 /// for minutes.
 const TOLD_PAUSE: Duration = Duration::from_secs(1);
 /// How long they wait at most.
-const TOLD_PAUSE_MAX: Duration = Duration::from_secs(5);
+const TOLD_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How soon the status is made anew when nothing is refused any more.
 const ALLOWED_PAUSE: Duration = Duration::from_millis(100);
 /// How soon a status that was not written is tried again where nothing else is to be done.
@@ -184,6 +184,9 @@ impl Controller {
             this.metrics.queue(depth);
             let is_crowded = depth > 0 || passes.len() > workers / 4;
             shared.is_crowded.store(is_crowded, Ordering::Relaxed);
+            if this.world.tidy() {
+                this.memory.used();
+            }
             if this.memory.is_due(now - released) {
                 memory::release();
                 released = now;

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::{ConfigMap, Node};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod};
 use operator_api::ModelDeployment;
-use operator_core::{Action, Cluster, Inventory, Object, Plan, Settings, Snapshot};
+use operator_core::{Action, Cluster, Inventory, Object, Plan, PodView, Settings, Snapshot};
 use serde_json::json;
 
 use crate::objects::NAMESPACE;
@@ -37,6 +37,26 @@ pub fn rows(nodes: u32, replicas: u32, runs: usize) -> Result<Vec<Row>> {
         "ms",
         100.0,
     )];
+    // All of them are there and ready: what a look costs that changes nothing.
+    let mut settled = inventory_with(&plan, &inventory)?;
+    let cluster = Arc::new(settled.cluster());
+    let mut looked = snapshot(&settled, deployment("fleet", replicas)?, &cluster);
+    let told = operator_core::plan(&looked, &settings()).status;
+    let mut wish = deployment("fleet", replicas)?;
+    wish.status = Some(told);
+    settled.deployments.push(wish.clone());
+    looked.deployment = Arc::new(wish);
+    let (millis, nothing) = timed(&looked, runs);
+    ensure!(
+        nothing.actions.is_empty(),
+        "something is left to do: {:?}",
+        nothing.actions.first()
+    );
+    rows.push(Row::plain(
+        &format!("look at {replicas} replicas that are all ready, on {nodes} nodes"),
+        millis,
+        "ms",
+    ));
     // The same replicas as a hundred ModelDeployments, all placed; then one of them grows.
     let each = replicas / DEPLOYMENTS;
     let mut cluster = inventory.cluster();
@@ -67,6 +87,48 @@ pub fn rows(nodes: u32, replicas: u32, runs: usize) -> Result<Vec<Row>> {
         10.0,
     ));
     Ok(rows)
+}
+
+/// What is there when a plan has been carried out and its pods run.
+fn inventory_with(plan: &Plan, before: &Inventory) -> Result<Inventory> {
+    let mut inventory = before.clone();
+    for action in &plan.actions {
+        let (Action::Create(object) | Action::Apply(object)) = action else {
+            continue;
+        };
+        match object.clone() {
+            Object::Pod(pod) => inventory.pods.push(running(*pod)?),
+            Object::ConfigMap(map) => inventory.config_maps.push(*map),
+            Object::Service(service) => inventory.services.push(*service),
+            Object::PodDisruptionBudget(budget) => inventory.budgets.push(*budget),
+            Object::NetworkPolicy(policy) => inventory.network_policies.push(*policy),
+            Object::ResourceClaimTemplate(template) => inventory.claim_templates.push(*template),
+        }
+    }
+    Ok(inventory)
+}
+
+/// A pod as the API server shows it once it is ready on the first node that was planned for it.
+fn running(mut pod: Pod) -> Result<Pod> {
+    let name = pod.metadata.name.clone().unwrap_or_default();
+    let node = PodView::of(&pod)
+        .planned_nodes()
+        .first()
+        .map(|node| (*node).to_owned());
+    pod.metadata.uid = Some(format!("uid-{name}"));
+    pod.metadata.creation_timestamp = Some(serde_json::from_value(json!("2026-01-01T00:00:00Z"))?);
+    pod.spec.get_or_insert_default().node_name = node;
+    pod.status = Some(serde_json::from_value(json!({
+        "phase": "Running",
+        "podIP": "10.0.0.1",
+        "startTime": "2026-01-01T00:00:01Z",
+        "conditions": [
+            {"type": "PodScheduled", "status": "True"},
+            {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:09Z"},
+        ],
+        "containerStatuses": [{"name": "engine", "ready": true, "restartCount": 0, "image": "", "imageID": "", "state": {"running": {"startedAt": "2026-01-01T00:00:02Z"}}}],
+    }))?);
+    Ok(pod)
 }
 
 fn timed(snapshot: &Snapshot, runs: usize) -> (Figure, Plan) {

@@ -13,6 +13,7 @@ pub mod http;
 pub mod lease;
 mod ledger;
 pub mod list;
+mod opened;
 mod packed;
 pub mod prometheus;
 mod protobuf;

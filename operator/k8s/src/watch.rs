@@ -49,6 +49,11 @@ impl Key {
             name: name.into(),
         }
     }
+
+    /// Whether both share their text; two that do not may be equal still.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.name, &other.name) && Arc::ptr_eq(&self.namespace, &other.namespace)
+    }
 }
 
 impl std::fmt::Display for Key {

@@ -27,6 +27,7 @@ use tokio::task::JoinSet;
 
 use crate::claims::Claims;
 use crate::ledger::{Ledger, Taker};
+use crate::opened::Opened;
 use crate::packed::Packed;
 use crate::rivals::{self, Reservations};
 pub use crate::trim::{ChildConfigMap, ChildPod, Wish};
@@ -64,6 +65,7 @@ pub struct World {
     /// Priority classes.
     pub classes: Arc<Mirror<PriorityClassView>>,
     reservations: Reservations,
+    opened: Opened,
     ledger: Mutex<Ledger>,
     wakes: Wakes,
 }
@@ -101,6 +103,7 @@ impl World {
             claims: Claims::default(),
             classes: Mirror::new("PriorityClass"),
             reservations: Reservations::default(),
+            opened: Opened::default(),
             ledger: Mutex::default(),
             wakes: Wakes::default(),
         })
@@ -211,11 +214,13 @@ impl World {
             demand,
             refusal,
         } = seen;
-        let pods = children(&self.pods, key, |pod| {
-            let view = pod.view()?;
-            (view.label(names::MODEL_DEPLOYMENT) == &*key.name).then(|| Arc::new(view))
+        let mut look = self.opened.look(key);
+        let pods = children(&self.pods, key, |name, pod| {
+            let view = look.open(name, pod)?;
+            (view.label(names::MODEL_DEPLOYMENT) == &*key.name).then_some(view)
         });
-        let config_maps = children(&self.config_maps, key, |map| {
+        self.opened.keep(key, look);
+        let config_maps = children(&self.config_maps, key, |_, map| {
             (*map.deployment == *key.name).then(|| map.view().map(Arc::new))?
         });
         let classes = self.classes.read();
@@ -241,7 +246,7 @@ impl World {
             ranks_policy: unpacked(&self.policies, &ranks_key(key)),
             disruption_budget: unpacked(&self.budgets, key),
             quotas: self.quotas_of(&key.namespace),
-            claim_templates: children(&self.claims.templates, key, |template| {
+            claim_templates: children(&self.claims.templates, key, |_, template| {
                 (*template.deployment == *key.name).then(|| Arc::clone(&template.view))
             }),
             cluster: self.cluster(),
@@ -250,6 +255,11 @@ impl World {
             gpu_faults: self.gpu_faults_but_of(key),
             refusal,
         }
+    }
+
+    /// Forgets what is kept for looks that follow each other closely; to be called now and then. True if there was something.
+    pub fn tidy(&self) -> bool {
+        self.opened.tidy()
     }
 
     /// GPUs at fault that others than `key` remember.
@@ -594,7 +604,11 @@ impl World {
 }
 
 /// Children of a ModelDeployment: all are named `<its name>-…`, so they lie together in the mirror.
-fn children<V, T>(mirror: &Mirror<V>, owner: &Key, pick: impl Fn(&Arc<V>) -> Option<T>) -> Vec<T> {
+fn children<V, T>(
+    mirror: &Mirror<V>,
+    owner: &Key,
+    mut pick: impl FnMut(&Arc<str>, &Arc<V>) -> Option<T>,
+) -> Vec<T> {
     let prefix = Key::new(Arc::clone(&owner.namespace), format!("{}-", owner.name));
     mirror
         .read()
@@ -602,7 +616,7 @@ fn children<V, T>(mirror: &Mirror<V>, owner: &Key, pick: impl Fn(&Arc<V>) -> Opt
         .take_while(|(key, _)| {
             key.namespace == prefix.namespace && key.name.starts_with(&*prefix.name)
         })
-        .filter_map(|(_, entry)| pick(entry.as_ref().ok()?))
+        .filter_map(|(key, entry)| pick(&key.name, entry.as_ref().ok()?))
         .collect()
 }
 

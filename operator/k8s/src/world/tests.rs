@@ -117,7 +117,7 @@ fn children_are_those_of_the_name_and_not_of_a_longer_name() {
     ] {
         world.wrote_pod(pod(name, deployment, "n1", "1"));
     }
-    let found = children(&world.pods, &Key::new("d", "m"), |pod| {
+    let found = children(&world.pods, &Key::new("d", "m"), |_, pod| {
         let view = pod.view()?;
         (view.label(names::MODEL_DEPLOYMENT) == "m").then_some(view.name)
     });
