@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -136,18 +137,41 @@ func checkDisk(dir string, needMiB uint64) error {
 	return nil
 }
 
-// freePorts returns n different free ports of the loopback address.
+// freePorts returns n different free ports of the loopback address. They lie below those that the kernel gives to connections, where
+// there is room: between here and the component that listens, a connection of anyone could take one of those.
 func freePorts(n int) ([]int, error) {
+	end := min(firstEphemeralPort(), firstNodePort)
 	var ports []int
-	for range n {
-		s, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
+	for range 50 * n {
+		port := 0
+		if end > lowestPort+1000 {
+			port = lowestPort + rand.IntN(end-lowestPort)
+		}
+		s, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		} else if err != nil {
 			return nil, fmt.Errorf("no free port on 127.0.0.1: %w", err)
 		}
 		defer s.Close() // after the loop: each port is held until all are chosen
-		ports = append(ports, s.Addr().(*net.TCPAddr).Port)
+		if ports = append(ports, s.Addr().(*net.TCPAddr).Port); len(ports) == n {
+			return ports, nil
+		}
 	}
-	return ports, nil
+	return nil, fmt.Errorf("no %d free ports on 127.0.0.1", n)
+}
+
+const (
+	lowestPort    = 20000 // fixed ports of other programs mostly lie below
+	firstNodePort = 30000 // those of Services of type NodePort
+)
+
+// firstEphemeralPort is the least port that the kernel gives to connections, 0 where that is not known.
+func firstEphemeralPort() int {
+	b, _ := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+	first, _, _ := strings.Cut(string(b), "\t")
+	port, _ := strconv.Atoi(first)
+	return port
 }
 
 // checkPort says in words what a taken port means.

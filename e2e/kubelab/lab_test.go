@@ -63,6 +63,9 @@ func TestFreePortsAreDifferent(t *testing.T) {
 	if len(slices.Compact(ports)) != 20 {
 		t.Errorf("twice the same port: %v", ports)
 	}
+	if first := firstEphemeralPort(); first > lowestPort+1000 && (ports[0] < lowestPort || ports[19] >= first) {
+		t.Errorf("not below the ports of connections, which begin at %d: %v", first, ports)
+	}
 }
 
 func TestATakenPortIsNamedWithItsUse(t *testing.T) {
