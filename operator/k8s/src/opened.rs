@@ -22,8 +22,10 @@ const MOST: usize = 2048;
 /// How long they are kept when nobody looks.
 const KEPT_FOR: Duration = Duration::from_secs(3);
 
+/// A pod: its name, what is kept of it, and that opened.
+type Open = (Arc<str>, Arc<ChildPod>, Arc<PodView>);
 /// Pods in the order of their names.
-type Pods = Vec<(Arc<str>, Arc<ChildPod>, Arc<PodView>)>;
+type Pods = Vec<Open>;
 
 /// Open pods by ModelDeployment.
 #[derive(Debug, Default)]
@@ -31,7 +33,7 @@ pub(crate) struct Opened(Mutex<HashMap<Key, (Instant, Pods)>>);
 
 /// What was open when a look began, and what it opened.
 pub(crate) struct Look {
-    before: std::iter::Peekable<std::vec::IntoIter<(Arc<str>, Arc<ChildPod>, Arc<PodView>)>>,
+    before: std::iter::Peekable<std::vec::IntoIter<Open>>,
     now: Pods,
 }
 
@@ -71,9 +73,7 @@ impl Look {
     /// A pod, opened unless it is open; none if it does not read what it wrote.
     pub(crate) fn open(&mut self, name: &Arc<str>, pod: &Arc<ChildPod>) -> Option<Arc<PodView>> {
         while self.before.next_if(|(other, ..)| other < name).is_some() {}
-        let same = |(other, seen, _): &(Arc<str>, Arc<ChildPod>, _)| {
-            other == name && Arc::ptr_eq(seen, pod)
-        };
+        let same = |(other, seen, _): &Open| other == name && Arc::ptr_eq(seen, pod);
         let view = match self.before.next_if(same) {
             Some((.., view)) => view,
             None => Arc::new(pod.view()?),
