@@ -189,6 +189,7 @@ func TestTheBridgeOfADeadLabMakesWay(t *testing.T) {
 	}{
 		{alias: "", refused: "not a lab's: choose another name with --bridge"},
 		{alias: "kubelab:" + other.dir, state: fmt.Sprintf(`{"pid": %d, "started": %d}`, os.Getpid(), supervisor.started), refused: "kubelab down --dir " + other.dir},
+		{alias: bridgeAlias("/" + strings.Repeat("long/", 60)), refused: "a folder that begins with"},
 		{alias: "kubelab:" + other.dir, state: fmt.Sprintf(`{"pid": %d, "started": 1, "node": {"bridge": %q}}`, os.Getpid(), bridge)},
 		{alias: "kubelab:" + other.dir},
 		{alias: "kubelab:" + other.dir + "/removed"},

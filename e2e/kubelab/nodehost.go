@@ -87,6 +87,9 @@ func (n *node) clearBridge() error {
 	if !isLab {
 		return fmt.Errorf("network interface %s exists already and is not a lab's: choose another name with --bridge", n.Bridge)
 	}
+	if len(bridgeAlias(dir)) == aliasBytesMax { // cut off, perhaps: whether it runs cannot be told
+		return fmt.Errorf("a lab in a folder that begins with %s has the bridge %s: stop it with kubelab down --dir", dir, n.Bridge)
+	}
 	owner := &lab{dir: dir}
 	state, err := owner.state()
 	if err != nil {
@@ -174,10 +177,13 @@ func (n *node) bridgeUp() error {
 	return nil
 }
 
-// bridgeAlias names the lab that a bridge belongs to; the kernel takes at most 255 bytes.
+// aliasBytesMax is what the kernel keeps of an alias.
+const aliasBytesMax = 255
+
+// bridgeAlias names the lab that a bridge belongs to.
 func bridgeAlias(dir string) string {
 	a := "kubelab:" + dir
-	return a[:min(len(a), 255)]
+	return a[:min(len(a), aliasBytesMax)]
 }
 
 func (n *node) bridgeDown() {
