@@ -562,12 +562,18 @@ mod tests {
         assert_eq!(told.waits(&one, start + ms(1900)), None);
         assert!(!told.since.contains_key(&one) && told.since.contains_key(&other));
         told.tell(&one, start);
-        for after in (0..5000).step_by(500) {
-            told.tell(&other, start + ms(after));
-            let left = told.waits(&one, start + ms(after));
-            assert_eq!(left, Some(ms(5000 - after).min(ms(1000))), "{after}");
+        let mut after = Duration::ZERO;
+        while after < TOLD_PAUSE_MAX {
+            told.tell(&other, start + after);
+            let left = told.waits(&one, start + after);
+            assert_eq!(
+                left,
+                Some((TOLD_PAUSE_MAX - after).min(TOLD_PAUSE)),
+                "{after:?}"
+            );
+            after += TOLD_PAUSE / 2;
         }
-        assert_eq!(told.waits(&one, start + ms(5000)), None);
+        assert_eq!(told.waits(&one, start + after), None);
     }
 
     /// What a queue holds of a key after a pass that ended like this 100 s after the start.
