@@ -139,6 +139,8 @@ closed! {
         ReplicasStarting,
         /// Replicas of an older revision are being replaced.
         RollingOut,
+        /// Replicas move off nodes that are cordoned or about to be removed.
+        Evacuating,
         /// Replicas finish their requests before they leave.
         Draining,
         /// The new revision fails; the older one keeps serving.

@@ -328,6 +328,22 @@ pub fn fault(node: &NodeView, gpus: u32, placement: &ValidPlacement) -> Option<S
     node.faults.first().cloned().or(tainted)
 }
 
+/// Taints of nodes that are about to be removed: by the Kubernetes cluster autoscaler and by Karpenter.
+const REMOVAL_TAINTS: [&str; 2] = ["ToBeDeletedByClusterAutoscaler", "karpenter.sh/disrupted"];
+
+/// What says that a node is being emptied, unless the user accepts it.
+pub fn closing(node: &NodeView, placement: &ValidPlacement) -> Option<String> {
+    let name = &node.name;
+    if node.unschedulable {
+        return Some(format!("node {name} is cordoned"));
+    }
+    let tainted = node.taints.iter().find(|taint| {
+        REMOVAL_TAINTS.contains(&taint.key.as_str())
+            && !placement.tolerations.iter().any(|t| tolerates(t, taint))
+    });
+    tainted.map(|taint| format!("node {name} has the taint {}", taint.key))
+}
+
 /// Order of nodes of one domain: those without recent failures, spot nodes where they are preferred,
 /// those without taints to avoid and those that hold the weights come first; GPU replicas are packed so that whole nodes
 /// stay free, CPU replicas go where most is free and away from GPUs.

@@ -62,6 +62,10 @@ pub struct Moves {
     pub over_quota: Option<String>,
     /// Replicas on nodes whose GPUs are at fault, in words.
     pub sick: Vec<String>,
+    /// Replicas that move off nodes that are being emptied, in words.
+    pub evacuated: Vec<String>,
+    /// Replicas that cannot, in words.
+    pub stuck: Vec<String>,
     /// First choices of the pods that are created.
     pub nodes: Vec<String>,
     /// Replicas that wait until others have left their place, in words.
@@ -153,6 +157,7 @@ pub fn moves(given: Given<'_>, replicas: &[Replica<'_>]) -> Moves {
     planner.finish_draining(&mut moves);
     planner.move_refused(&mut moves);
     planner.settle_waiting(&mut moves);
+    planner.evacuate(&mut moves);
     planner.take_back(&mut moves);
     planner.complete(&mut moves);
     planner.start(&mut moves);

@@ -318,6 +318,13 @@ impl Report<'_> {
             );
             return Verdict::yes(Reason::RollingOut, words);
         }
+        if let Some(first) = self.moves.evacuated.first() {
+            let others = match self.moves.evacuated.len() - 1 {
+                0 => String::new(),
+                others => format!(", and {others} more"),
+            };
+            return Verdict::yes(Reason::Evacuating, format!("{first}{others}"));
+        }
         if counts.updated_ready < self.wanted
             && counts.updated == counts.updated_ready
             && self.lacks_place()
@@ -341,10 +348,12 @@ impl Report<'_> {
                 format!("{leaving} replicas finish their requests"),
             );
         }
-        Verdict::no(
-            Reason::RolloutComplete,
-            "wanted number and revision are reached",
-        )
+        let mut words = String::from("wanted number and revision are reached");
+        if let Some(first) = self.moves.stuck.first() {
+            words.push_str("; ");
+            words.push_str(first);
+        }
+        Verdict::no(Reason::RolloutComplete, words)
     }
 
     fn available(&self, counts: &Counts) -> Verdict {

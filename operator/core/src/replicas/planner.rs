@@ -1,6 +1,7 @@
 //! The moves of one plan, made in order: what is lost goes, what drains leaves, what is missing starts,
 //! what is too many retires. Each takes what those before it gave and gave away into account.
 
+mod evacuation;
 mod gang;
 mod preempting;
 mod retiring;
@@ -48,6 +49,8 @@ pub(super) struct Planner<'a> {
     indices: BTreeSet<u32>,
     /// Uids of pods that give way to replicas that are not to be disturbed.
     spoken_for: BTreeSet<String>,
+    /// Replicas that move off nodes that are being emptied, by the name of their pod.
+    evacuated: BTreeSet<&'a str>,
 }
 
 impl<'a> Planner<'a> {
@@ -72,6 +75,7 @@ impl<'a> Planner<'a> {
                 Self::priority(&given.sides[0], &given.snapshot.contest),
                 replicas,
             ),
+            evacuated: BTreeSet::new(),
         }
     }
 
@@ -85,15 +89,19 @@ impl<'a> Planner<'a> {
         sides.position(|side| replica.revision() == side.revision.as_str())
     }
 
-    /// Whether a replica is as wanted: of the revision of a side, on GPUs that are not at fault. One
-    /// that is not is replaced as in a rollout: within surge and what may be missing, and drained.
+    /// Whether a replica is as wanted: of the revision of a side, on GPUs that are not at fault, and not on its way to another
+    /// node. One that is not is replaced as in a rollout: within surge and what may be missing, and drained.
     fn is_current(&self, replica: &Replica<'_>) -> bool {
-        self.side(replica).is_some() && self.fault(replica).is_none()
+        self.side(replica).is_some() && self.may_stay(replica)
     }
 
     /// Whether a replica is as wanted on one side.
     fn is_current_on(&self, side: usize, replica: &Replica<'_>) -> bool {
-        self.side(replica) == Some(side) && self.fault(replica).is_none()
+        self.side(replica) == Some(side) && self.may_stay(replica)
+    }
+
+    fn may_stay(&self, replica: &Replica<'_>) -> bool {
+        !self.evacuated.contains(replica.pod.name.as_str()) && self.fault(replica).is_none()
     }
 
     /// What reports the GPUs under a replica at fault, in words: its node, or its engine.

@@ -280,6 +280,13 @@ impl Story {
         self
     }
 
+    /// A node in place of the one of its name.
+    pub fn renewed(mut self, node: Node) -> Self {
+        self.nodes
+            .retain(|old| old.metadata.name != node.metadata.name);
+        self.on([node])
+    }
+
     /// Slices that are published, and claims of others that hold some of them.
     pub fn publishing(
         mut self,

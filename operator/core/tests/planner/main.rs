@@ -10,6 +10,7 @@ mod anything;
 mod claims;
 mod demand;
 mod edges;
+mod evacuation;
 mod gangs;
 mod gpus;
 mod group_objects;

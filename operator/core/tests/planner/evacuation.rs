@@ -1,0 +1,224 @@
+//! Nodes that are being emptied: what answers there moves where there is room, without being missed, and stays where there is
+//! none.
+
+use crate::common::*;
+use k8s_openapi::api::core::v1::Node;
+use operator_core::Plan;
+use serde_json::{Value, json};
+
+fn cordoned(name: &str) -> Node {
+    with(h200x8(name), json!({"spec": {"unschedulable": true}}))
+}
+
+fn tainted(name: &str, key: &str) -> Node {
+    let taint = json!({"key": key, "effect": "NoSchedule"});
+    with(h200x8(name), json!({"spec": {"taints": [taint]}}))
+}
+
+/// One replica that fills node a.
+fn on_a(spec: Value) -> Story {
+    let running = story(r1(spec)).on([h200x8("a")]).running();
+    assert_eq!(running.snapshot.pods[0].node.as_deref(), Some("a"));
+    running
+}
+
+fn node_of(story: &Story, index: u32) -> String {
+    let name = story.name_of(index);
+    let mut pods = story.snapshot.pods.iter();
+    let pod = pods.find(|pod| pod.name == name);
+    pod.and_then(|pod| pod.node.clone()).unwrap()
+}
+
+fn idle(story: Story, index: u32) -> Story {
+    story.later(6).load(index, Default::default())
+}
+
+fn reasons(plan: &Plan) -> Vec<&str> {
+    plan.events.iter().map(|event| event.reason).collect()
+}
+
+const NOTHING: [&str; 0] = [];
+
+#[test]
+fn a_replica_leaves_a_cordoned_node_when_its_successor_answers() {
+    let story = on_a(json!({})).renewed(cordoned("a")).on([h200x8("b")]);
+    let plan = story.plan();
+    assert_eq!(pod_actions(&plan), ["create Pod r1-1-0"]);
+    let told = condition(&plan, "Progressing");
+    assert_eq!((&*told.0, &*told.1), ("True", "Evacuating"));
+    let pod = story.name_of(0);
+    assert_eq!(
+        told.2,
+        format!("node a is cordoned; pod {pod} is replaced elsewhere")
+    );
+    assert!(reasons(&plan).contains(&"Evacuating"), "{plan}");
+    // It answers all along, and nothing is wrong.
+    assert_eq!(condition(&plan, "Ready").0, "True");
+    assert_eq!(condition(&plan, "Planned").0, "True");
+    assert_eq!(condition(&plan, "Degraded").0, "False");
+
+    // The last place is taken now: that is no reason to think again.
+    let story = story.after(&plan, starts).later(60);
+    assert_eq!(node_of(&story, 1), "b");
+    let plan = story.plan();
+    assert_eq!(pod_actions(&plan), NOTHING);
+    assert_eq!(condition(&plan, "Progressing").1, "Evacuating");
+    assert!(!reasons(&plan).contains(&"Evacuating"), "told once");
+
+    let story = story.after(&plan, starts).replica(1, answers).later(1);
+    let plan = story.plan();
+    assert_eq!(
+        pod_actions(&plan),
+        ["patch Pod r1-0-0 cachalot.dev/serving=false"]
+    );
+    let story = idle(story.after(&plan, answers), 0);
+    let plan = story.plan();
+    assert_eq!(pod_actions(&plan), ["delete Pod r1-0-0"]);
+    let story = story.after(&plan, answers).swept().later(1);
+    let plan = story.plan();
+    assert_eq!(pod_actions(&plan), NOTHING);
+    assert_eq!(condition(&plan, "Progressing").1, "RolloutComplete");
+}
+
+#[test]
+fn without_a_place_elsewhere_it_stays_and_says_so() {
+    let stays = |story: Story, obstacle: &str| {
+        let plan = story.plan();
+        assert_eq!(pod_actions(&plan), NOTHING);
+        let (status, reason, message) = condition(&plan, "Progressing");
+        assert_eq!((&*status, &*reason), ("False", "RolloutComplete"));
+        let pod = story.name_of(0);
+        let words = format!("pod {pod} stays, though node a is cordoned: ");
+        assert!(
+            message.contains(&words) && message.contains(obstacle),
+            "{message}"
+        );
+        // All that was asked for answers and has its place.
+        assert_eq!(condition(&plan, "Planned").0, "True");
+        assert_eq!(condition(&plan, "Ready").0, "True");
+        assert!(plan.wake_after.unwrap().as_secs() <= 30);
+    };
+    let alone = on_a(json!({})).renewed(cordoned("a"));
+    stays(alone.clone(), "1 node: cordoned");
+    stays(alone.clone().on([h200x8("b")]).taken("b", 1), "GPU");
+    stays(alone.clone().on([cordoned("b")]), "2 nodes: cordoned");
+    let mut full = alone.clone().on([h200x8("b")]);
+    let quota = serde_json::from_value(json!({
+        "metadata": {"name": "gpus", "namespace": "default"},
+        "spec": {"hard": {"requests.nvidia.com/gpu": "8"}},
+        "status": {"hard": {"requests.nvidia.com/gpu": "8"}, "used": {"requests.nvidia.com/gpu": "8"}},
+    }));
+    let quota = operator_core::QuotaView::of(&quota.unwrap()).unwrap();
+    full.snapshot.quotas = vec![std::sync::Arc::new(quota)];
+    stays(full, "ResourceQuota gpus allows 8 GPUs");
+    // Nothing is to be told of one that does not answer: it may be evicted, and comes back elsewhere.
+    let plan = alone.replica(0, |pod| pod.ready = false).plan();
+    assert_eq!(pod_actions(&plan), NOTHING);
+    assert_eq!(condition(&plan, "Progressing").1, "ReplicasStarting");
+}
+
+#[test]
+fn a_node_that_an_autoscaler_removes_is_left_unless_that_is_tolerated() {
+    for key in ["ToBeDeletedByClusterAutoscaler", "karpenter.sh/disrupted"] {
+        let plan = on_a(json!({}))
+            .renewed(tainted("a", key))
+            .on([h200x8("b")])
+            .plan();
+        assert_eq!(pod_actions(&plan), ["create Pod r1-1-0"], "{key}");
+        let (_, reason, message) = condition(&plan, "Progressing");
+        assert_eq!(reason, "Evacuating");
+        assert!(
+            message.starts_with(&format!("node a has the taint {key}; ")),
+            "{message}"
+        );
+        let tolerant = json!({"placement": {"tolerations": [{"key": key, "operator": "Exists"}]}});
+        let story = on_a(tolerant).renewed(tainted("a", key)).on([h200x8("b")]);
+        assert_eq!(pod_actions(&story.plan()), NOTHING, "{key}");
+    }
+    // Other taints keep new pods away and say nothing about those that run.
+    let story = on_a(json!({}))
+        .renewed(tainted("a", "dedicated"))
+        .on([h200x8("b")]);
+    assert_eq!(pod_actions(&story.plan()), NOTHING);
+}
+
+#[test]
+fn without_surge_one_at_a_time_is_missing_and_not_taken_back() {
+    let spec = json!({"rollout": {"maxSurge": 0, "maxUnavailable": 1}});
+    let story = on_a(spec).renewed(cordoned("a")).on([h200x8("b")]);
+    let plan = story.plan();
+    assert_eq!(
+        pod_actions(&plan),
+        ["patch Pod r1-0-0 cachalot.dev/serving=false"]
+    );
+    let story = story.after(&plan, answers).later(1);
+    assert_eq!(pod_actions(&story.plan()), NOTHING, "it drains");
+    // The place is gone: better the old one than none.
+    let back = story.clone().taken("b", 1).plan();
+    assert_eq!(
+        pod_actions(&back),
+        ["patch Pod r1-0-0 cachalot.dev/serving=true"]
+    );
+    let story = idle(story, 0);
+    let plan = story.plan();
+    assert_eq!(
+        pod_actions(&plan),
+        ["delete Pod r1-0-0", "create Pod r1-1-0"]
+    );
+    let story = story.after(&plan, answers).swept().later(1);
+    assert_eq!(node_of(&story, 1), "b");
+    assert_eq!(pod_actions(&story.plan()), NOTHING);
+}
+
+#[test]
+fn as_many_move_at_once_as_surge_and_room_allow() {
+    let two = json!({"replicas": 2, "rollout": {"maxSurge": 2}});
+    let running = story(r1(two)).on([h200x8("a"), h200x8("b")]).running();
+    let closed = running.renewed(cordoned("a")).renewed(cordoned("b"));
+    let one = closed.clone().on([h200x8("c")]).plan();
+    assert_eq!(pod_actions(&one), ["create Pod r1-2-0"]);
+    assert_eq!(condition(&one, "Planned").0, "True");
+    let both = closed.on([h200x8("c"), h200x8("d")]).plan();
+    assert_eq!(
+        pod_actions(&both),
+        ["create Pod r1-2-0", "create Pod r1-3-0"]
+    );
+    let message = condition(&both, "Progressing").2;
+    assert!(message.ends_with(", and 1 more"), "{message}");
+}
+
+#[test]
+fn an_opened_node_keeps_its_replica() {
+    let story = on_a(json!({})).renewed(cordoned("a")).on([h200x8("b")]);
+    let story = story.after(&story.plan(), starts).later(1);
+    let opened = story.renewed(h200x8("a"));
+    assert_eq!(pod_actions(&opened.plan()), ["delete Pod r1-1-0"]);
+}
+
+#[test]
+fn a_group_leaves_whole() {
+    let spec = json!({"parallelism": {"tensor": 16, "expert": 16}});
+    let running = story(r1(spec)).on(["a", "b"].map(h200x8)).running();
+    let closed = running.renewed(cordoned("b"));
+    assert_eq!(
+        pod_actions(&closed.clone().on([h200x8("c")]).plan()),
+        NOTHING
+    );
+    let story = closed.on(["c", "d"].map(h200x8));
+    let plan = story.plan();
+    assert_eq!(plan.actions.len(), 2, "{plan}");
+    let story = story.after(&plan, answers).later(1);
+    let plan = story.plan();
+    assert_eq!(
+        plan.actions.len(),
+        1,
+        "its first rank takes the requests: {plan}"
+    );
+    assert_eq!(
+        plan.events
+            .iter()
+            .filter(|it| it.reason == "ReplicasDraining")
+            .count(),
+        1
+    );
+}
