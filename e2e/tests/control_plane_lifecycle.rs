@@ -1,4 +1,4 @@
-//! Replicas over time, on simulated nodes: GPUs at fault, a node that falls silent, spot nodes, a rollout that stops at its
+//! Replicas over time, on simulated nodes: GPUs at fault, a node that is drained, one that falls silent, spot nodes, a rollout that stops at its
 //! partition, and one whose revision never answers.
 //!
 //! Where nothing but the operator takes replicas away, every look also asks for the promise of a rollout: never fewer
@@ -109,6 +109,64 @@ fn a_replica_on_gpus_at_fault_is_replaced_elsewhere_before_it_leaves() {
             false => Err(format!("{nodes:?}")),
         }
     });
+}
+
+#[test]
+fn a_drain_ends_and_the_only_replica_of_a_model_is_never_missed() {
+    let (stand, _operator) = stand(2);
+    let cluster = &stand.cluster;
+    serve(
+        cluster,
+        &fleet("r1", "  replicas: 1\n  rollout: {drainTimeoutSeconds: 1}\n"),
+    );
+    let closed = node(&pods(cluster).expect("pods")[0]);
+    let drained = std::thread::scope(|scope| {
+        let drain = scope.spawn(|| {
+            cluster.kubectl(&[
+                "drain",
+                &closed,
+                "--ignore-daemonsets",
+                "--delete-emptydir-data",
+                "--timeout=120s",
+            ])
+        });
+        while !drain.is_finished() {
+            serving(cluster, 1).expect("pods");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        drain.join().expect("no panic")
+    });
+    drained.expect("the drain ends");
+    let nodes: Vec<String> = serving(cluster, 1)
+        .expect("pods")
+        .iter()
+        .map(node)
+        .collect();
+    assert!(nodes.len() == 1 && nodes[0] != closed, "{nodes:?}");
+    let words = cluster
+        .kubectl(&["describe", "mdep", "r1"])
+        .expect("described");
+    assert!(
+        words.contains("Evacuating") && words.contains("is cordoned"),
+        "{words}"
+    );
+
+    // The other one is closed as well: it stays, and says what is in the way.
+    let last = nodes[0].clone();
+    cluster.kubectl(&["cordon", &last]).expect("cordoned");
+    let told = format!("though node {last} is cordoned: 2 nodes: cordoned");
+    eventually("it says that it stays", MINUTE, || {
+        let model = cluster
+            .get("default", "mdep", "r1")
+            .map_err(|error| error.to_string())?
+            .ok_or("gone")?;
+        let (_, reason, message) = e2e::condition(&model, "Progressing").ok_or("no condition")?;
+        match reason == "RolloutComplete" && message.contains(&told) {
+            true => Ok(()),
+            false => Err(format!("{reason}: {message}")),
+        }
+    });
+    assert_eq!(serving(cluster, 1).expect("pods").len(), 1);
 }
 
 #[test]

@@ -30,6 +30,10 @@ use crate::memory::{self, Memory};
 use crate::metrics::{Metrics, Outcome};
 use crate::queue::Queue;
 
+mod telling;
+
+use telling::{Minor, TOLD_PAUSE, Told, is_minor, is_news, same};
+
 /// Changes that come together are looked at together.
 const DEBOUNCE: Duration = Duration::from_millis(20);
 /// How many times as long as its last pass a ModelDeployment is left alone: a thousand pods that become ready one by one
@@ -37,11 +41,6 @@ const DEBOUNCE: Duration = Duration::from_millis(20);
 const REST_FACTOR: u32 = 8;
 /// Longest such rest.
 const REST_MAX: Duration = Duration::from_secs(1);
-/// How long the writes of a plan wait that was told while many others were looked at, since the last of them was told; engines load
-/// for minutes.
-const TOLD_PAUSE: Duration = Duration::from_secs(1);
-/// How long they wait at most.
-const TOLD_PAUSE_MAX: Duration = Duration::from_secs(10);
 /// How soon the status is made anew when nothing is refused any more.
 const ALLOWED_PAUSE: Duration = Duration::from_millis(100);
 /// How soon a status that was not written is tried again where nothing else is to be done.
@@ -100,34 +99,7 @@ struct Shared {
     /// What the API server refused, by ModelDeployment, until a pass over it succeeds.
     refused: std::sync::Mutex<HashMap<Key, Refusal>>,
     told: std::sync::Mutex<Told>,
-}
-
-/// Plans that were told and are not carried out yet.
-#[derive(Debug, Default)]
-struct Told {
-    /// When the last of any was told.
-    last: Option<Instant>,
-    since: HashMap<Key, Instant>,
-}
-
-impl Told {
-    fn tell(&mut self, key: &Key, now: Instant) {
-        self.last = Some(now);
-        self.since.insert(key.clone(), now);
-    }
-
-    /// How long a plan waits on, because others are still being told; it is forgotten when it waits no more.
-    fn waits(&mut self, key: &Key, now: Instant) -> Option<Duration> {
-        let since = *self.since.get(key)?;
-        let quiet = self.last.unwrap_or(since) + TOLD_PAUSE;
-        let until = quiet.min(since + TOLD_PAUSE_MAX);
-        let left = until.saturating_duration_since(now);
-        if left.is_zero() {
-            self.since.remove(key);
-            return None;
-        }
-        Some(left)
-    }
+    minor: std::sync::Mutex<Minor>,
 }
 
 impl Controller {
@@ -141,6 +113,7 @@ impl Controller {
             is_crowded: AtomicBool::new(false),
             refused: std::sync::Mutex::default(),
             told: std::sync::Mutex::default(),
+            minor: std::sync::Mutex::default(),
         });
         let this = &shared.controller;
         let mut queue: Queue<Key> = Queue::default();
@@ -254,7 +227,8 @@ impl Shared {
                 this.world.waits_for_room(&key, false);
                 this.applier.untell(&key);
                 self.refused().remove(&key);
-                self.told().since.remove(&key);
+                self.told().forget(&key);
+                self.minor().forget(&key);
                 timer.ended(Outcome::Gone);
                 return Ok(Done::Gone);
             }
@@ -357,7 +331,10 @@ impl Shared {
         } = plan;
         let uid = deployment.metadata.uid.clone().unwrap_or_default();
         let stored = deployment.status.clone().unwrap_or_default();
-        let report = !same(&stored, &status);
+        let differs = !same(&stored, &status);
+        let may_wait = differs && self.is_crowded() && is_minor(&stored, &status);
+        let waits = self.minor().waits(key, may_wait, Instant::now());
+        let report = differs && waits.is_none();
         // The status says what was decided, whatever comes of it, and does not wait for the writes: of many
         // ModelDeployments that were applied at once, each has its plan in its status before the first pods are made.
         let reporting = async {
@@ -410,6 +387,7 @@ impl Shared {
         let again = again
             .into_iter()
             .chain(is_allowed.then_some(ALLOWED_PAUSE))
+            .chain(waits)
             .min();
         Ok((applied.written > 0 || report, again))
     }
@@ -419,7 +397,11 @@ impl Shared {
     fn only_tells(&self, deployment: &ModelDeployment, plan: &Plan) -> bool {
         let observed = |status: &operator_api::ModelDeploymentStatus| status.observed_generation;
         let told = deployment.status.as_ref().and_then(observed);
-        self.is_crowded.load(Ordering::Relaxed) && is_news(told, observed(&plan.status))
+        self.is_crowded() && is_news(told, observed(&plan.status))
+    }
+
+    fn is_crowded(&self) -> bool {
+        self.is_crowded.load(Ordering::Relaxed)
     }
 
     fn count(&self, key: &Key, applied: &Applied<'_>) {
@@ -436,6 +418,10 @@ impl Shared {
 
     fn refused(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Refusal>> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn minor(&self) -> std::sync::MutexGuard<'_, Minor> {
+        self.minor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn told(&self) -> std::sync::MutexGuard<'_, Told> {
@@ -494,20 +480,6 @@ impl Shared {
     }
 }
 
-/// Whether a plan is the first to be told of its generation. One without a generation is carried out at once: whatever it
-/// tells, the next one would be as new.
-fn is_news(told: Option<i64>, planned: Option<i64>) -> bool {
-    planned.is_some() && told != planned
-}
-
-/// Whether two statuses are the same once stored; the API server keeps whole seconds.
-fn same(
-    stored: &operator_api::ModelDeploymentStatus,
-    wanted: &operator_api::ModelDeploymentStatus,
-) -> bool {
-    stored == wanted || serde_json::to_value(stored).ok() == serde_json::to_value(wanted).ok()
-}
-
 fn waits_for_room(status: &operator_api::ModelDeploymentStatus) -> bool {
     let waiting: BTreeSet<&str> = [
         "NoNodeFits",
@@ -540,41 +512,6 @@ mod passes;
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_the_first_plan_of_a_generation_is_news() {
-        assert!(is_news(None, Some(1)) && is_news(Some(1), Some(2)));
-        assert!(!is_news(Some(2), Some(2)));
-        // It would be told for ever, and nothing ever made.
-        assert!(!is_news(None, None) && !is_news(Some(1), None));
-    }
-
-    #[test]
-    fn a_plan_that_was_told_waits_until_no_other_is_told_but_not_for_ever() {
-        let (start, mut told) = (Instant::now(), Told::default());
-        let ms = Duration::from_millis;
-        let (one, other) = (Key::new("d", "m"), Key::new("d", "n"));
-        assert_eq!(told.waits(&one, start), None, "it was never told");
-        told.tell(&one, start);
-        assert_eq!(told.waits(&one, start + ms(400)), Some(ms(600)));
-        told.tell(&other, start + ms(900));
-        assert_eq!(told.waits(&one, start + ms(1000)), Some(ms(900)));
-        assert_eq!(told.waits(&one, start + ms(1900)), None);
-        assert!(!told.since.contains_key(&one) && told.since.contains_key(&other));
-        told.tell(&one, start);
-        let mut after = Duration::ZERO;
-        while after < TOLD_PAUSE_MAX {
-            told.tell(&other, start + after);
-            let left = told.waits(&one, start + after);
-            assert_eq!(
-                left,
-                Some((TOLD_PAUSE_MAX - after).min(TOLD_PAUSE)),
-                "{after:?}"
-            );
-            after += TOLD_PAUSE / 2;
-        }
-        assert_eq!(told.waits(&one, start + after), None);
-    }
 
     /// What a queue holds of a key after a pass that ended like this 100 s after the start.
     async fn booked(
