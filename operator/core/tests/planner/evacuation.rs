@@ -1,9 +1,11 @@
 //! Nodes that are being emptied: what answers there moves where there is room, without being missed, and stays where there is
 //! none.
 
+use std::sync::Arc;
+
 use crate::common::*;
 use k8s_openapi::api::core::v1::Node;
-use operator_core::Plan;
+use operator_core::{Plan, QuotaView};
 use serde_json::{Value, json};
 
 fn cordoned(name: &str) -> Node {
@@ -27,6 +29,16 @@ fn node_of(story: &Story, index: u32) -> String {
     let mut pods = story.snapshot.pods.iter();
     let pod = pods.find(|pod| pod.name == name);
     pod.and_then(|pod| pod.node.clone()).unwrap()
+}
+
+fn quota(most: u32, used: u32) -> Arc<QuotaView> {
+    let gpus = |count: u32| json!({"requests.nvidia.com/gpu": count.to_string()});
+    let quota = serde_json::from_value(json!({
+        "metadata": {"name": "gpus", "namespace": "default"},
+        "spec": {"hard": gpus(most)},
+        "status": {"hard": gpus(most), "used": gpus(used)},
+    }));
+    Arc::new(QuotaView::of(&quota.unwrap()).unwrap())
 }
 
 fn idle(story: Story, index: u32) -> Story {
@@ -103,13 +115,7 @@ fn without_a_place_elsewhere_it_stays_and_says_so() {
     stays(alone.clone().on([h200x8("b")]).taken("b", 1), "GPU");
     stays(alone.clone().on([cordoned("b")]), "2 nodes: cordoned");
     let mut full = alone.clone().on([h200x8("b")]);
-    let quota = serde_json::from_value(json!({
-        "metadata": {"name": "gpus", "namespace": "default"},
-        "spec": {"hard": {"requests.nvidia.com/gpu": "8"}},
-        "status": {"hard": {"requests.nvidia.com/gpu": "8"}, "used": {"requests.nvidia.com/gpu": "8"}},
-    }));
-    let quota = operator_core::QuotaView::of(&quota.unwrap()).unwrap();
-    full.snapshot.quotas = vec![std::sync::Arc::new(quota)];
+    full.snapshot.quotas = vec![quota(8, 8)];
     stays(full, "ResourceQuota gpus allows 8 GPUs");
     // Nothing is to be told of one that does not answer: it may be evicted, and comes back elsewhere.
     let plan = alone.replica(0, |pod| pod.ready = false).plan();
@@ -221,4 +227,53 @@ fn a_group_leaves_whole() {
             .count(),
         1
     );
+}
+
+#[test]
+fn off_spot_nodes_stays_off_spot_nodes() {
+    let label = json!({"metadata": {"labels": {"karpenter.sh/capacity-type": "spot"}}});
+    let spot = with(h200x8("b"), label);
+    let floor = json!({"placement": {"spot": {"onDemandMin": 1}}});
+    let story = on_a(floor).renewed(cordoned("a")).on([spot.clone()]);
+    let plan = story.plan();
+    assert_eq!(pod_actions(&plan), NOTHING);
+    assert_eq!(condition(&plan, "Planned").0, "True");
+    assert_eq!(
+        pod_actions(&story.on([h200x8("c")]).plan()),
+        ["create Pod r1-1-0"]
+    );
+    // Without a floor one is as good as the other.
+    let story = on_a(json!({})).renewed(cordoned("a")).on([spot]);
+    assert_eq!(pod_actions(&story.plan()), ["create Pod r1-1-0"]);
+}
+
+#[test]
+fn a_quota_has_room_for_as_many_as_move_at_once() {
+    let two = json!({"replicas": 2, "rollout": {"maxSurge": 2}});
+    let running = story(r1(two)).on([h200x8("a"), h200x8("b")]).running();
+    let mut story = running
+        .renewed(cordoned("a"))
+        .renewed(cordoned("b"))
+        .on(["c", "d"].map(h200x8));
+    story.snapshot.quotas = vec![quota(24, 16)];
+    let plan = story.plan();
+    assert_eq!(pod_actions(&plan), ["create Pod r1-2-0"]);
+    assert_eq!(condition(&plan, "Planned").0, "True");
+}
+
+#[test]
+fn while_one_is_missing_nobody_moves() {
+    let two = json!({"replicas": 2});
+    let running = story(r1(two)).on([h200x8("a"), h200x8("b")]).running();
+    let mut story = running.renewed(cordoned("a")).on([h200x8("c")]);
+    let on_b = story
+        .snapshot
+        .pods
+        .iter()
+        .find(|pod| pod.node.as_deref() == Some("b"));
+    let gone = on_b.unwrap().name.clone();
+    story.pod(&gone, |pod| pod.deleting = true);
+    let plan = story.plan();
+    assert_eq!(pod_actions(&plan).len(), 1, "{plan}");
+    assert_ne!(condition(&plan, "Progressing").1, "Evacuating");
 }
