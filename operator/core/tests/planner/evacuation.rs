@@ -118,9 +118,11 @@ fn without_a_place_elsewhere_it_stays_and_says_so() {
     full.snapshot.quotas = vec![quota(8, 8)];
     stays(full, "ResourceQuota gpus allows 8 GPUs");
     // Nothing is to be told of one that does not answer: it may be evicted, and comes back elsewhere.
-    let plan = alone.replica(0, |pod| pod.ready = false).plan();
+    let plan = alone.clone().replica(0, |pod| pod.ready = false).plan();
     assert_eq!(pod_actions(&plan), NOTHING);
     assert_eq!(condition(&plan, "Progressing").1, "ReplicasStarting");
+    let loading = alone.on([h200x8("b")]).replica(0, |pod| pod.ready = false);
+    assert_eq!(pod_actions(&loading.plan()), NOTHING);
 }
 
 #[test]
@@ -158,7 +160,9 @@ fn without_surge_one_at_a_time_is_missing_and_not_taken_back() {
         ["patch Pod r1-0-0 cachalot.dev/serving=false"]
     );
     let story = story.after(&plan, answers).later(1);
-    assert_eq!(pod_actions(&story.plan()), NOTHING, "it drains");
+    let plan = story.plan();
+    assert_eq!(pod_actions(&plan), NOTHING, "it drains");
+    assert_eq!(condition(&plan, "Progressing").1, "ReplicasStarting");
     // The place is gone: better the old one than none.
     let back = story.clone().taken("b", 1).plan();
     assert_eq!(
@@ -191,6 +195,32 @@ fn as_many_move_at_once_as_surge_and_room_allow() {
     );
     let message = condition(&both, "Progressing").2;
     assert!(message.ends_with(", and 1 more"), "{message}");
+}
+
+#[test]
+fn one_after_the_other_moves_where_surge_allows_no_more() {
+    let running = story(r1(json!({"replicas": 2})))
+        .on([h200x8("a"), h200x8("b")])
+        .running();
+    let closed = running.renewed(cordoned("a")).renewed(cordoned("b"));
+    let story = closed.on(["c", "d"].map(h200x8));
+    let first = story.plan();
+    assert_eq!(pod_actions(&first), ["create Pod r1-2-0"]);
+    let second = story.after(&first, starts).later(1).plan();
+    for plan in [first, second] {
+        let message = condition(&plan, "Progressing").2;
+        assert!(message.ends_with("is replaced elsewhere"), "{message}");
+    }
+}
+
+#[test]
+fn gpus_at_fault_are_the_better_reason() {
+    let taint = json!({"key": "nvidia.com/gpu-xid-error", "value": "79", "effect": "NoSchedule"});
+    let both = with(cordoned("a"), json!({"spec": {"taints": [taint]}}));
+    let plan = on_a(json!({})).renewed(both).plan();
+    assert_eq!(condition(&plan, "Degraded").1, "GpuFault");
+    let message = condition(&plan, "Progressing").2;
+    assert!(!message.contains("stays"), "{message}");
 }
 
 #[test]
