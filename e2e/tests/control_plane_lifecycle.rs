@@ -160,7 +160,8 @@ fn a_drain_ends_and_the_only_replica_of_a_model_is_never_missed() {
             .get("default", "mdep", "r1")
             .map_err(|error| error.to_string())?
             .ok_or("gone")?;
-        let (_, reason, message) = e2e::condition(&model, "Progressing").ok_or("no condition")?;
+        let (_, reason, message) =
+            e2e::cluster::condition(&model, "Progressing").ok_or("no condition")?;
         match reason == "RolloutComplete" && message.contains(&told) {
             true => Ok(()),
             false => Err(format!("{reason}: {message}")),
