@@ -5,6 +5,7 @@
 //! applied with its owner like one that differs.
 
 use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Serialize;
 
@@ -26,7 +27,7 @@ pub(crate) struct Children<'a> {
 }
 
 impl Children<'_> {
-    /// The Service, and the budget once something answers.
+    /// The Service and the budget.
     ///
     /// # Errors
     /// A name is taken: which, and the way out.
@@ -56,16 +57,11 @@ impl Children<'_> {
         let ranks = self.replicas.iter().map(|replica| replica.pod.ranks());
         let ranks = ranks.min();
         let wanted = objects::disruption_budget(self.valid, self.wanted, ranks.unwrap_or(1));
-        let is_right = match budget.as_deref() {
-            // Pods that do not answer may be evicted whatever a budget says. And Kubernetes goes through all budgets of a
-            // namespace for every change of a pod: pods of many models come up sooner without.
-            None => !self.replicas.iter().any(Replica::is_ready),
-            // Without pods there is nothing to keep, and nothing says how many the next replica has.
-            Some(found) => {
-                self.is_owned(&found.metadata) && (ranks.is_none() || covers(found, &wanted))
-            }
+        // Without pods there is nothing to keep, and nothing says how many the next replica has.
+        let is_right = |found: &PodDisruptionBudget| {
+            self.is_owned(&found.metadata) && (ranks.is_none() || covers(found, &wanted))
         };
-        if !is_right {
+        if !budget.as_deref().is_some_and(is_right) {
             actions.push(Action::Apply(Object::PodDisruptionBudget(Box::new(wanted))));
         }
         Ok(actions)

@@ -173,7 +173,7 @@ fn a_fleet_that_has_room_for_some_is_degraded_and_says_what_it_waits_for() {
         ["create Pod r1-0-0", "create Pod r1-1-0"]
     );
     let plan = story.after(&plan, answers).plan();
-    assert_eq!(actions(&plan), ["apply PodDisruptionBudget r1"]);
+    assert!(plan.actions.is_empty(), "{plan}");
     assert_eq!(plan.status.ready.as_deref(), Some("2/3"));
     assert_eq!(plan.status.phase.unwrap().as_str(), "Degraded");
     for kind in ["Planned", "Progressing", "Ready"] {
@@ -271,15 +271,14 @@ fn replicas_are_spread_over_zones_when_asked() {
 
 #[test]
 fn objects_are_as_agreed() {
-    let story = story(r1(
+    let plan = story(r1(
         json!({"replicas": 1, "placement": {"priorityClassName": "high"},
         "podTemplate": {"env": [{"name": "RUST_LOG", "value": "debug"}], "labels": {"team": "a"}}}),
     ))
-    .on([h200x8("h200-0"), h200x8("h200-1")]);
-    let first = story.plan();
-    let second = story.after(&first, answers).plan();
+    .on([h200x8("h200-0"), h200x8("h200-1")])
+    .plan();
     let mut objects = String::new();
-    for action in first.actions.iter().chain(&second.actions) {
+    for action in &plan.actions {
         let (operator_core::Action::Create(object) | operator_core::Action::Apply(object)) = action
         else {
             panic!("{action}")

@@ -25,12 +25,15 @@ fn an_unknown_model_is_inspected_before_anything_is_planned() {
     let story = story(deployment("m", json!({}))).on([node("a", "8", "16Gi")]);
     let plan = story.plan();
     let written = actions(&plan);
-    assert_eq!(written.len(), 2, "{written:?}");
+    assert_eq!(written.len(), 3, "{written:?}");
     assert!(
         written[0].starts_with("create Pod m-inspect-"),
         "{written:?}"
     );
-    assert_eq!(written[1], "apply Service m");
+    assert_eq!(
+        written[1..],
+        ["apply Service m", "apply PodDisruptionBudget m"]
+    );
     assert_eq!(condition(&plan, "ModelInspected").1, "Inspecting");
     assert_eq!(condition(&plan, "Planned").1, "WaitingForFacts");
     assert_eq!(plan.status.phase.unwrap().as_str(), "Inspecting");
@@ -201,38 +204,6 @@ fn nothing_is_created_for_a_deployment_that_is_being_deleted() {
         Some(&plan.status),
         story.snapshot.deployment.status.as_ref()
     );
-}
-
-#[test]
-fn the_budget_is_made_when_the_first_replica_answers_and_stays() {
-    let kinds = |plan: &operator_core::Plan| -> Vec<String> {
-        let words = actions(plan).into_iter();
-        words
-            .map(|it| it.split(' ').take(2).collect::<Vec<_>>().join(" "))
-            .collect()
-    };
-    let story = story(r1(json!({"replicas": 2}))).on([h200x8("a"), h200x8("b")]);
-    let plan = story.plan();
-    let first = [
-        "apply Service",
-        "apply ConfigMap",
-        "create Pod",
-        "create Pod",
-    ];
-    assert_eq!(kinds(&plan), first);
-    let story = story.after(&plan, starts).later(1);
-    assert_eq!(kinds(&story.plan()), Vec::<String>::new());
-    let story = story.replica(1, answers);
-    let plan = story.plan();
-    assert_eq!(kinds(&plan), ["apply PodDisruptionBudget"]);
-    // It is not taken away when nobody answers for a while, and made again when someone removed it.
-    let story = story
-        .after(&plan, answers)
-        .replica(1, |pod| pod.ready = false);
-    assert_eq!(kinds(&story.plan()), Vec::<String>::new());
-    let mut story = story.replica(1, answers);
-    story.snapshot.disruption_budget = None;
-    assert_eq!(kinds(&story.plan()), ["apply PodDisruptionBudget"]);
 }
 
 #[test]

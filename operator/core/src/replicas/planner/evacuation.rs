@@ -41,9 +41,9 @@ impl<'a> Planner<'a> {
         let mut asked = vec![0; self.given.sides.len()];
         for (replica, side, why) in there {
             let pod = &replica.pod.name;
+            // One that drains already counts as gone: it is wanted back only where it cannot be replaced.
             let is_due = if matches!(replica.state, State::Draining { .. }) {
-                // It is taken back where it is missed and cannot be replaced.
-                live < wanted && self.finds(replica, side, &mut asked, &mut room).is_ok()
+                live >= wanted || self.finds(replica, side, &mut asked, &mut room).is_ok()
             } else if beyond > 0 {
                 beyond -= 1;
                 true
@@ -77,7 +77,7 @@ impl<'a> Planner<'a> {
     fn closing(&self, replica: &'a Replica<'a>) -> Option<(&'a Replica<'a>, usize, String)> {
         let answers = replica.is_ready() || matches!(replica.state, State::Draining { .. });
         let side = self.side(replica)?;
-        if !answers || self.gone.contains(replica.pod.name.as_str()) {
+        if !answers || self.gone.contains(replica.pod.name.as_str()) || self.gives_way(replica) {
             return None;
         }
         let placement = &self.given.sides[side].valid.placement;

@@ -60,12 +60,13 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Whether a replica is as wanted but for a GPU that its engine reported: it answers, or may once it is started again,
-    /// and is better than none.
+    /// Whether a replica is as wanted but for a GPU that its engine reported, or for its node, which is being emptied: it
+    /// answers, or may once it is started again, and is better than none.
     fn may_go_on(&self, replica: &Replica<'_>) -> bool {
         self.side(replica).is_some()
             && self.fault_of_node(replica).is_none()
-            && gpu_faults::of_replica(replica, self.given.snapshot).is_some()
+            && (self.evacuated.contains(replica.pod.name.as_str())
+                || gpu_faults::of_replica(replica, self.given.snapshot).is_some())
     }
 
     /// Wanted replicas that neither exist on sound GPUs nor have a place there.
