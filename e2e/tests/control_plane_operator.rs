@@ -35,7 +35,6 @@ fn a_fleet_is_created_once_survives_restarts_and_leaves_nothing() {
         applied.elapsed()
     );
 
-    wait_budget(cluster, "r1");
     let before = children(cluster, "default", "r1");
     let pods = before
         .iter()
@@ -311,7 +310,6 @@ fn one_of_two_operators_acts_and_the_other_takes_over() {
         Some(0.0)
     );
 
-    wait_budget(cluster, "a");
     let before = children(cluster, "default", "a");
     first.kill();
     let killed = Instant::now();
@@ -424,16 +422,6 @@ fn a_malformed_object_and_a_foreign_name_stop_nobody_else() {
         .expect("deleted");
 }
 
-/// Waits for the budget: it is made when the first replica answers, beside the status that says so.
-fn wait_budget(cluster: &e2e::Cluster, name: &str) {
-    eventually("a budget", SOON, || {
-        let budget = cluster.get("default", "pdb", name);
-        budget
-            .map_err(|error| error.to_string())?
-            .ok_or_else(|| "none".to_owned())
-    });
-}
-
 /// Name, uid and owner of each child.
 fn owners(cluster: &e2e::Cluster, name: &str) -> Vec<(String, String, String)> {
     let selector = format!("cachalot.dev/model-deployment={name}");
@@ -471,7 +459,6 @@ fn what_an_orphaning_deletion_left_behind_is_adopted_and_goes_with_its_new_owner
     let manifest = fleet("r1", "  replicas: 2\n");
     cluster.apply("default", &manifest).expect("applied");
     wait_condition(cluster, "default", "r1", "Ready", "True", MINUTE);
-    wait_budget(cluster, "r1");
     let before = owners(cluster, "r1");
     assert!(before.len() >= 5, "{before:?}");
     cluster

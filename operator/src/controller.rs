@@ -32,7 +32,7 @@ use crate::queue::Queue;
 
 mod telling;
 
-use telling::{Minor, TOLD_PAUSE, Told, is_minor, is_news, same};
+use telling::{TOLD_PAUSE, Told, is_news, same};
 
 /// Changes that come together are looked at together.
 const DEBOUNCE: Duration = Duration::from_millis(20);
@@ -99,7 +99,6 @@ struct Shared {
     /// What the API server refused, by ModelDeployment, until a pass over it succeeds.
     refused: std::sync::Mutex<HashMap<Key, Refusal>>,
     told: std::sync::Mutex<Told>,
-    minor: std::sync::Mutex<Minor>,
 }
 
 impl Controller {
@@ -113,7 +112,6 @@ impl Controller {
             is_crowded: AtomicBool::new(false),
             refused: std::sync::Mutex::default(),
             told: std::sync::Mutex::default(),
-            minor: std::sync::Mutex::default(),
         });
         let this = &shared.controller;
         let mut queue: Queue<Key> = Queue::default();
@@ -228,7 +226,6 @@ impl Shared {
                 this.applier.untell(&key);
                 self.refused().remove(&key);
                 self.told().forget(&key);
-                self.minor().forget(&key);
                 timer.ended(Outcome::Gone);
                 return Ok(Done::Gone);
             }
@@ -331,10 +328,7 @@ impl Shared {
         } = plan;
         let uid = deployment.metadata.uid.clone().unwrap_or_default();
         let stored = deployment.status.clone().unwrap_or_default();
-        let differs = !same(&stored, &status);
-        let may_wait = differs && self.is_crowded() && is_minor(&stored, &status);
-        let waits = self.minor().waits(key, may_wait, Instant::now());
-        let report = differs && waits.is_none();
+        let report = !same(&stored, &status);
         // The status says what was decided, whatever comes of it, and does not wait for the writes: of many
         // ModelDeployments that were applied at once, each has its plan in its status before the first pods are made.
         let reporting = async {
@@ -387,7 +381,6 @@ impl Shared {
         let again = again
             .into_iter()
             .chain(is_allowed.then_some(ALLOWED_PAUSE))
-            .chain(waits)
             .min();
         Ok((applied.written > 0 || report, again))
     }
@@ -397,11 +390,7 @@ impl Shared {
     fn only_tells(&self, deployment: &ModelDeployment, plan: &Plan) -> bool {
         let observed = |status: &operator_api::ModelDeploymentStatus| status.observed_generation;
         let told = deployment.status.as_ref().and_then(observed);
-        self.is_crowded() && is_news(told, observed(&plan.status))
-    }
-
-    fn is_crowded(&self) -> bool {
-        self.is_crowded.load(Ordering::Relaxed)
+        self.is_crowded.load(Ordering::Relaxed) && is_news(told, observed(&plan.status))
     }
 
     fn count(&self, key: &Key, applied: &Applied<'_>) {
@@ -418,10 +407,6 @@ impl Shared {
 
     fn refused(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Refusal>> {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn minor(&self) -> std::sync::MutexGuard<'_, Minor> {
-        self.minor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn told(&self) -> std::sync::MutexGuard<'_, Told> {
