@@ -213,6 +213,30 @@ fn one_after_the_other_moves_where_surge_allows_no_more() {
     }
 }
 
+/// The old replica that a rollout has yet to replace came for nobody, and its place is not free yet.
+#[test]
+fn in_a_rollout_nobody_moves_who_has_no_place() {
+    let spec = json!({"replicas": 2});
+    let running = story(r1(spec)).on(["a", "b", "c"].map(h200x8)).running();
+    let story = running.edited(json!({"context": {"maxTokens": 8192}}));
+    let story = story.after(&story.plan(), answers).later(1);
+    let new = story
+        .snapshot
+        .pods
+        .iter()
+        .max_by_key(|pod| pod.created)
+        .unwrap();
+    let place = new.node.clone().unwrap();
+    let name = new.name.clone();
+    let closed = story.renewed(cordoned(&place));
+    let plan = closed.plan();
+    assert!(
+        !plan.actions.iter().any(|it| it.to_string().contains(&name)),
+        "{plan}"
+    );
+    assert_ne!(condition(&plan, "Progressing").1, "Evacuating");
+}
+
 #[test]
 fn gpus_at_fault_are_the_better_reason() {
     let taint = json!({"key": "nvidia.com/gpu-xid-error", "value": "79", "effect": "NoSchedule"});

@@ -25,10 +25,11 @@ impl<'a> Planner<'a> {
             return;
         }
         let wanted = self.given.wanted;
-        let live = self.count(|_| true);
-        let mut beyond = live.saturating_sub(wanted);
-        let mut more = match live {
-            live if live < wanted => 0,
+        // Replicas of a revision that is being replaced came for nobody.
+        let present = self.count(|replica| self.is_current(replica));
+        let mut beyond = present.saturating_sub(wanted);
+        let mut more = match present {
+            present if present < wanted => 0,
             _ => self
                 .given
                 .valid
@@ -43,7 +44,7 @@ impl<'a> Planner<'a> {
             let pod = &replica.pod.name;
             // One that drains already counts as gone: it is wanted back only where it cannot be replaced.
             let is_due = if matches!(replica.state, State::Draining { .. }) {
-                live >= wanted || self.finds(replica, side, &mut asked, &mut room).is_ok()
+                present >= wanted || self.finds(replica, side, &mut asked, &mut room).is_ok()
             } else if beyond > 0 {
                 beyond -= 1;
                 true
