@@ -160,6 +160,8 @@ fn without_room_elsewhere_it_goes_on() {
         let plan = story.plan();
         assert_eq!(pod_actions(&plan), Vec::<String>::new(), "surge {surge}");
         assert_eq!(condition(&plan, "Degraded").1, "GpuFault");
+        // Nobody can replace it, which is told whether surge lets one be asked for or not.
+        assert_eq!(condition(&plan, "Planned").1, "NoNodeFits", "surge {surge}");
         let story = story.after(&plan, starts).replica(0, answers).later(60);
         let plan = story.plan();
         assert_eq!(pod_actions(&plan), Vec::<String>::new(), "surge {surge}");

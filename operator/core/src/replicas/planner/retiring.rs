@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::Planner;
 use crate::gang::{self, Asked};
 use crate::gpu_faults;
-use crate::placement;
+use crate::placement::{self, WhyNot};
 use crate::replicas::{Moves, Replica, SETTLE_SECONDS, State, created_indices, drain};
 
 impl<'a> Planner<'a> {
@@ -60,39 +60,47 @@ impl<'a> Planner<'a> {
         }
     }
 
-    /// Whether a replica is as wanted but for a GPU that its engine reported, or for its node, which is being emptied: it
-    /// answers, or may once it is started again, and is better than none.
+    /// Whether a replica is as wanted but for a GPU that its engine reported: it answers, or may once it is started again,
+    /// and is better than none.
     fn may_go_on(&self, replica: &Replica<'_>) -> bool {
         self.side(replica).is_some()
             && self.fault_of_node(replica).is_none()
-            && (self.evacuated.contains(replica.pod.name.as_str())
-                || gpu_faults::of_replica(replica, self.given.snapshot).is_some())
+            && gpu_faults::of_replica(replica, self.given.snapshot).is_some()
     }
 
-    /// Wanted replicas that neither exist on sound GPUs nor have a place there.
-    fn unreplaced(&self, moves: &Moves) -> u32 {
+    /// Wanted replicas that neither exist on sound GPUs nor have a place there. Without surge nobody asked for one yet, so it
+    /// is told here that there is none.
+    fn unreplaced(&self, moves: &mut Moves) -> u32 {
         if !self.live().any(|replica| self.may_go_on(replica)) {
-            return 0;
-        }
-        if moves.unplaced == 0 && self.has_place() {
             return 0;
         }
         let created = u32::try_from(created_indices(moves).len()).unwrap_or(u32::MAX);
         let present = self.count(|replica| self.is_current(replica));
-        self.given.wanted.saturating_sub(present + created)
+        let missing = self.given.wanted.saturating_sub(present + created);
+        if moves.unplaced == 0 && missing > 0 {
+            let Err(why_not) = self.further_place() else {
+                return 0;
+            };
+            moves.unplaced = missing;
+            moves.why_not = why_not;
+        }
+        missing
     }
 
-    /// Whether a further replica has a place.
-    fn has_place(&self) -> bool {
+    /// Where a further replica has a place.
+    ///
+    /// # Errors
+    /// Nowhere: why not, for each node.
+    fn further_place(&self) -> Result<Vec<String>, Vec<WhyNot>> {
         let wish = &self.wishes[0];
         if wish.layout.pods == 1 {
-            return placement::offer(wish, &self.room).is_ok();
+            return placement::offer(wish, &self.room);
         }
         let asked = Asked {
             ranks: wish.layout.pods,
             ..Asked::default()
         };
-        gang::place(wish, &self.room, &asked).is_ok()
+        gang::place(wish, &self.room, &asked)
     }
 
     /// Who goes first: those that do not answer, then the emptiest, then the highest index.
