@@ -253,10 +253,11 @@ fn table(size: Size, namespaces: u32, runs: &[Run]) -> Vec<Row> {
             restarted(|restart| restart.all_seconds),
             "s",
         ),
-        Row::plain(
+        Row::below(
             &format!("S7: operator's share of a core with {of} while nothing changes"),
             made(|run| run.idle_percent),
             "%",
+            1.0,
         ),
     ]
 }

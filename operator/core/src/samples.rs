@@ -7,6 +7,10 @@ use crate::time::seconds_between;
 
 /// Seconds after which the window of a comparison moves on.
 const WINDOW_SECONDS: u64 = 300;
+/// Seconds for which an answer is told of at least.
+const CURRENT_SECONDS: u64 = 60;
+/// The longest that one is told of: pods of the largest fleets are asked every few minutes.
+const CURRENT_SECONDS_MAX: u64 = 1200;
 
 /// One scrape of `/load`.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +31,8 @@ pub struct PodSamples {
     pub latest: Option<LoadSample>,
     /// Rates between the last two answers of `/load`.
     pub rates: Rates,
+    /// Seconds between these two; 0 where there is one.
+    pub apart_seconds: u64,
     /// Counters of five to ten minutes ago, or of the first answer: where comparisons begin.
     pub window: Option<Counters>,
     /// Those that take their place when they are five minutes old.
@@ -111,7 +117,15 @@ impl PodSamples {
         }
         let before = self.latest.as_ref();
         self.rates = before.map_or_else(Rates::default, |before| Rates::between(before, &sample));
+        self.apart_seconds = before.map_or(0, |before| seconds_between(before.at, sample.at));
         self.latest = Some(sample);
+    }
+
+    /// The last answer of `/load`, unless others should have come since.
+    pub fn current(&self, now: Timestamp) -> Option<&LoadSample> {
+        let most = (2 * self.apart_seconds).clamp(CURRENT_SECONDS, CURRENT_SECONDS_MAX);
+        let latest = self.latest.as_ref();
+        latest.filter(|sample| seconds_between(sample.at, now) <= most)
     }
 
     /// The counters at the beginning and at the end of the window that is compared.

@@ -3,6 +3,9 @@
 //! One loop asks every pod when it is due: often while it starts or leaves, seldom while it serves, and with a growing
 //! pause when it does not answer (a pod on a simulated node never does). Answers are stored and wake the
 //! ModelDeployment concerned only when they differ in something a decision may depend on.
+//!
+//! A fleet of any size may be asked so much a second and no more: pods whose answers steer something are asked when they
+//! are due, and the others share [`TOLD_RATE_MAX`]. Where that does not suffice, the pauses of all of them grow alike.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,6 +25,13 @@ use crate::world::World;
 
 /// How often due pods are looked for.
 const TICK: Duration = Duration::from_millis(250);
+/// How much more seldom for each pod where none came, went or changed since: once a second among ten thousand.
+const CALM_TICK_PER_POD: Duration = Duration::from_micros(100);
+/// Questions per second at most of pods whose answers steer nothing. One takes a quarter of a millisecond, and an operator of
+/// ten thousand pods that do nothing should take less than a hundredth of a core.
+const TOLD_RATE_MAX: f64 = 24.0;
+/// How many of them may have been saved up.
+const TOLD_BURST_MAX: f64 = 48.0;
 /// Questions under way at once.
 const IN_FLIGHT_MAX: usize = 128;
 /// How often a pod that starts is asked.
@@ -68,10 +78,21 @@ pub struct Sampler {
     store: Mutex<Store>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Store {
     pods: BTreeMap<Key, Sampled>,
     demands: HashMap<Key, Demanded>,
+    looked: Looked,
+}
+
+/// When due pods were looked for, and what may be asked still.
+#[derive(Debug)]
+struct Looked {
+    /// The state of the pods that was seen.
+    changes: Option<u64>,
+    at: Instant,
+    /// Questions that steer nothing and may be asked now.
+    told_left: f64,
 }
 
 #[derive(Debug)]
@@ -81,8 +102,20 @@ struct Sampled {
     /// Absent until it answers; there are ten thousand pods, and this is the largest part of what is kept of each.
     samples: Option<Box<PodSamples>>,
     due: Instant,
-    silent: u32,
+    /// How long it was to be left alone.
+    pause_ms: u32,
+    silent: u8,
     asking: bool,
+    /// Whether its load steered something when it was last asked.
+    steers: bool,
+}
+
+/// A pod that is due.
+struct Due<'a> {
+    key: &'a Key,
+    child: &'a ChildPod,
+    /// Pauses that it waits already: all that cannot be asked at once wait alike.
+    waits: f64,
 }
 
 #[derive(Debug)]
@@ -107,7 +140,15 @@ impl Sampler {
             prometheus,
             periods,
             observer,
-            store: Mutex::default(),
+            store: Mutex::new(Store {
+                pods: BTreeMap::new(),
+                demands: HashMap::new(),
+                looked: Looked {
+                    changes: None,
+                    at: Instant::now(),
+                    told_left: TOLD_BURST_MAX,
+                },
+            }),
         })
     }
 
@@ -165,12 +206,17 @@ impl Sampler {
         }
     }
 
-    /// Pods that are due, marked as being asked; forgets pods that are gone.
+    /// Pods that are due, marked as being asked, those first that wait longest; forgets pods that are gone.
     fn due_pods(&self, now: Instant, room: usize) -> Vec<(Key, Key, Target)> {
         let pods = self.world.pods.read();
         let mut store = self.lock();
-        let (mut due, mut new, mut gone) = (Vec::new(), Vec::new(), Vec::new());
-        // Both lie in the order of their keys: one walk over both, several times a second, and no search.
+        let changes = self.world.pods.changes();
+        let Some(told_max) = store.looked.begin(now, changes, pods.len()) else {
+            return Vec::new();
+        };
+        let (mut steering, mut told) = (Vec::new(), Vec::new());
+        let (mut new, mut gone) = (Vec::new(), Vec::new());
+        // Both lie in the order of their keys: one walk over both, and no search.
         let mut known = store.pods.iter_mut().peekable();
         for (key, entry) in pods.iter() {
             // A key is mostly the very one that the mirror holds, and that is seen without reading ten thousand names.
@@ -178,42 +224,49 @@ impl Sampler {
                 gone.push(old.clone());
             }
             let sampled = known.next_if(|(old, _)| old.is(key) || *old == key);
-            if due.len() >= room {
-                continue;
-            }
-            let Ok(child) = &**entry else { continue };
-            let mut sampled = sampled.map(|(_, sampled)| sampled);
-            if let Some(sampled) = &mut sampled {
-                if sampled.incarnation != child.incarnation {
-                    **sampled = Sampled::new(child.incarnation, now);
-                }
-                // A pod that begins to leave is asked at once.
-                let is_soon = || sampled.due > now + self.periods.draining && child.drains;
-                if sampled.asking || (sampled.due > now && !is_soon()) {
-                    continue;
-                }
-            }
-            let has_started = sampled
-                .as_ref()
-                .is_some_and(|sampled| sampled.has_started());
-            let Some((deployment, target)) = target(key, child, has_started) else {
+            let Some(child) = entry.as_ref().ok().filter(|child| child.is_asked) else {
                 continue;
             };
-            match sampled {
-                Some(sampled) => sampled.asking = true,
-                None => new.push((key.clone(), Sampled::new(child.incarnation, now))),
+            let mut steers = child.drains;
+            let mut waits = 0.0;
+            if let Some((_, sampled)) = sampled {
+                if sampled.incarnation != child.incarnation {
+                    *sampled = Sampled::new(child.incarnation, now);
+                }
+                let draining = child.drains.then_some(self.periods.draining);
+                let Some(since) = sampled.waits(now, draining) else {
+                    continue;
+                };
+                waits = since;
+                steers |= sampled.steers;
+            } else {
+                new.push((key, child.incarnation));
             }
-            due.push((key.clone(), deployment, target));
+            let due = Due { key, child, waits };
+            if steers {
+                steering.push(due);
+            } else {
+                told.push(due);
+            }
         }
         gone.extend(known.map(|(old, _)| old.clone()));
         for key in gone {
             store.pods.remove(&key);
         }
-        for (key, mut sampled) in new {
-            sampled.asking = true;
-            store.pods.insert(key, sampled);
+        for (key, incarnation) in new {
+            let sampled = Sampled::new(incarnation, now);
+            store.pods.insert(key.clone(), sampled);
         }
-        due
+        keep_longest(&mut steering, room);
+        keep_longest(&mut told, told_max.min(room - steering.len()));
+        store.looked.told_left -= told.len() as f64;
+        let asked = steering.into_iter().chain(told).filter_map(|due| {
+            let sampled = store.pods.get_mut(due.key)?;
+            let (deployment, target) = target(due.key, due.child, sampled.has_started())?;
+            sampled.asking = true;
+            Some((due.key.clone(), deployment, target))
+        });
+        asked.collect()
     }
 
     async fn ask_pod(&self, key: Key, deployment: Key, target: Target) {
@@ -240,8 +293,12 @@ impl Sampler {
             return;
         };
         sampled.asking = false;
+        sampled.steers = steers;
         let news = sampled.record(&scrape, at);
-        sampled.due = Instant::now() + sampled.pause(self.periods, draining, steers);
+        sampled.wait(
+            Instant::now(),
+            sampled.pause(self.periods, draining, steers),
+        );
         drop(store);
         // Whoever waits for a pod to fall idle needs every answer.
         if news || draining {
@@ -334,9 +391,17 @@ async fn measure(
         }))
 }
 
-/// Whose pod it is and where it listens; none for one that has nothing to tell.
+/// Leaves `room` of them, those that wait longest.
+fn keep_longest(due: &mut Vec<Due<'_>>, room: usize) {
+    if due.len() > room {
+        due.select_nth_unstable_by(room, |one, other| other.waits.total_cmp(&one.waits));
+        due.truncate(room);
+    }
+}
+
+/// Whose pod it is and where it listens; none if it is not understood.
 fn target(key: &Key, child: &ChildPod, has_started: bool) -> Option<(Key, Target)> {
-    let pod = child.is_asked.then(|| child.view())??;
+    let pod = child.view()?;
     let deployment = pod.label(names::MODEL_DEPLOYMENT);
     let deployment = Key::new(Arc::clone(&key.namespace), deployment);
     let target = Target {
@@ -348,15 +413,49 @@ fn target(key: &Key, child: &ChildPod, has_started: bool) -> Option<(Key, Target
     Some((deployment, target))
 }
 
+impl Looked {
+    /// Begins a look; how many questions may be asked that steer nothing. None where it is too early for a look.
+    fn begin(&mut self, now: Instant, changes: u64, pods: usize) -> Option<usize> {
+        let passed = now.saturating_duration_since(self.at);
+        let calm = CALM_TICK_PER_POD * u32::try_from(pods).unwrap_or(u32::MAX);
+        if self.changes == Some(changes) && passed < calm {
+            return None;
+        }
+        self.changes = Some(changes);
+        self.at = now;
+        self.told_left =
+            (self.told_left + passed.as_secs_f64() * TOLD_RATE_MAX).min(TOLD_BURST_MAX);
+        Some(self.told_left as usize)
+    }
+}
+
 impl Sampled {
     fn new(incarnation: u64, now: Instant) -> Self {
         Sampled {
             incarnation,
             samples: None,
             due: now,
+            pause_ms: 0,
             silent: 0,
             asking: false,
+            steers: false,
         }
+    }
+
+    fn wait(&mut self, now: Instant, pause: Duration) {
+        self.due = now + pause;
+        self.pause_ms = pause.as_millis().try_into().unwrap_or(u32::MAX);
+    }
+
+    /// How many of its pauses it waits since it is due; none where it is not. A pod that begins to leave, whose pause is then
+    /// `draining`, is due at once.
+    fn waits(&self, now: Instant, draining: Option<Duration>) -> Option<f64> {
+        let is_soon = draining.is_some_and(|pause| self.due > now + pause);
+        if self.asking || (self.due > now && !is_soon) {
+            return None;
+        }
+        let late = now.saturating_duration_since(self.due).as_millis() as f64;
+        Some(late / f64::from(self.pause_ms).max(STARTING_PERIOD.as_millis() as f64))
     }
 
     fn has_started(&self) -> bool {
@@ -433,131 +532,9 @@ impl Sampled {
         if self.silent == 0 || draining {
             return base;
         }
-        (base * (1 << self.silent.min(6))).min(SILENT_PERIOD_MAX)
+        (base * (1 << u32::from(self.silent.min(6)))).min(SILENT_PERIOD_MAX)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::http::Answer;
-
-    const PERIODS: Periods = Periods {
-        serving: Duration::from_secs(5),
-        draining: Duration::from_millis(500),
-    };
-
-    fn answer(status: u16, body: &str) -> Result<Answer, crate::error::Error> {
-        Ok(Answer {
-            status,
-            body: body.into(),
-        })
-    }
-
-    fn silence() -> Result<Answer, crate::error::Error> {
-        let call = crate::error::Call {
-            verb: "get",
-            kind: "engine",
-            name: "x".into(),
-        };
-        Err(crate::error::Error::Timeout {
-            call,
-            limit: Duration::from_secs(1),
-        })
-    }
-
-    const READY: &str =
-        r#"{"phase":"ready","bytesLoaded":9,"bytesTotal":9,"bytesPerSecond":1.0,"percent":100.0}"#;
-
-    fn load(running: u32) -> String {
-        format!(
-            r#"{{"running":{running},"waiting":0,"kvUsage":0.1,"kvTokensTotal":10,"draining":false,"generationTokensTotal":5,"promptTokensTotal":5}}"#
-        )
-    }
-
-    fn scrape(startup: Result<Answer, crate::error::Error>, load: Option<String>) -> Scrape {
-        Scrape {
-            pod: "p".into(),
-            startup: Some(startup),
-            load: load.map(|body| answer(200, &body)),
-        }
-    }
-
-    #[test]
-    fn only_differences_are_news() {
-        let mut sampled = Sampled::new(1, Instant::now());
-        let now = Timestamp::now();
-        assert!(sampled.record(&scrape(answer(200, READY), Some(load(0))), now));
-        assert!(!sampled.record(&scrape(answer(200, READY), Some(load(0))), now));
-        assert!(sampled.record(&scrape(answer(200, READY), Some(load(1))), now));
-        assert!(!sampled.record(&scrape(silence(), None), now));
-    }
-
-    #[test]
-    fn a_pod_that_does_not_answer_is_asked_ever_less_often() {
-        let mut sampled = Sampled::new(1, Instant::now());
-        let mut asked = 0;
-        let mut passed = Duration::ZERO;
-        while passed < Duration::from_secs(600) {
-            sampled.record(&scrape(silence(), None), Timestamp::now());
-            asked += 1;
-            passed += sampled.pause(PERIODS, false, true);
-        }
-        assert!(asked < 20, "asked {asked} times in ten minutes");
-        sampled.record(&scrape(answer(200, READY), Some(load(0))), Timestamp::now());
-        assert_eq!(sampled.pause(PERIODS, false, true), PERIODS.serving);
-        assert_eq!(
-            sampled.pause(PERIODS, false, false),
-            3 * PERIODS.serving,
-            "its load steers nothing"
-        );
-        assert_eq!(sampled.pause(PERIODS, true, true), PERIODS.draining);
-    }
-
-    #[test]
-    fn an_answer_that_makes_no_sense_counts_as_silence() {
-        let mut sampled = Sampled::new(1, Instant::now());
-        assert!(!sampled.record(&scrape(answer(404, "not found"), None), Timestamp::now()));
-        assert_eq!(sampled.silent, 1);
-        assert!(sampled.samples.is_none(), "nothing is kept of it");
-    }
-
-    fn running(name: &str) -> k8s_openapi::api::core::v1::Pod {
-        serde_json::from_value(serde_json::json!({
-            "metadata": {"name": name, "namespace": "d", "uid": format!("uid-{name}"), "labels": {
-                "app.kubernetes.io/managed-by": "cachalot", names::MODEL_DEPLOYMENT: "m", names::COMPONENT: names::ENGINE}},
-            "spec": {"containers": [{"name": "engine"}]},
-            "status": {"phase": "Running", "podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]},
-        }))
-        .expect("a pod")
-    }
-
-    #[tokio::test]
-    async fn each_pod_is_asked_once_when_due_and_forgotten_when_gone() {
-        let world = World::new();
-        let scraper = Scraper::new(Duration::from_millis(100));
-        let sampler = Sampler::new(Arc::clone(&world), scraper, None, PERIODS, Box::new(|_| ()));
-        let asked = |now, room| {
-            let due = sampler.due_pods(now, room);
-            let names = due.iter().map(|(key, ..)| key.name.to_string());
-            names.collect::<Vec<_>>()
-        };
-        let now = Instant::now();
-        for name in ["m-0", "m-2", "m-4"] {
-            world.wrote_pod(running(name));
-        }
-        assert_eq!(asked(now, 2), ["m-0", "m-2"], "there is room for two");
-        world.wrote_pod(running("m-1"));
-        assert_eq!(asked(now, 9), ["m-1", "m-4"], "the others are being asked");
-        let started = scrape(answer(200, READY), Some(load(0)));
-        for (key, sampled) in &mut sampler.lock().pods {
-            sampled.asking = &*key.name == "m-4";
-            sampled.record(&started, Timestamp::now());
-        }
-        let due = sampler.due_pods(now, 9);
-        assert_eq!(due.len(), 3);
-        assert!(due.iter().all(|(.., target)| target.serves));
-        world.pods.forget_all();
-        assert!(asked(now, 9).is_empty() && sampler.lock().pods.is_empty());
-    }
-}
+mod tests;

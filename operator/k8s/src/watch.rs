@@ -92,6 +92,8 @@ pub struct Mirror<V> {
     listing: Mutex<Listing>,
     ready: AtomicBool,
     errors: AtomicU64,
+    /// How often something in it changed.
+    changes: AtomicU64,
     /// The last interruption in words.
     trouble: Mutex<Option<String>>,
 }
@@ -140,6 +142,7 @@ impl<V> Mirror<V> {
             listing: Mutex::default(),
             ready: AtomicBool::new(false),
             errors: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
             trouble: Mutex::default(),
         })
     }
@@ -152,6 +155,11 @@ impl<V> Mirror<V> {
     /// Errors of the watch since the start; each is followed by a pause and a new attempt.
     pub fn errors(&self) -> u64 {
         self.errors.load(Ordering::Relaxed)
+    }
+
+    /// How often something in it changed: who saw all of it at this count has nothing new to see.
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
     }
 
     /// What last interrupted the watch.
@@ -238,6 +246,7 @@ impl<V: PartialEq> Mirror<V> {
             }
             None => entries.remove(key),
         };
+        self.changes.fetch_add(1, Ordering::Release);
         Some(before.map(|held| held.entry))
     }
 

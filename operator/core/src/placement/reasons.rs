@@ -122,12 +122,16 @@ impl WhyNot {
             Self::Selector(label) => {
                 format!("label it {label}, or take that out of spec.placement.nodeSelector")
             }
-            Self::Tainted(taint) if is_fault(taint) => {
-                "repair its GPUs; the taint says that they are at fault".into()
-            }
-            Self::Tainted(taint) => {
-                format!("add {taint} to spec.placement.tolerations, or remove the taint")
-            }
+            Self::Tainted(taint) => match TaintKind::of(taint) {
+                TaintKind::Fault => "repair its GPUs; the taint says that they are at fault".into(),
+                TaintKind::Unwell => {
+                    "none: Kubernetes takes the taint away when the node is well again".into()
+                }
+                TaintKind::Removal => "none: the node is about to be removed".into(),
+                TaintKind::Chosen => {
+                    format!("add {taint} to spec.placement.tolerations, or remove the taint")
+                }
+            },
             Self::Faulty(_) => {
                 "repair it; it is used again when the fault is no longer reported".into()
             }
@@ -186,10 +190,15 @@ impl fmt::Display for WhyNot {
             Self::Selector(label) => {
                 write!(f, "without label {label} of spec.placement.nodeSelector")
             }
-            Self::Tainted(taint) => write!(
-                f,
-                "taint {taint} is not tolerated; add it to spec.placement.tolerations"
-            ),
+            Self::Tainted(taint) => {
+                let meaning = match TaintKind::of(taint) {
+                    TaintKind::Fault => "says that GPUs are at fault",
+                    TaintKind::Unwell => "says that the node is not well",
+                    TaintKind::Removal => "says that the node is about to be removed",
+                    TaintKind::Chosen => "is not tolerated; add it to spec.placement.tolerations",
+                };
+                write!(f, "taint {taint} {meaning}")
+            }
             Self::Faulty(condition) => write!(f, "GPU fault {condition}"),
             Self::Reported(words) => write!(f, "GPU fault {words}"),
             Self::NoGpu => f.write_str("no GPU"),
@@ -230,11 +239,34 @@ impl fmt::Display for WhyNot {
     }
 }
 
-/// Whether a taint in words, `key=value:effect`, says that GPUs are at fault.
-fn is_fault(taint: &str) -> bool {
-    let key = taint.split(['=', ':']).next().unwrap_or_default();
-    crate::health::is_fault_taint(key)
+/// Who set a taint, and so what to do about it: to tolerate it is advice for one kind only.
+enum TaintKind {
+    /// Whatever checks GPUs: they are at fault.
+    Fault,
+    /// Kubernetes: the node is silent, starts, or runs out of something.
+    Unwell,
+    /// An autoscaler: the node goes.
+    Removal,
+    /// Whoever keeps the node for some pods.
+    Chosen,
 }
+
+impl TaintKind {
+    /// Of a taint in words, `key=value:effect`.
+    fn of(taint: &str) -> Self {
+        let key = taint.split(['=', ':']).next().unwrap_or_default();
+        match () {
+            () if crate::health::is_fault_taint(key) => Self::Fault,
+            () if super::REMOVAL_TAINTS.contains(&key) => Self::Removal,
+            () if KUBERNETES_TAINTS.iter().any(|own| key.starts_with(own)) => Self::Unwell,
+            () => Self::Chosen,
+        }
+    }
+}
+
+/// How taints begin that Kubernetes and cloud controllers set by themselves
+/// (https://kubernetes.io/docs/reference/labels-annotations-taints/).
+const KUBERNETES_TAINTS: [&str; 2] = ["node.kubernetes.io/", "node.cloudprovider.kubernetes.io/"];
 
 /// Nodes that cannot take a replica for the same reason.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -282,4 +314,33 @@ pub fn grouped(reasons: impl IntoIterator<Item = WhyNot>) -> String {
         })
         .collect();
     lines.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_taints_that_somebody_chose_are_to_be_tolerated() {
+        let cases = [
+            ("team=vision:NoSchedule", true),
+            ("nvidia.com/gpu-xid-error=true:NoSchedule", false),
+            ("node.kubernetes.io/unreachable:NoExecute", false),
+            ("node.kubernetes.io/disk-pressure:NoSchedule", false),
+            (
+                "node.cloudprovider.kubernetes.io/uninitialized:NoSchedule",
+                false,
+            ),
+            ("ToBeDeletedByClusterAutoscaler=1764:NoSchedule", false),
+            ("karpenter.sh/disrupted:NoSchedule", false),
+        ];
+        for (taint, chosen) in cases {
+            let why_not = WhyNot::Tainted(taint.into());
+            for advice in [why_not.to_string(), why_not.remedy()] {
+                let tolerates = advice.contains("spec.placement.tolerations");
+                assert_eq!(tolerates, chosen, "{advice}");
+            }
+            assert!(why_not.to_string().contains(taint));
+        }
+    }
 }

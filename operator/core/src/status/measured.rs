@@ -11,10 +11,7 @@ use operator_api::{LoadProgress, Performance};
 
 use crate::replicas::{Replica, State};
 use crate::snapshot::{PodSamples, Startup};
-use crate::time::seconds_between;
 
-/// Samples older than this are not believed.
-const SAMPLE_SECONDS_MAX: u64 = 60;
 /// Share by which a rate may move without being reported anew.
 const QUIET: f64 = 0.05;
 
@@ -72,11 +69,7 @@ pub fn performance(
         let Some(samples) = samples.get(&replica.pod.name) else {
             continue;
         };
-        let Some(latest) = samples
-            .latest
-            .as_ref()
-            .filter(|sample| seconds_between(sample.at, now) <= SAMPLE_SECONDS_MAX)
-        else {
+        let Some(latest) = samples.current(now) else {
             continue;
         };
         sum.replicas_measured += 1;
@@ -179,6 +172,16 @@ mod tests {
             None,
             "too old to believe"
         );
+    }
+
+    #[test]
+    fn engines_that_are_seldom_asked_are_told_of_until_the_answer_after_the_next_is_overdue() {
+        let pods = [pod("a")];
+        let replicas = [Replica::alone(&pods[0], State::Ready)];
+        let samples = [("a".to_owned(), measured(sample(0, 1000), sample(200, 2000)))].into();
+        let told = |seconds| performance(&replicas, &samples, at(seconds), None);
+        assert!(told(600).is_some());
+        assert_eq!(told(601), None);
     }
 
     #[test]
