@@ -1,5 +1,5 @@
 //! On a real node: load makes 1 → 3 replicas, silence makes 3 → 1, a new revision replaces the old
-//! one, `kubectl scale` works; not one request fails.
+//! one, a slower one is rolled back, `kubectl scale` works; not one request fails.
 #![cfg(feature = "lab")]
 
 use std::time::Duration;
@@ -90,6 +90,56 @@ fn a_new_revision_replaces_every_pod_without_a_failed_request() {
         },
     );
     println!("{} answers during the rollout, none failed", load.finish());
+}
+
+#[test]
+fn a_revision_whose_first_tokens_come_late_is_rolled_back_without_a_failed_request() {
+    let cluster = Cluster::from_environment().expect("a cluster");
+    let namespace = cluster.namespace("regression").expect("a namespace");
+    let name = &namespace.name;
+    let first = manifest("rolling", "replicas: 2").replace(
+        "drainTimeoutSeconds: 30",
+        "drainTimeoutSeconds: 30
+    steps: [{percent: 50, holdSeconds: 600}]
+    analysis: {maxTtftIncreasePercent: 50, minRequests: 20}",
+    );
+    cluster.apply(name, &first).expect("applied");
+    wait_ready(&cluster, name, "rolling");
+    let model = Model::of(&cluster, name, "rolling");
+    let before = revisions(&cluster, name);
+    let load = Load::start(&model.base_url, "rolling", 8, Retries::None);
+    // Requests that found a place at once now wait for the one before them.
+    let slow = first.replace("maxConcurrentSequences: 4", "maxConcurrentSequences: 1");
+    cluster.apply(name, &slow).expect("applied");
+    eventually("it is rolled back", Duration::from_secs(180), || {
+        let object = cluster
+            .get(name, "mdep", "rolling")
+            .map_err(|e| e.to_string())?
+            .ok_or("no object")?;
+        match e2e::cluster::condition(&object, "Degraded") {
+            Some(("True", "RolledBack", message))
+                if message.contains("mean time to first token is") =>
+            {
+                Ok(())
+            }
+            other => Err(format!(
+                "{other:?}, rollout {}",
+                object["status"]["rollout"]
+            )),
+        }
+    });
+    eventually("all run the old revision", Duration::from_secs(120), || {
+        let now = revisions(&cluster, name);
+        if now.len() == 2 && now.iter().all(|revision| before.contains(revision)) {
+            Ok(())
+        } else {
+            Err(format!("revisions {now:?}, before {before:?}"))
+        }
+    });
+    println!(
+        "{} answers on the way there and back, none failed",
+        load.finish()
+    );
 }
 
 #[test]

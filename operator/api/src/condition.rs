@@ -23,7 +23,9 @@ macro_rules! closed {
 
             /// Reads the PascalCase word; `None` for a word of another version.
             pub fn parse(word: &str) -> Option<Self> {
-                Self::ALL.iter().copied().find(|value| value.as_str() == word)
+                const WORDS: &[&str] = &[$(stringify!($variant)),+];
+                let index = WORDS.iter().position(|known| *known == word)?;
+                Self::ALL.get(index).copied()
             }
         }
 

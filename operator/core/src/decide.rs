@@ -2,6 +2,7 @@
 
 mod configs;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use engine_spec::ModelFacts;
@@ -341,18 +342,28 @@ impl<'a> Decided<'a> {
         facts: &ModelFacts,
         settings: &Settings,
     ) -> Result<(Revision, Layout), NoLayout> {
-        let layouts = fit::layouts(self.valid, facts, &self.snapshot.cluster)?;
-        let mut candidates: Vec<(Revision, Layout)> = layouts
-            .into_iter()
-            .map(|layout| (objects::revision(self.valid, &layout, settings), layout))
-            .collect();
-        let in_use = candidates.iter().position(|(revision, _)| {
-            self.replicas.iter().any(|replica| {
-                replica.revision() == revision.as_str() && replica.state != State::Leaving
-            })
-        });
+        let mut layouts = fit::layouts(self.valid, facts, &self.snapshot.cluster)?;
+        let revision = |layout: &Layout| objects::revision(self.valid, layout, settings);
+        let staying = self.replicas.iter();
+        let staying = staying.filter(|replica| replica.state != State::Leaving);
+        let in_use: BTreeSet<&str> = staying.map(Replica::revision).collect();
+        let position = |is_it: &dyn Fn(&str) -> bool| {
+            let mut all = layouts.iter().map(revision).enumerate();
+            all.find(|(_, revision)| is_it(revision.as_str()))
+        };
+        // One that was tried and given up has no replicas; another kind of device must not stand in.
+        let status = self.snapshot.deployment.status.as_ref();
+        let tried = status.and_then(|status| status.rollout.as_ref()?.target_revision.as_deref());
+        // A revision takes longer to make than all else here: none is where there is nothing to hold it against.
+        let known = (!in_use.is_empty())
+            .then(|| position(&|revision| in_use.contains(revision)))
+            .flatten()
+            .or_else(|| tried.and_then(|tried| position(&|revision| revision == tried)));
+        if let Some((index, revision)) = known {
+            return Ok((revision, layouts.swap_remove(index)));
+        }
         // Several nodes only where no one node would do.
-        let has_single = candidates.iter().any(|(_, layout)| layout.pods == 1);
+        let has_single = layouts.iter().any(|layout| layout.pods == 1);
         let has_room = |layout: &Layout| {
             let wish = Wish {
                 layout,
@@ -372,19 +383,9 @@ impl<'a> Decided<'a> {
             }
             placement::offer(&wish, &room).is_ok()
         };
-        // One that was tried and given up has no replicas; another kind of device must not stand in.
-        let status = self.snapshot.deployment.status.as_ref();
-        let tried = status
-            .and_then(|status| status.rollout.as_ref()?.target_revision.as_deref())
-            .and_then(|tried| {
-                let mut all = candidates.iter();
-                all.position(|(revision, _)| revision.as_str() == tried)
-            });
-        let index = in_use
-            .or(tried)
-            .or_else(|| candidates.iter().position(|(_, layout)| has_room(layout)))
-            .unwrap_or(0);
-        Ok(candidates.swap_remove(index))
+        let index = layouts.iter().position(has_room).unwrap_or(0);
+        let layout = layouts.swap_remove(index);
+        Ok((revision(&layout), layout))
     }
 
     /// How far the rollout may go, and what replicas are to run: the revision of the spec, and while

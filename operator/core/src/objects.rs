@@ -20,6 +20,7 @@ use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec}
 use k8s_openapi::api::resource::v1::ResourceClaimTemplate;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use serde::Serialize;
 
 use crate::devices;
 use crate::fit::Layout;
@@ -38,13 +39,23 @@ pub fn revision(valid: &ValidDeployment, layout: &Layout, settings: &Settings) -
     let slot = Slot::default();
     let unknown = Revision::of("");
     let pod = engine_pod(valid, layout, settings, &unknown, &slot);
-    let template = (&valid.template.labels, &valid.template.annotations);
-    let mut parts = serde_json::json!([layout.engine, pod.spec, template]);
-    if let (Some(claim), Some(parts)) = (devices::claim_spec(valid, layout), parts.as_array_mut()) {
-        parts.push(serde_json::json!(claim));
+    let engine = names::canonical(serde_json::json!(layout.engine));
+    let labels = spelled(&valid.template.labels);
+    let annotations = spelled(&valid.template.annotations);
+    let mut text = format!("[{engine},{},[{labels},{annotations}]", spelled(&pod.spec));
+    if let Some(claim) = devices::claim_spec(valid, layout) {
+        text.push(',');
+        text.push_str(&spelled(&claim));
     }
-    let text = names::canonical(parts);
+    text.push(']');
     Revision::of(&text)
+}
+
+/// The canonical text of a Kubernetes object, a part of one or a map: their fields are spelled in the order of their names as it is,
+/// and a pass of a ModelDeployment spells several.
+fn spelled(object: &impl Serialize) -> String {
+    // They are plain data with string keys: writing them cannot fail.
+    serde_json::to_string(object).unwrap_or_default()
 }
 
 /// Metadata of a child: name, labels, owner.

@@ -46,7 +46,8 @@ const SILENT_PERIOD_MAX: Duration = Duration::from_secs(60);
 /// How often to ask.
 #[derive(Clone, Copy, Debug)]
 pub struct Periods {
-    /// Pods that serve a model that scales by their load, and Prometheus. Pods of other models are asked a third as often.
+    /// Pods that serve a model that scales by their load or whose revisions are compared, and Prometheus. Pods of other models are
+    /// asked a third as often, and in large fleets more seldom still.
     pub serving: Duration,
     /// Pods that leave.
     pub draining: Duration,
@@ -287,7 +288,7 @@ impl Sampler {
             .deployments
             .get(&deployment)
             .and_then(Result::ok)
-            .is_some_and(|wish| wish.scales);
+            .is_some_and(|wish| wish.scales || wish.compares);
         let mut store = self.lock();
         let Some(sampled) = store.pods.get_mut(&key) else {
             return;

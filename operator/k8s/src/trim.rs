@@ -18,6 +18,8 @@ use crate::watch::Key;
 pub struct Wish {
     /// Whether its replicas follow its load.
     pub scales: bool,
+    /// Whether what its engines say is held against each other: a rollout with an analysis is under way.
+    pub compares: bool,
     /// Replicas that it promises to keep.
     pub floor: u32,
     /// GPUs at fault that it remembers.
@@ -189,6 +191,7 @@ pub(crate) fn trim_deployment(mut deployment: ModelDeployment) -> Result<Option<
     trim_metadata(&mut deployment.metadata);
     Ok(Some(Wish {
         scales: deployment.spec.autoscaling.is_some(),
+        compares: deployment.spec.rollout.analysis.is_some() && is_rolling_out(&deployment),
         floor: priority::floor(&deployment.spec),
         gpu_faults: deployment
             .status
@@ -197,6 +200,15 @@ pub(crate) fn trim_deployment(mut deployment: ModelDeployment) -> Result<Option<
             .unwrap_or_default(),
         whole: Packed::of(&deployment)?,
     }))
+}
+
+/// Whether a revision is under way that not every replica has answered with.
+fn is_rolling_out(deployment: &ModelDeployment) -> bool {
+    let status = deployment.status.as_ref();
+    let rollout = status.and_then(|status| status.rollout.as_ref());
+    rollout.is_some_and(|rollout| {
+        rollout.stable_revision.is_some() && rollout.stable_revision != rollout.target_revision
+    })
 }
 
 pub(crate) fn trim_service(mut service: Service) -> Result<Option<Packed<Service>>, String> {

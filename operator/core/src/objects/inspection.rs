@@ -34,8 +34,7 @@ pub fn inspect_pod(valid: &ValidDeployment, settings: &Settings, hash: &str, att
 
 /// Hash of all that an inspection depends on; a failed one is tried again at once when it changes.
 pub fn inspect_inputs(valid: &ValidDeployment, settings: &Settings) -> String {
-    let text = names::canonical(serde_json::json!(inspect_spec(valid, settings)));
-    names::short_hash(&text)
+    names::short_hash(&super::spelled(&inspect_spec(valid, settings)))
 }
 
 fn inspect_spec(valid: &ValidDeployment, settings: &Settings) -> PodSpec {

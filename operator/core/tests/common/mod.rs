@@ -389,6 +389,7 @@ impl Story {
         let mut conditions = plan.status.conditions.iter();
         let rejected = conditions.find(|condition| condition.reason == "PlanRejected");
         assert_eq!(rejected, None);
+        plan.actions.iter().for_each(assert_in_order);
         plan
     }
 
@@ -656,4 +657,20 @@ pub fn condition(plan: &Plan, kind: &str) -> (String, String, String) {
         condition.reason.clone(),
         condition.message.clone(),
     )
+}
+
+/// Revisions are hashes of pods and claims as they are spelled, so the order of their fields must be that of their names whatever
+/// they are made of: one that moved would have another operator replace every pod.
+fn assert_in_order(action: &Action) {
+    let (Action::Create(object) | Action::Apply(object)) = action else {
+        return;
+    };
+    let (spelled, value) = match object {
+        Object::Pod(pod) => (serde_json::to_string(&pod.spec), json!(pod.spec)),
+        Object::ResourceClaimTemplate(template) => {
+            (serde_json::to_string(&template.spec), json!(template.spec))
+        }
+        _ => return,
+    };
+    assert_eq!(spelled.unwrap(), names::canonical(value));
 }
