@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, ServiceAccount};
-use kube::api::{Api, ObjectMeta, Patch, PatchParams};
+use kube::api::{Api, ListParams, ObjectMeta, Patch, PatchParams};
 use operator_api::ModelDeployment;
 
 use crate::cluster::{Place, idle, restart, wait_planned};
@@ -16,6 +16,7 @@ use crate::lists::{self, Told};
 use crate::objects::{clear, create_all, say, wait_for, wait_pods};
 use crate::operator::{self, Operator};
 use crate::planning::{self, Shape};
+use crate::stories::is_at;
 use bench_report::{Figure, Row};
 
 /// How long simulated nodes need to report the pods.
@@ -28,6 +29,8 @@ const NAMESPACES: u32 = 20;
 const RESTARTS: usize = 3;
 /// How often it is looked whether a namespace can be used.
 const LOOK: Duration = Duration::from_millis(200);
+/// How often it is looked whether all are ready: a list of a thousand takes the API server a quarter of a second.
+const LOOK_AT_ALL: Duration = Duration::from_secs(3);
 
 /// How large the fleet is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +44,7 @@ pub struct Size {
 /// One fleet.
 struct Run {
     pods_per_second: f64,
+    ready_seconds: f64,
     writes_per_pod: f64,
     megabytes: f64,
     peak_megabytes: f64,
@@ -142,6 +146,9 @@ async fn run(place: &Place<'_>, size: Size, namespaces: u32) -> Result<Run> {
     ));
     let wishes: Api<ModelDeployment> = Api::all(place.client.clone());
     wait_planned(&wishes, usize::try_from(models)?).await?;
+    wait_ready(&wishes, size).await?;
+    let ready_seconds = start.elapsed().as_secs_f64();
+    say(format!("S6: all are ready after {ready_seconds:.0} s"));
     tokio::time::sleep(SETTLE).await;
     let writes = place.audit.since(mark, operator::USER)?;
     let megabytes = Operator::resident_megabytes(&operator.metrics()?)?;
@@ -157,12 +164,24 @@ async fn run(place: &Place<'_>, size: Size, namespaces: u32) -> Result<Run> {
     }
     Ok(Run {
         pods_per_second,
+        ready_seconds,
         writes_per_pod: writes.number() / f64::from(total),
         megabytes,
         peak_megabytes,
         idle_percent,
         restarts,
     })
+}
+
+/// Waits until every ModelDeployment has all its replicas, and all of them answer.
+async fn wait_ready(wishes: &Api<ModelDeployment>, size: Size) -> Result<()> {
+    let (wanted, replicas) = (usize::try_from(size.models)?, i32::try_from(size.replicas)?);
+    wait_for(LOOK_AT_ALL, || async {
+        let all = wishes.list(&ListParams::default()).await?;
+        let ready = all.iter().filter(|wish| is_at(wish, replicas)).count();
+        Ok((ready < wanted).then(|| format!("{ready} of {wanted} have all their replicas ready")))
+    })
+    .await
 }
 
 async fn restarted(place: &Place<'_>, models: u32) -> Result<Restart> {
@@ -201,6 +220,11 @@ fn table(size: Size, namespaces: u32, runs: &[Run]) -> Vec<Row> {
             &format!("S6: {of} in {namespaces} namespaces, created per second"),
             made(|run| run.pods_per_second),
             "pods/s",
+        ),
+        Row::plain(
+            &format!("S6: {of} in {namespaces} namespaces, until all are ready"),
+            made(|run| run.ready_seconds),
+            "s",
         ),
         Row::below(
             &format!("S6: API writes of the operator per pod, {of}"),
