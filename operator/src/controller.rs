@@ -310,6 +310,8 @@ impl Shared {
             let now = operator_k8s::now();
             let snapshot = this.world.snapshot(key, Arc::clone(&deployment), seen, now);
             let mut plan = operator_core::plan(&snapshot, &this.settings);
+            // What the plan takes is counted below, in the very cluster that the snapshot shares.
+            drop(snapshot);
             only_tells = self.only_tells(&deployment, &plan);
             if only_tells {
                 this.applier.tell(key, &std::mem::take(&mut plan.actions));

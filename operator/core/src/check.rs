@@ -501,7 +501,7 @@ fn check_room(plan: &Plan, snapshot: &Snapshot, flaws: &mut Vec<Flaw>) {
     }
     for (name, amount) in taken {
         let fits = snapshot.cluster.nodes.get(&name).is_some_and(|node| {
-            let used = snapshot.cluster.used.get(&name).copied();
+            let used = snapshot.cluster.used.get(name.as_str()).copied();
             let back = returned.get(&name).copied().unwrap_or_default();
             let used = used.unwrap_or_default().minus(back);
             amount.fit_in(&node.allocatable.minus(used))

@@ -68,10 +68,10 @@ pub fn marked(snapshot: &Snapshot) -> Cow<'_, Snapshot> {
         return Cow::Borrowed(snapshot);
     }
     let mut marked = snapshot.clone();
-    let cluster = Arc::make_mut(&mut marked.cluster);
+    let nodes = Arc::make_mut(&mut Arc::make_mut(&mut marked.cluster).nodes);
     let mut seen = BTreeSet::new();
     for fault in counting {
-        if let Some(node) = cluster.nodes.get_mut(&fault.node)
+        if let Some(node) = nodes.get_mut(&fault.node)
             && seen.insert((&fault.node, &fault.uuid))
         {
             Arc::make_mut(node).reported.push(words(fault));

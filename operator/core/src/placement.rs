@@ -67,7 +67,8 @@ impl<'a> Room<'a> {
         let amount =
             |map: &BTreeMap<String, Resources>| map.get(&node.name).copied().unwrap_or_default();
         let returned = amount(&self.returned) + given_up;
-        let used = amount(&self.cluster.used) + amount(&self.taken);
+        let used = self.cluster.used.get(node.name.as_str());
+        let used = used.copied().unwrap_or_default() + amount(&self.taken);
         node.allocatable.minus(used.minus(returned))
     }
 

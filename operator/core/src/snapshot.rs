@@ -242,13 +242,14 @@ pub struct ClaimTemplateView {
     pub controller: Controller,
 }
 
-/// All nodes, and what is taken on each.
+/// All nodes, and what is taken on each. Who changes it while others read it copies one of its maps: the sums of a thousand
+/// nodes, whose names are shared, for each pod that comes or goes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Cluster {
     /// Nodes by name.
-    pub nodes: BTreeMap<String, Arc<NodeView>>,
+    pub nodes: Arc<BTreeMap<String, Arc<NodeView>>>,
     /// Sum of claims by node name.
-    pub used: BTreeMap<String, Resources>,
+    pub used: Arc<BTreeMap<Arc<str>, Resources>>,
     /// What is known of resource claims.
     pub claims: ClaimNews,
 }
@@ -530,18 +531,34 @@ impl Cluster {
             .into_iter()
             .map(|node| (node.name.clone(), node))
             .collect();
-        let mut used: BTreeMap<String, Resources> = BTreeMap::new();
+        let mut cluster = Self {
+            nodes: Arc::new(nodes),
+            ..Self::default()
+        };
         for claim in claims {
-            if let Some(sum) = used.get_mut(&claim.node) {
-                *sum += claim.requests;
-            } else {
-                used.insert(claim.node.clone(), claim.requests);
-            }
+            cluster.add(claim);
         }
-        Self {
-            nodes,
-            used,
-            claims: ClaimNews::Off,
+        cluster
+    }
+
+    /// Counts a claim.
+    pub fn add(&mut self, claim: &Claim) {
+        let used = Arc::make_mut(&mut self.used);
+        if let Some(sum) = used.get_mut(claim.node.as_str()) {
+            *sum += claim.requests;
+        } else {
+            used.insert(claim.node.as_str().into(), claim.requests);
+        }
+    }
+
+    /// Counts a claim no longer.
+    pub fn remove(&mut self, claim: &Claim) {
+        let used = Arc::make_mut(&mut self.used);
+        if let Some(sum) = used.get_mut(claim.node.as_str()) {
+            *sum = sum.minus(claim.requests);
+            if *sum == Resources::default() {
+                used.remove(claim.node.as_str());
+            }
         }
     }
 
@@ -551,15 +568,15 @@ impl Cluster {
             if let Action::Create(Object::Pod(pod)) = action
                 && let Some(claim) = Claim::of(pod)
             {
-                *self.used.entry(claim.node).or_default() += claim.requests;
+                self.add(&claim);
             }
         }
     }
 
     /// What is free on a node.
     pub fn free(&self, node: &NodeView) -> Resources {
-        let used = self.used.get(&node.name).copied().unwrap_or_default();
-        node.allocatable.minus(used)
+        let used = self.used.get(node.name.as_str());
+        node.allocatable.minus(used.copied().unwrap_or_default())
     }
 }
 

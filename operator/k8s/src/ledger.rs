@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use operator_core::devices::{ClaimNews, NodeDevices};
-use operator_core::{Claim, Cluster, NodeView, Resources};
+use operator_core::{Claim, Cluster, NodeView};
 
 use crate::trim::ChildPod;
 use crate::watch::Key;
@@ -61,17 +61,12 @@ impl Ledger {
             return;
         }
         // Copies only while a snapshot is held by a decision under way.
-        let used = &mut Arc::make_mut(&mut self.cluster).used;
-        if let Some(Claim { node, requests }) = before
-            && let Some(sum) = used.get_mut(&node)
-        {
-            *sum = sum.minus(requests);
-            if *sum == Resources::default() {
-                used.remove(&node);
-            }
+        let cluster = Arc::make_mut(&mut self.cluster);
+        if let Some(claim) = before {
+            cluster.remove(&claim);
         }
-        if let Some(Claim { node, requests }) = after {
-            *used.entry(node).or_default() += requests;
+        if let Some(claim) = after {
+            cluster.add(&claim);
         }
     }
 
@@ -86,7 +81,7 @@ impl Ledger {
             Some(_) => Arc::new(NodeView::clone(&node).with_devices(devices)),
             None => node,
         });
-        let nodes = &mut Arc::make_mut(&mut self.cluster).nodes;
+        let nodes = Arc::make_mut(&mut Arc::make_mut(&mut self.cluster).nodes);
         match node {
             Some(node) => nodes.insert(name.to_string(), node),
             None => nodes.remove(name),
