@@ -138,7 +138,8 @@ pub struct Arguments {
     #[arg(long, env = "CACHALOT_DRAIN_POLL", value_name = "DURATION", default_value = "1s", value_parser = duration)]
     pub drain_poll: Duration,
 
-    /// How often replicas of a model that scales by their load are asked for it; those of others a third as often.
+    /// How often replicas of a model that scales by their load are asked for it; those of others a third as often, and no more than 24 of
+    /// them a second.
     #[arg(long, env = "CACHALOT_SCRAPE_PERIOD", value_name = "DURATION", default_value = "5s", value_parser = duration)]
     pub scrape_period: Duration,
 

@@ -347,18 +347,24 @@ impl<'a> Decided<'a> {
         let staying = self.replicas.iter();
         let staying = staying.filter(|replica| replica.state != State::Leaving);
         let in_use: BTreeSet<&str> = staying.map(Replica::revision).collect();
-        let position = |is_it: &dyn Fn(&str) -> bool| {
-            let mut all = layouts.iter().map(revision).enumerate();
-            all.find(|(_, revision)| is_it(revision.as_str()))
-        };
         // One that was tried and given up has no replicas; another kind of device must not stand in.
         let status = self.snapshot.deployment.status.as_ref();
         let tried = status.and_then(|status| status.rollout.as_ref()?.target_revision.as_deref());
-        // A revision takes longer to make than all else here: none is where there is nothing to hold it against.
-        let known = (!in_use.is_empty())
-            .then(|| position(&|revision| in_use.contains(revision)))
-            .flatten()
-            .or_else(|| tried.and_then(|tried| position(&|revision| revision == tried)));
+        // A revision takes longer to make than all else here: none is where there is nothing to hold it against, and none
+        // beyond the one that runs.
+        let mut known = None;
+        if !in_use.is_empty() || tried.is_some() {
+            for (index, layout) in layouts.iter().enumerate() {
+                let made = revision(layout);
+                let is_used = in_use.contains(made.as_str());
+                if is_used || tried == Some(made.as_str()) {
+                    known = Some((index, made));
+                }
+                if is_used || (known.is_some() && in_use.is_empty()) {
+                    break;
+                }
+            }
+        }
         if let Some((index, revision)) = known {
             return Ok((revision, layouts.swap_remove(index)));
         }

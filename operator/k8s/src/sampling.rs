@@ -7,7 +7,7 @@
 //! A fleet of any size may be asked so much a second and no more: pods whose answers steer something are asked when they
 //! are due, and the others share [`TOLD_RATE_MAX`]. Where that does not suffice, the pauses of all of them grow alike.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -107,8 +107,6 @@ struct Sampled {
     pause_ms: u32,
     silent: u8,
     asking: bool,
-    /// Whether its load steered something when it was last asked.
-    steers: bool,
 }
 
 /// A pod that is due.
@@ -209,6 +207,7 @@ impl Sampler {
 
     /// Pods that are due, marked as being asked, those first that wait longest; forgets pods that are gone.
     fn due_pods(&self, now: Instant, room: usize) -> Vec<(Key, Key, Target)> {
+        let steered = self.steered();
         let pods = self.world.pods.read();
         let mut store = self.lock();
         let changes = self.world.pods.changes();
@@ -228,7 +227,6 @@ impl Sampler {
             let Some(child) = entry.as_ref().ok().filter(|child| child.is_asked) else {
                 continue;
             };
-            let mut steers = child.drains;
             let mut waits = 0.0;
             if let Some((_, sampled)) = sampled {
                 if sampled.incarnation != child.incarnation {
@@ -239,12 +237,16 @@ impl Sampler {
                     continue;
                 };
                 waits = since;
-                steers |= sampled.steers;
             } else {
                 new.push((key, child.incarnation));
             }
             let due = Due { key, child, waits };
-            if steers {
+            let is_steered = || {
+                child
+                    .owner(key)
+                    .is_some_and(|owner| steered.contains(&owner))
+            };
+            if child.drains || (!steered.is_empty() && is_steered()) {
                 steering.push(due);
             } else {
                 told.push(due);
@@ -270,6 +272,15 @@ impl Sampler {
         asked.collect()
     }
 
+    /// ModelDeployments for which something is done because of what their engines say.
+    fn steered(&self) -> HashSet<Key> {
+        let deployments = self.world.deployments.read();
+        let steered = deployments
+            .iter()
+            .filter(|(_, entry)| entry.as_ref().is_ok_and(|wish| wish.is_steered()));
+        steered.map(|(key, _)| key.clone()).collect()
+    }
+
     async fn ask_pod(&self, key: Key, deployment: Key, target: Target) {
         let scrapes = self.scraper.scrape(vec![target]).await;
         let at = Timestamp::now();
@@ -288,13 +299,12 @@ impl Sampler {
             .deployments
             .get(&deployment)
             .and_then(Result::ok)
-            .is_some_and(|wish| wish.scales || wish.compares);
+            .is_some_and(|wish| wish.is_steered());
         let mut store = self.lock();
         let Some(sampled) = store.pods.get_mut(&key) else {
             return;
         };
         sampled.asking = false;
-        sampled.steers = steers;
         let news = sampled.record(&scrape, at);
         sampled.wait(
             Instant::now(),
@@ -439,7 +449,6 @@ impl Sampled {
             pause_ms: 0,
             silent: 0,
             asking: false,
-            steers: false,
         }
     }
 

@@ -49,6 +49,13 @@ pub struct ChildPod {
     whole: Packed<PodView>,
 }
 
+impl Wish {
+    /// Whether anything is done because of what its engines say about their load.
+    pub fn is_steered(&self) -> bool {
+        self.scales || self.compares
+    }
+}
+
 impl ChildPod {
     pub(crate) fn of(pod: &PodView) -> Result<Self, String> {
         let is_engine = pod.label(names::COMPONENT) == names::ENGINE;
@@ -202,12 +209,14 @@ pub(crate) fn trim_deployment(mut deployment: ModelDeployment) -> Result<Option<
     }))
 }
 
-/// Whether a revision is under way that not every replica has answered with.
+/// Whether a revision is under way that not every replica has answered with, and that was not given up.
 fn is_rolling_out(deployment: &ModelDeployment) -> bool {
     let status = deployment.status.as_ref();
     let rollout = status.and_then(|status| status.rollout.as_ref());
     rollout.is_some_and(|rollout| {
-        rollout.stable_revision.is_some() && rollout.stable_revision != rollout.target_revision
+        rollout.failure.is_none()
+            && rollout.stable_revision.is_some()
+            && rollout.stable_revision != rollout.target_revision
     })
 }
 
@@ -266,6 +275,33 @@ mod tests {
             let child = ChildPod::of(&PodView::of(&pod)).expect("it has a JSON form");
             let found = child.owner(&Key::new("d", name));
             assert_eq!(found, Some(Key::new("d", owner)), "{name}");
+        }
+    }
+
+    #[test]
+    fn revisions_are_compared_while_one_with_an_analysis_is_under_way() {
+        let failure =
+            serde_json::json!({"at": "2026-01-01T00:00:00Z", "attempt": 0, "message": "m"});
+        let rollout = |stable: Option<&str>, failure: &serde_json::Value| serde_json::json!({"stableRevision": stable, "targetRevision": "b", "failure": failure});
+        let none = serde_json::Value::Null;
+        for (analysis, rollout, compares) in [
+            (true, rollout(Some("a"), &none), true),
+            (false, rollout(Some("a"), &none), false),
+            (true, rollout(Some("b"), &none), false),
+            (true, rollout(None, &none), false),
+            (true, rollout(Some("a"), &failure), false),
+        ] {
+            let mut deployment = serde_json::json!({
+                "apiVersion": "cachalot.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": "m"},
+                "spec": {"model": {"source": "file:///m"}, "rollout": {}}, "status": {"rollout": rollout},
+            });
+            if analysis {
+                deployment["spec"]["rollout"]["analysis"] = serde_json::json!({});
+            }
+            let deployment = serde_json::from_value(deployment).expect("a ModelDeployment");
+            let wish = trim_deployment(deployment).expect("it has a JSON form");
+            let found = wish.expect("it is kept").is_steered();
+            assert_eq!(found, compares, "{rollout}, analysis: {analysis}");
         }
     }
 }

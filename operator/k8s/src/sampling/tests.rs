@@ -81,10 +81,12 @@ fn an_answer_that_makes_no_sense_counts_as_silence() {
     assert!(sampled.samples.is_none(), "nothing is kept of it");
 }
 
+/// A pod of the ModelDeployment that its name begins with.
 fn running(name: &str) -> k8s_openapi::api::core::v1::Pod {
+    let owner = name.split('-').next();
     serde_json::from_value(serde_json::json!({
         "metadata": {"name": name, "namespace": "d", "uid": format!("uid-{name}"), "labels": {
-            "app.kubernetes.io/managed-by": "cachalot", names::MODEL_DEPLOYMENT: "m", names::COMPONENT: names::ENGINE}},
+            "app.kubernetes.io/managed-by": "cachalot", names::MODEL_DEPLOYMENT: owner, names::COMPONENT: names::ENGINE}},
         "spec": {"containers": [{"name": "engine"}]},
         "status": {"phase": "Running", "podIP": "10.0.0.1", "conditions": [{"type": "Ready", "status": "True"}]},
     }))
@@ -109,7 +111,8 @@ fn asked_within(sampler: &Sampler, begin: Instant, seconds: u32) -> BTreeMap<Key
             let mut store = sampler.lock();
             let sampled = store.pods.get_mut(&key).expect("it is known");
             sampled.asking = false;
-            let pause = sampled.pause(PERIODS, false, sampled.steers);
+            let [drains, steers] = ["l-", "s-"].map(|owner| key.name.starts_with(owner));
+            let pause = sampled.pause(PERIODS, drains, steers);
             sampled.wait(now, pause);
             *asked.entry(key).or_insert(0) += 1;
         }
@@ -136,26 +139,49 @@ async fn a_large_fleet_is_asked_in_turn_and_no_more_than_a_small_one_can_be() {
 
 #[tokio::test]
 async fn pods_whose_load_steers_something_are_asked_on_time_in_any_fleet() {
-    let sampler = sampler((0..600).map(|number| format!("m-{number}")));
+    let names = (0..600).map(|number| format!("m-{number}"));
+    let sampler = sampler(names.chain((0..10).map(|number| format!("s-{number}"))));
+    let scaling = serde_json::json!({
+        "apiVersion": "cachalot.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": "s", "namespace": "d"},
+        "spec": {"model": {"source": "file:///m"}, "autoscaling": {"minReplicas": 1, "maxReplicas": 10}},
+    });
     let begin = Instant::now();
     asked_within(&sampler, begin, 60);
-    let of = |number: u32| Key::new("d", format!("m-{number}"));
-    for number in 0..10 {
-        let mut store = sampler.lock();
-        let sampled = store.pods.get_mut(&of(number)).expect("it is known");
-        let started = scrape(answer(200, READY), Some(load(0)));
-        sampled.record(&started, Timestamp::now());
-        (sampled.steers, sampled.due) = (true, begin);
+    let started = scrape(answer(200, READY), Some(load(0)));
+    for (key, sampled) in &mut sampler.lock().pods {
+        if key.name.starts_with("s-") {
+            sampled.record(&started, Timestamp::now());
+        }
     }
-    let begin = begin + Duration::from_secs(60);
-    let asked = asked_within(&sampler, begin, 60);
-    for number in 0..10 {
-        let times = asked.get(&of(number)).copied();
-        assert!(
-            times.is_some_and(|times| (11..=13).contains(&times)),
-            "asked {times:?} times in a minute, every five seconds"
-        );
-    }
+    let before = asked_within(&sampler, begin + Duration::from_secs(60), 60);
+    let before = before.iter().filter(|(key, _)| key.name.starts_with("s-"));
+    let before: Vec<u32> = before.map(|(_, times)| *times).collect();
+    assert!(
+        before.iter().all(|times| *times < 8),
+        "like all others: {before:?}"
+    );
+    let scaling = serde_json::from_value(scaling).expect("a ModelDeployment");
+    sampler.world.wrote_deployment(scaling);
+    let mut leaving = running("l-0");
+    let since = (names::DRAIN_SINCE.to_owned(), Timestamp::now().to_string());
+    leaving.metadata.annotations = Some([since].into());
+    sampler.world.wrote_pod(leaving);
+    let begin = begin + Duration::from_secs(120);
+    let all = asked_within(&sampler, begin, 60);
+    let leaves = all.get(&Key::new("d", "l-0")).copied();
+    assert!(
+        leaves.is_some_and(|times| (115..=121).contains(&times)),
+        "twice a second: {leaves:?}"
+    );
+    let after = all.into_iter();
+    let after: Vec<u32> = after
+        .filter_map(|(key, times)| key.name.starts_with("s-").then_some(times))
+        .collect();
+    assert_eq!(after.len(), 10);
+    assert!(
+        after.iter().all(|times| (11..=13).contains(times)),
+        "every five seconds: {after:?}"
+    );
 }
 
 #[tokio::test]
