@@ -19,7 +19,7 @@ use crate::planning::{self, Shape};
 use crate::stories::is_at;
 use bench_report::{Figure, Row};
 
-/// How long simulated nodes need to report the pods.
+/// How long is waited once all are ready: what they say is told in statuses a little later.
 const SETTLE: Duration = Duration::from_secs(60);
 /// How long after a restart memory is read: the operator gives back what the first lists took within seconds.
 const RELEASED: Duration = Duration::from_secs(20);
@@ -142,7 +142,7 @@ async fn run(place: &Place<'_>, size: Size, namespaces: u32) -> Result<Run> {
     wait_pods(&pods, usize::try_from(total)?).await?;
     let pods_per_second = f64::from(total) / start.elapsed().as_secs_f64();
     say(format!(
-        "S6: {pods_per_second:.0} pods/s; statuses and simulated nodes settle"
+        "S6: {pods_per_second:.0} pods/s; simulated nodes report them, and statuses tell"
     ));
     let wishes: Api<ModelDeployment> = Api::all(place.client.clone());
     wait_planned(&wishes, usize::try_from(models)?).await?;
